@@ -1,0 +1,104 @@
+"""给人看的输出：只有主进程说话；有终端就画进度条，没有终端就按时打印一行。"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+T = TypeVar("T")
+
+# 进度与日志走 stderr，stdout 只留给命令的结果，方便管道
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def is_main_process() -> bool:
+    """torchrun 下只有 RANK 0 打印；单进程总是主进程。"""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def say(message: str) -> None:
+    """主进程打印一行；文本原样输出，不解释 rich 标记。"""
+    if is_main_process():
+        console.print(message, markup=False)
+
+
+def format_duration(seconds: float) -> str:
+    """秒数写成人读的时长：``45 秒``、``3 分 05 秒``、``2 小时 07 分``。"""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} 秒"
+    minutes, rest = divmod(seconds, 60)
+    if minutes < 60:
+        return f"{minutes} 分 {rest:02d} 秒"
+    return f"{minutes // 60} 小时 {minutes % 60:02d} 分"
+
+
+class LineProgress:
+    """没有终端时的进度：至多每 ``every`` 秒打印一行，含剩余时间。"""
+
+    def __init__(self, description: str, total: float | None, unit: str, every: float = 10.0):
+        self.description, self.total, self.unit, self.every = description, total, unit, every
+        self.done, self.start = 0.0, time.monotonic()
+        self.last = self.start
+
+    def advance(self, amount: float = 1) -> None:
+        self.done += amount
+        now = time.monotonic()
+        if now - self.last < self.every:
+            return
+        self.last = now
+        line = f"{self.description}：{self.done:,.0f}"
+        if self.total:
+            left = (now - self.start) / self.done * max(self.total - self.done, 0) if self.done else 0
+            line += f"/{self.total:,.0f} {self.unit}，剩余约 {format_duration(left)}"
+        say(line)
+
+
+class BarProgress:
+    """有终端时的 rich 进度条。"""
+
+    def __init__(self, bar: Progress, description: str, total: float | None):
+        self.bar, self.task = bar, bar.add_task(description, total=total)
+
+    def advance(self, amount: float = 1) -> None:
+        self.bar.advance(self.task, amount)
+
+
+@contextmanager
+def progress(
+    description: str, total: float | None = None, unit: str = "项"
+) -> Iterator[LineProgress | BarProgress]:
+    """``with progress("分词", total=n) as bar: bar.advance(k)``；非主进程什么也不显示。"""
+    if not is_main_process():
+        yield LineProgress(description, total, unit, every=float("inf"))
+    elif not console.is_terminal:
+        yield LineProgress(description, total, unit)
+    else:
+        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit)]
+        with Progress(
+            *columns, TimeElapsedColumn(), TextColumn("剩余"), TimeRemainingColumn(), console=console
+        ) as bar:
+            yield BarProgress(bar, description, total)
+
+
+def track(items: Iterable[T], description: str, total: float | None = None, unit: str = "项") -> Iterator[T]:
+    """边遍历边显示进度。"""
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)  # type: ignore[arg-type]
+    with progress(description, total, unit) as bar:
+        for item in items:
+            yield item
+            bar.advance()
