@@ -56,7 +56,7 @@ def _base_type(annotation: Any) -> type:
 
 
 def build_parser(cls: type, prog: str | None = None, description: str | None = None) -> ChineseParser:
-    """由 dataclass 生成解析器；``--flag_name`` 与 ``--flag-name`` 都接受。"""
+    """由 dataclass 生成解析器；``--flag_name`` 与 ``--flag-name`` 都接受，{0,1} 的开关不写值即为 1。"""
     parser = ChineseParser(
         prog=prog, description=description or (cls.__doc__ or "").split("\n")[0], allow_abbrev=False
     )
@@ -74,6 +74,7 @@ def build_parser(cls: type, prog: str | None = None, description: str | None = N
             default=field.default,
             choices=field.metadata["choices"],
             help=field.metadata["help"].replace("%", "%%"),
+            **({"nargs": "?", "const": 1} if field.metadata["choices"] == (0, 1) else {}),
             metavar=None if field.metadata["choices"] else _base_type(hints[field.name]).__name__.upper(),
         )
     return parser

@@ -1,0 +1,81 @@
+"""所有训练命令共用的参数；默认值只在这里写一次，各配方继承后只改自己不同的几项。"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from minimind.arguments import arg
+
+ON_OFF = (0, 1)
+
+
+@dataclass
+class TrainArguments:
+    """训练的共用参数。"""
+
+    # 输出
+    save_dir: str = arg("out", "权重与日志的目录")
+    save_weight: str = arg(
+        "pretrain", "保存权重的名字，文件为 {save_dir}/{save_weight}_{hidden_size}[_moe].pth"
+    )
+    checkpoint_dir: str = arg("checkpoints", "续训存档的目录")
+    log_interval: int = arg(10, "每多少个优化步打印一行日志")
+    save_interval: int = arg(200, "每多少个优化步保存一次；0 表示只在结束时保存")
+
+    # 训练量
+    epochs: int = arg(1, "训练轮数")
+    max_steps: int = arg(0, "至多训练多少个优化步；0 表示由轮数决定")
+    batch_size: int = arg(32, "每个进程每个微批次的行数")
+    accumulation_steps: int = arg(1, "多少个微批次合成一个优化步")
+    max_seq_len: int = arg(512, "每行的 token 数（多篇文档会装进同一行）")
+
+    # 优化
+    optimizer: str = arg("muon", "优化器：muon（矩阵用 Muon，其余用 AdamW）或 adamw", ("muon", "adamw"))
+    learning_rate: float = arg(4e-3, "最高学习率，Muon 与 AdamW 共用")
+    embed_lr_scale: float = arg(1.0, "词嵌入的学习率倍数")
+    weight_decay: float = arg(0.1, "解耦权重衰减，只作用于隐层矩阵")
+    muon_momentum: float = arg(0.95, "Muon 的动量")
+    adam_beta2: float = arg(0.95, "AdamW 的二阶矩衰减")
+    schedule: str = arg(
+        "wsd", "学习率日程：wsd（预热、平稳、衰减）或 cosine（余弦降到一成）", ("wsd", "cosine")
+    )
+    warmup_ratio: float = arg(0.02, "预热占总步数的比例")
+    decay_ratio: float = arg(0.3, "wsd 末段衰减占总步数的比例")
+    grad_clip: float = arg(1.0, "梯度范数上限；0 表示不裁剪")
+
+    # 设备
+    device: str = arg("auto", "设备：auto、cpu、cuda:0、npu:0、mps；auto 依次找 NPU、CUDA、MPS、CPU")
+    dtype: str = arg(
+        "auto",
+        "计算精度；auto：NPU 用 float16，CUDA 用 bfloat16，CPU 现场测速决定",
+        ("auto", "float32", "bfloat16", "float16"),
+    )
+    use_compile: int = arg(0, "是否用 torch.compile（0 否，1 是；NPU 上跳过）", ON_OFF)
+    num_workers: int = arg(2, "读数据的子进程数；0 表示在主进程里读")
+    seed: int = arg(42, "随机种子：初始化、数据顺序与 dropout 都由它决定")
+
+    # 模型
+    preset: str | None = arg(
+        None, "预设尺寸（tiny、small、base、moe）；给出后以它为准，下面的尺寸参数不再起作用"
+    )
+    hidden_size: int = arg(512, "隐层宽度")
+    num_hidden_layers: int = arg(8, "层数")
+    use_moe: int = arg(0, "是否用混合专家（0 否，1 是）", ON_OFF)
+    arch: str = arg("v2", "模型结构：v2（默认）或 v3（QK 归一化，与 Qwen3 同构）", ("v2", "v3"))
+    tokenizer_path: str | None = arg(None, "分词器目录；不给则用自带的 6400 词表")
+    from_weight: str = arg("none", "从哪个权重开始（名字，如 pretrain）；none 表示从头训练")
+    from_resume: int = arg(0, "是否从续训存档继续（0 否，1 是）", ON_OFF)
+
+    # 数据
+    data_path: str | None = arg(
+        None, "训练数据 jsonl；不给则找 dataset/ 下的惯用文件，再没有就用内置的微世界"
+    )
+    on_bad_line: str = arg("error", "遇到坏行：error 报错停下，skip 跳过并计数", ("error", "skip"))
+    val_path: str | None = arg(None, "验证数据；不给则从训练数据里按文档划出 val_ratio")
+    val_ratio: float = arg(0.005, "划作验证的文档比例；0 表示不验证")
+    eval_interval: int = arg(200, "每多少个优化步验证一次；0 表示只在结束时验证")
+
+    # 记录
+    tracker: str = arg("none", "除 JSON 行之外的记录工具", ("none", "swanlab", "wandb", "tensorboard"))
+    use_wandb: int = arg(0, "同 --tracker swanlab（沿用旧参数名；旧项目的这个开关用的就是 swanlab）", ON_OFF)
+    wandb_project: str = arg("MiniMind", "记录工具里的项目名")

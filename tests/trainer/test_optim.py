@@ -1,0 +1,180 @@
+"""优化器：与 torch 自带 Muon、与奇异值分解对照；参数分组；状态存取逐位一致。"""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from minimind.trainer.optim import (
+    NEWTON_SCHULZ,
+    Muon,
+    OptimizerPair,
+    build_optimizer,
+    orthogonalize,
+    set_learning_rate,
+    split_parameters,
+)
+
+SHAPES = [(16, 48), (48, 16), (16, 48), (32, 32), (5, 1)]
+
+
+def make_args(**changes) -> SimpleNamespace:
+    args = {
+        "optimizer": "muon",
+        "learning_rate": 0.01,
+        "weight_decay": 0.1,
+        "embed_lr_scale": 0.5,
+        "muon_momentum": 0.95,
+        "adam_beta2": 0.95,
+    }
+    return SimpleNamespace(**{**args, **changes})
+
+
+class Toy(nn.Module):
+    """词嵌入与输出层共享，带归一化与一个没用到的矩阵。"""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.norm = nn.RMSNorm(8)
+        self.hidden = nn.Linear(8, 8)
+        self.unused = nn.Linear(8, 4, bias=False)
+        self.lm_head = nn.Linear(8, 11, bias=False)
+        self.lm_head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.lm_head(self.hidden(self.norm(self.embed(ids))))
+
+
+def toy_loss(model: nn.Module, seed: int) -> torch.Tensor:
+    ids = torch.randint(0, 11, (4, 6), generator=torch.Generator().manual_seed(seed))
+    return nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.roll(1, -1).flatten())
+
+
+def test_Muon与torch自带实现一致():
+    torch.manual_seed(0)
+    ours = [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    start = [p.detach().clone() for p in ours]
+    a = Muon(ours, lr=0.02, weight_decay=0.1, newton_schulz_dtype="bfloat16")
+    b = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(5):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        a.step()
+        b.step()
+    for p, q, p0 in zip(ours, theirs, start):
+        moved = (q - p0).norm()
+        assert (p - q).norm() < 0.02 * moved  # 二者只差 bfloat16 的舍入
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 40), (2, 40, 16)])
+def test_正交化等于在奇异值上套五次多项式(shape):
+    torch.manual_seed(1)
+    x = torch.randn(shape, dtype=torch.float64)
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    s = s / x.norm(dim=(-2, -1))[:, None]
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(5):
+        s = a * s + b * s**3 + c * s**5
+    expected = u @ torch.diag_embed(s) @ vh
+    torch.testing.assert_close(orthogonalize(x, dtype=torch.float64), expected)
+    assert (s > 0.3).all() and (s < 1.3).all()
+
+
+def test_更新量的均方根与AdamW相当():
+    torch.manual_seed(2)
+    for shape in [(64, 64), (64, 256), (256, 64)]:
+        p = nn.Parameter(torch.zeros(shape))
+        p.grad = torch.randn(shape)
+        Muon([p], lr=1.0).step()
+        rms = p.detach().square().mean().sqrt().item()
+        assert 0.12 < rms < 0.28  # 0.2 × 奇异值的均方根（0.7 到 1.2）
+
+
+def test_没有梯度的参数原样不动():
+    p, q = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4, 4))
+    q0 = q.detach().clone()
+    p.grad = torch.randn(4, 4)
+    Muon([p, q], lr=0.1, weight_decay=0.5).step()
+    assert torch.equal(q, q0)
+
+
+def test_参数分组不重不漏且衰减只在隐层矩阵():
+    model = Toy()
+    groups = split_parameters(model)
+    assert [id(p) for p in groups["embedding"]] == [id(model.embed.weight)]
+    assert {id(p) for p in groups["matrix"]} == {id(model.hidden.weight), id(model.unused.weight)}
+    assert sum(len(v) for v in groups.values()) == len(list(model.parameters()))
+    for name in ("muon", "adamw"):
+        optimizer = build_optimizer(model, make_args(optimizer=name))
+        decayed = {id(p) for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
+        assert decayed == {id(p) for p in groups["matrix"]}
+        covered = [id(p) for g in optimizer.param_groups for p in g["params"]]
+        assert sorted(covered) == sorted(id(p) for p in model.parameters())
+
+
+def test_学习率倍数作用于词嵌入():
+    model = Toy()
+    optimizer = build_optimizer(model, make_args())
+    set_learning_rate(optimizer, 0.3)
+    by_param = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    assert by_param[id(model.embed.weight)] == pytest.approx(0.15)
+    assert by_param[id(model.hidden.weight)] == pytest.approx(0.3)
+
+
+def test_冻结的参数不进优化器():
+    model = Toy()
+    model.hidden.weight.requires_grad_(False)
+    covered = {id(p) for g in build_optimizer(model, make_args()).param_groups for p in g["params"]}
+    assert id(model.hidden.weight) not in covered
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_状态存取后逐位一致(name, tmp_path):
+    torch.manual_seed(3)
+    model = Toy()
+    optimizer = build_optimizer(model, make_args(optimizer=name), newton_schulz_dtype="bfloat16")
+
+    def run(model, optimizer, seeds):
+        for seed in seeds:
+            optimizer.zero_grad()
+            toy_loss(model, seed).backward()
+            optimizer.step()
+
+    run(model, optimizer, range(3))
+    twin = copy.deepcopy(model)
+    torch.save(optimizer.state_dict(), tmp_path / "o.pth")
+    # 存档里的迭代精度胜过新进程里测出来的
+    other = build_optimizer(twin, make_args(optimizer=name), newton_schulz_dtype="float32")
+    other.load_state_dict(torch.load(tmp_path / "o.pth", weights_only=True))
+    run(model, optimizer, range(3, 6))
+    run(twin, other, range(3, 6))
+    for p, q in zip(model.parameters(), twin.parameters()):
+        assert torch.equal(p, q)
+
+
+def test_合并的优化器能与GradScaler一起用():
+    model = Toy()
+    optimizer = build_optimizer(model, make_args())
+    assert isinstance(optimizer, OptimizerPair)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    before = model.hidden.weight.detach().clone()
+    scaler.scale(toy_loss(model, 0)).backward()
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    assert not torch.equal(before, model.hidden.weight)
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+    model.hidden.weight.grad = torch.full_like(model.hidden.weight, float("inf"))
+    before = model.hidden.weight.detach().clone()
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(before, model.hidden.weight) and scaler.get_scale() == 4.0
