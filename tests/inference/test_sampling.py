@@ -1,0 +1,108 @@
+"""采样参数的含义与可复现性。"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minimind.errors import UserError
+from minimind.inference.sampling import (
+    GREEDY,
+    SamplingParams,
+    apply_repetition_penalty,
+    filter_logits,
+    sample,
+)
+
+LOGITS = torch.log(torch.tensor([[0.5, 0.25, 0.15, 0.07, 0.03]]))
+
+
+def kept(logits: torch.Tensor) -> list[int]:
+    return torch.isfinite(logits[0]).nonzero().squeeze(-1).tolist()
+
+
+def test_温度为零就是贪心():
+    logits = torch.randn(16, 50)
+    assert torch.equal(sample(logits, GREEDY), logits.argmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"top_k": 2}, [0, 1]),
+        ({"top_k": 99}, [0, 1, 2, 3, 4]),
+        # 0.5 + 0.25 = 0.75 还差一点，再留一个才跨过 0.8
+        ({"top_p": 0.8}, [0, 1, 2]),
+        ({"top_p": 0.01}, [0]),
+        # 0.5 × 0.2 = 0.1：低于它的丢掉
+        ({"min_p": 0.2}, [0, 1, 2]),
+        ({"top_k": 4, "top_p": 0.6}, [0, 1]),
+    ],
+)
+def test_截断留下的集合(options, expected):
+    assert kept(filter_logits(LOGITS, **options)) == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    top_k=st.integers(0, 30),
+    top_p=st.floats(0.001, 1.0),
+    min_p=st.floats(0, 0.99),
+    scale=st.floats(0, 60),
+    seed=st.integers(0, 2**31),
+)
+def test_任何参数下最大者都留着且概率有效(top_k, top_p, min_p, scale, seed):
+    logits = torch.randn(4, 20, generator=torch.Generator().manual_seed(seed)) * scale
+    filtered = filter_logits(logits, top_k, top_p, min_p)
+    # 并列第一时留下哪一个都行
+    assert torch.equal(filtered.amax(-1), logits.amax(-1))
+    assert torch.isfinite(torch.softmax(filtered, -1)).all()
+
+
+def test_与_transformers_的截断一致():
+    from transformers.generation.logits_process import (
+        MinPLogitsWarper,
+        RepetitionPenaltyLogitsProcessor,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    logits = torch.randn(8, 100) * 3
+    ids = torch.randint(0, 100, (8, 12))
+    seen = torch.zeros(8, 100, dtype=torch.bool).scatter_(1, ids, True)
+    for theirs, ours in (
+        (TopKLogitsWarper(7)(ids, logits), filter_logits(logits, top_k=7)),
+        (TopPLogitsWarper(0.7)(ids, logits), filter_logits(logits, top_p=0.7)),
+        (MinPLogitsWarper(0.1)(ids, logits), filter_logits(logits, min_p=0.1)),
+        (RepetitionPenaltyLogitsProcessor(1.3)(ids, logits), apply_repetition_penalty(logits, seen, 1.3)),
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_同一种子同一结果_不动全局随机数():
+    logits = torch.randn(64, 200)
+    params = SamplingParams(temperature=1.0, seed=7)
+    before = torch.get_rng_state()
+    first = sample(logits, params, params.make_generator("cpu"))
+    second = sample(logits, params, params.make_generator("cpu"))
+    assert torch.equal(first, second)
+    assert torch.equal(torch.get_rng_state(), before)
+    other = sample(logits, params, SamplingParams(seed=8).make_generator("cpu"))
+    assert not torch.equal(first, other)
+
+
+def test_抽样频率符合温度():
+    params = SamplingParams(temperature=0.5, seed=1)
+    draws = sample(LOGITS.expand(20000, 5), params, params.make_generator("cpu"))
+    expected = torch.softmax(LOGITS[0] / 0.5, -1)
+    torch.testing.assert_close(torch.bincount(draws, minlength=5) / 20000, expected, atol=0.015, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": -0.1}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"min_p": 1.0}],
+)
+def test_越界的参数说出名字与取值(options):
+    (name,) = options
+    with pytest.raises(UserError, match=name):
+        SamplingParams(**options)
