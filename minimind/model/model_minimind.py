@@ -1,0 +1,735 @@
+"""MiniMind 的模型：一个文件，从上读到下。
+
+顺序：配置 → 归一化 → 旋转位置编码（含 YaRN）→ 注意力 → 前馈 → 混合专家 → 主干 → 语言模型 → 分块交叉熵。
+导出权重时这个文件会一起放进目录，所以它不引用项目里的其他文件。
+
+形状记号：B 批、T 本次输入的长度、S 键的长度（缓存里的加上本次的）、H 隐藏维、D 每个头的维数、
+V 词表、N = B·T、E 专家数、K 每个词元选中的专家数。
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.configuration_utils import PretrainedConfig
+from transformers.utils import ModelOutput
+
+try:  # torch>=2.10 才有公开的变长注意力
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    varlen_attn = None
+
+IGNORE_INDEX = -100
+
+# ---------------------------------------------------------------- 配置
+
+_LAYOUT_DEFAULTS = {  # 两种布局只差这几个默认值：v2 是 26M/104M/145M 那一代，v3 与 Qwen3 / Qwen3-MoE 同构
+    "v2": dict(num_key_value_heads=2, rms_norm_eps=1e-5, num_experts_per_tok=2, n_shared_experts=1,
+               aux_loss_alpha=0.01, seq_aux=True, widen=8 / 3),
+    "v3": dict(num_key_value_heads=4, rms_norm_eps=1e-6, num_experts_per_tok=1, n_shared_experts=0,
+               aux_loss_alpha=5e-4, seq_aux=False, widen=math.pi),
+}  # fmt: skip
+
+_YARN_DEFAULTS = dict(
+    factor=16.0, original_max_position_embeddings=2048, beta_fast=32.0, beta_slow=1.0, attention_factor=1.0
+)
+
+
+class MiniMindConfig(PretrainedConfig):
+    """模型的全部尺寸与开关。
+
+    Args:
+        arch: "v2" 或 "v3"；v3 多 QK-norm，混合专家没有共享专家。决定下面为 None 的默认值。
+        hidden_size, num_hidden_layers, num_attention_heads, num_key_value_heads: 主干尺寸；键值头少于查询头即 GQA。
+        head_dim: 每个头的维数，默认 hidden_size / num_attention_heads。
+        intermediate_size: 前馈宽度，默认 64·ceil(r·hidden/64)，r 在 v2 是 8/3，在 v3 是 π。
+        max_position_embeddings: 允许的最长上下文；位置编码现算，没有表，改大它不用重训权重形状。
+        inference_rope_scaling: 推理时用 YaRN 外推；参数在 `rope_scaling`（factor、original_max_position_embeddings、
+            beta_fast、beta_slow、attention_factor）。
+        flash_attn: True 走 SDPA；False 走写明白的 softmax，供对照与教学。
+        initializer_range: 线性层与词嵌入的初始标准差。
+        use_moe 及以下: 专家数（别名 num_experts）、每词元专家数、共享专家数、负载均衡系数
+            （别名 router_aux_loss_coef）、按序列还是按全批统计、top-k 权重是否归一、专家宽度。
+
+    Raises:
+        ValueError: 尺寸互相矛盾，或 arch 不认识。
+    """
+
+    model_type = "minimind"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {"num_experts": "n_routed_experts", "router_aux_loss_coef": "aux_loss_alpha"}
+
+    def __init__(
+        self,
+        arch: str = "v2",
+        hidden_size: int = 512,
+        num_hidden_layers: int = 8,
+        vocab_size: int = 6400,
+        num_attention_heads: int = 8,
+        num_key_value_heads: int | None = None,
+        head_dim: int | None = None,
+        intermediate_size: int | None = None,
+        hidden_act: str = "silu",
+        max_position_embeddings: int = 32768,
+        rope_theta: float = 1e6,
+        inference_rope_scaling: bool = False,
+        rope_scaling: dict | None = None,
+        rms_norm_eps: float | None = None,
+        dropout: float = 0.0,
+        flash_attn: bool = True,
+        initializer_range: float = 0.02,
+        use_moe: bool = False,
+        n_routed_experts: int | None = None,
+        num_experts_per_tok: int | None = None,
+        n_shared_experts: int | None = None,
+        moe_intermediate_size: int | None = None,
+        scoring_func: str = "softmax",
+        norm_topk_prob: bool = True,
+        aux_loss_alpha: float | None = None,
+        seq_aux: bool | None = None,
+        bos_token_id: int = 1,
+        eos_token_id: int = 2,
+        pad_token_id: int = 0,
+        tie_word_embeddings: bool = True,
+        **kwargs: Any,
+    ):
+        if arch not in _LAYOUT_DEFAULTS:
+            raise ValueError(f"arch 只能是 {sorted(_LAYOUT_DEFAULTS)} 之一，得到 {arch!r}")
+        layout = _LAYOUT_DEFAULTS[arch]
+
+        def pick(value, name):
+            return layout[name] if value is None else value
+
+        self.arch = arch
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.vocab_size = vocab_size
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = pick(num_key_value_heads, "num_key_value_heads")
+        self.head_dim = head_dim or hidden_size // num_attention_heads
+        self.intermediate_size = intermediate_size or 64 * math.ceil(hidden_size * layout["widen"] / 64)
+        self.hidden_act = hidden_act
+        self.max_position_embeddings = max_position_embeddings
+        self.rope_theta = float(rope_theta)
+        self.inference_rope_scaling = inference_rope_scaling
+        self.yarn = {**_YARN_DEFAULTS, **(rope_scaling or kwargs.pop("yarn", None) or {})}
+        self.rms_norm_eps = pick(rms_norm_eps, "rms_norm_eps")
+        self.dropout = dropout
+        self.flash_attn = flash_attn
+        self.initializer_range = initializer_range
+        self.use_moe = bool(use_moe)
+        alias = kwargs.pop("num_experts", None)
+        self.n_routed_experts = n_routed_experts or alias or 4
+        self.num_experts_per_tok = pick(num_experts_per_tok, "num_experts_per_tok")
+        self.n_shared_experts = pick(n_shared_experts, "n_shared_experts")
+        self.moe_intermediate_size = moe_intermediate_size or self.intermediate_size
+        self.scoring_func = scoring_func
+        self.norm_topk_prob = norm_topk_prob
+        alias = kwargs.pop("router_aux_loss_coef", None)
+        self.aux_loss_alpha = pick(alias if aux_loss_alpha is None else aux_loss_alpha, "aux_loss_alpha")
+        self.seq_aux = pick(seq_aux, "seq_aux")
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
+        self.tie_word_embeddings = tie_word_embeddings
+        self._check()
+        super().__init__(**kwargs)
+
+    def _check(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} 必须是 "
+                f"num_key_value_heads={self.num_key_value_heads} 的整数倍，请调整其中一个"
+            )
+        if self.head_dim % 2:
+            raise ValueError(
+                f"每个头的维数必须是偶数才能做旋转位置编码，得到 {self.head_dim}；请改 hidden_size 或头数"
+            )
+        if self.hidden_act != "silu" or self.scoring_func != "softmax":
+            raise ValueError("只支持 hidden_act='silu' 与 scoring_func='softmax'")
+        if self.use_moe and not 1 <= self.num_experts_per_tok <= self.n_routed_experts:
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} 应在 1 与 n_routed_experts={self.n_routed_experts} 之间"
+            )
+
+
+# ---------------------------------------------------------------- 归一化
+
+
+class RMSNorm(nn.Module):
+    """均方根归一化（Zhang & Sennrich 2019），内部用 fp32。输入输出 [..., H]。"""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return (self.weight * x32).to(x.dtype)
+
+
+# ---------------------------------------------------------------- 旋转位置编码
+
+
+def rope_frequencies(config: MiniMindConfig, device: torch.device | str = "cpu") -> Tensor:
+    """每对维度的角频率 [D/2]，fp32；`inference_rope_scaling` 时按 YaRN 调整。
+
+    YaRN（Peng 2023，式 17–23）：转得快的维度（原窗口内转过 beta_fast 圈以上）不动，转得慢的（不足 beta_slow 圈）
+    按 factor 插值，中间线性过渡。
+    """
+    dim, base = config.head_dim, config.rope_theta
+    freq = base ** (-torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+    if not config.inference_rope_scaling:
+        return freq
+    yarn = config.yarn
+    window = yarn["original_max_position_embeddings"]
+
+    def dim_of(turns: float) -> float:  # 在原窗口内恰好转 turns 圈的维度下标
+        return dim * math.log(window / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low = max(math.floor(dim_of(yarn["beta_fast"])), 0)
+    high = min(math.ceil(dim_of(yarn["beta_slow"])), dim // 2 - 1)
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32, device=device) - low) / max(high - low, 1e-3)).clamp(
+        0, 1
+    )
+    return freq * (1 - ramp + ramp / yarn["factor"])
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """把 x [B, T, heads, D] 的前后两半当作复数的实部虚部旋转；cos、sin [B 或 1, T, 1, D/2]。
+
+    全用实数写，NPU 没有复数算子。
+    """
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+# ---------------------------------------------------------------- 注意力
+
+
+@dataclass
+class AttentionPlan:
+    """一次前向里所有层共用的注意力安排，只算一次，层里不再同步主机。
+
+    mask: [B 或 1, 1, T, S] 布尔（True 可见）或加性浮点；None 表示不需要。
+    causal: 没有 mask 时是否按下三角。
+    cu_seqlens / max_seqlen / segments: 打包行的文档边界；segments 是 CPU 上的起止位置表。
+    """
+
+    mask: Tensor | None = None
+    causal: bool = True
+    cu_seqlens: Tensor | None = None
+    max_seqlen: int = 0
+    segments: list[tuple[int, int]] | None = None
+
+
+class Attention(nn.Module):
+    """分组查询注意力。v3 在旋转之前对 q、k 逐头做 RMSNorm。"""
+
+    def __init__(self, config: MiniMindConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        self.flash = config.flash_attn
+        self.dropout = config.dropout
+        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+        self.q_norm = self.k_norm = None
+        if config.arch == "v3":
+            self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], plan: AttentionPlan, cache: Any = None
+    ) -> Tensor:
+        """x [B, T, H] → [B, T, H]。"""
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, self.heads, self.head_dim)
+        k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim)
+        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        if plan.cu_seqlens is not None:
+            out = self._packed(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), plan)
+        else:
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+            if cache is not None:
+                k, v = cache.update(k, v, self.layer_idx)
+            out = self._attend(q, k, v, plan.mask, plan.causal).transpose(1, 2)
+        return self.o_proj(out.reshape(B, T, -1))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        """q [B, heads, T, D]，k、v [B, kv_heads, S, D] → [B, heads, T, D]。"""
+        dropout = self.dropout if self.training else 0.0
+        groups = self.heads // self.kv_heads
+        if self.flash:
+            # 只有 CUDA 半精度的 flash 内核直接吃 GQA；带 mask 时它会退回全量 softmax，不如先展开头
+            gqa = groups > 1 and mask is None and q.is_cuda and q.dtype != torch.float32
+            if groups > 1 and not gqa:
+                k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None, enable_gqa=gqa
+            )
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        score = (q @ k.transpose(-1, -2)).float() / math.sqrt(self.head_dim)
+        if mask is None and causal:
+            mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+        if mask is not None:
+            score = score.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else score + mask
+        return F.dropout(score.softmax(-1), dropout).to(q.dtype) @ v
+
+    def _packed(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
+        """打包行：q [N, heads, D]，k、v [N, kv_heads, D] → [N, heads, D]，注意力不出文档。"""
+        if plan.segments is None:
+            return varlen_attn(
+                q, k, v, plan.cu_seqlens, plan.cu_seqlens, plan.max_seqlen, plan.max_seqlen,
+                window_size=(-1, 0), enable_gqa=self.heads != self.kv_heads,
+            )  # fmt: skip
+        q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
+        parts = [self._attend(q[:, :, s:e], k[:, :, s:e], v[:, :, s:e], None, True) for s, e in plan.segments]
+        return torch.cat(parts, dim=2).squeeze(0).transpose(0, 1)
+
+
+# ---------------------------------------------------------------- 前馈
+
+
+class MLP(nn.Module):
+    """SwiGLU（Shazeer 2020）：down(silu(gate(x)) · up(x))。输入输出 [..., H]。"""
+
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+# ---------------------------------------------------------------- 混合专家
+
+
+class _Dispatch(torch.autograd.Function):
+    """按专家排好序取词元：x [N, H] → [N·K, H]。反向是收集再求和，不用原子加，结果可重复。"""
+
+    @staticmethod
+    def forward(ctx, x, order, inverse, k):
+        ctx.save_for_backward(inverse)
+        ctx.k = k
+        return x.index_select(0, order // k)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(0, inverse).view(-1, ctx.k, grad.shape[-1]).sum(1), None, None, None
+
+
+class _Unsort(torch.autograd.Function):
+    """把按专家排序的结果放回原来的次序：[N·K, H] → [N·K, H]。"""
+
+    @staticmethod
+    def forward(ctx, x, order, inverse):
+        ctx.save_for_backward(order)
+        return x.index_select(0, inverse)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (order,) = ctx.saved_tensors
+        return grad.index_select(0, order), None, None
+
+
+class MoE(nn.Module):
+    """混合专家前馈：softmax 门控，取前 K 个专家，外加总是参与的共享专家。
+
+    负载均衡损失（Switch Transformer 式 4；DeepSeek-V2 的按序列版本）：alpha · E · Σ_e f_e·P_e，
+    f_e 是专家 e 分到的份额（除以 K，不随 top-k 变大），P_e 是平均门控概率。
+    """
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__()
+        width = config.moe_intermediate_size
+        self.num_experts, self.top_k = config.n_routed_experts, config.num_experts_per_tok
+        self.norm_topk, self.alpha, self.seq_aux = (
+            config.norm_topk_prob,
+            config.aux_loss_alpha,
+            config.seq_aux,
+        )
+        self.norm_single = config.arch == "v3"
+        self.gate = nn.Linear(config.hidden_size, self.num_experts, bias=False)
+        self.experts = nn.ModuleList(MLP(config.hidden_size, width) for _ in range(self.num_experts))
+        if config.n_shared_experts:
+            self.shared_experts = nn.ModuleList(
+                MLP(config.hidden_size, width) for _ in range(config.n_shared_experts)
+            )
+        else:
+            self.shared_experts = None
+        self.last_load: Tensor | None = None
+
+    def forward(self, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x [B, T, H]，valid [B, T]（True 为真词元，None 表示全是）→ 输出 [B, T, H] 与辅助损失标量。"""
+        B, T, H = x.shape
+        flat = x.reshape(-1, H)
+        with torch.autocast(x.device.type, enabled=False):  # 路由差一点就换专家，用 fp32
+            score = F.linear(flat.float(), self.gate.weight.float()).softmax(-1)
+        weight, expert = score.topk(self.top_k, dim=-1, sorted=False)
+        if self.norm_topk and (self.top_k > 1 or self.norm_single):
+            weight = weight / (weight.sum(-1, keepdim=True) + 1e-20)
+
+        order = expert.flatten().argsort(stable=True)
+        inverse = order.argsort()
+        chosen = F.one_hot(expert, self.num_experts).sum(1)  # [N, E]
+        count = chosen.sum(0)  # [E]
+        y = self._experts(_Dispatch.apply(flat, order, inverse, self.top_k), count)
+        y = _Unsort.apply(y, order, inverse).view(-1, self.top_k, H)
+        y = (y * weight.unsqueeze(-1).to(y.dtype)).sum(1)
+        for expert_mlp in self.shared_experts or ():
+            y = y + expert_mlp(flat)
+        return y.view(B, T, H), self._balance_loss(score, chosen, valid, B, T)
+
+    def _experts(self, x: Tensor, count: Tensor) -> Tensor:
+        """x [N·K, H] 已按专家排序，count [E] → [N·K, H]。没有词元的专家得到零梯度而不是 None，DDP 才不会等它。"""
+        dtype = (
+            torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        )
+        if hasattr(F, "grouped_mm") and x.is_cuda and dtype == torch.bfloat16:
+            return self._experts_grouped(x.to(dtype), count)
+        parts = x.split(count.tolist())
+        return torch.cat([expert(part) for expert, part in zip(self.experts, parts)])
+
+    def _experts_grouped(self, x: Tensor, count: Tensor) -> Tensor:
+        """三次分组矩阵乘代替逐专家循环，不同步主机。"""
+        ends = count.cumsum(0).to(torch.int32)
+
+        def stacked(name: str) -> Tensor:  # [E, 入, 出]
+            return torch.stack([getattr(e, name).weight.to(x.dtype) for e in self.experts]).transpose(1, 2)
+
+        with torch.autocast(x.device.type, enabled=False):
+            gate = F.grouped_mm(x, stacked("gate_proj"), offs=ends)
+            up = F.grouped_mm(x, stacked("up_proj"), offs=ends)
+            return F.grouped_mm(F.silu(gate) * up, stacked("down_proj"), offs=ends)
+
+    def _balance_loss(self, score: Tensor, chosen: Tensor, valid: Tensor | None, B: int, T: int) -> Tensor:
+        E, K = self.num_experts, self.top_k
+        chosen = chosen.to(score.dtype)
+        if valid is not None:
+            keep = valid.reshape(-1, 1).to(score.dtype)
+            chosen, score, n = chosen * keep, score * keep, valid.sum(-1).to(score.dtype)  # n [B]
+        else:
+            n = torch.full((B,), float(T), device=score.device)
+        self.last_load = (chosen.sum(0) / (n.sum() * K).clamp_min(1)).detach()
+        if not self.training or self.alpha <= 0:
+            return score.new_zeros(())
+        if self.seq_aux:
+            n = n.clamp_min(1).unsqueeze(-1)
+            share = chosen.view(B, T, E).sum(1) / (n * K)
+            prob = score.view(B, T, E).sum(1) / n
+            return self.alpha * E * (share * prob).sum(-1).mean()
+        total = n.sum().clamp_min(1)
+        return self.alpha * E * ((chosen.sum(0) / (total * K)) * (score.sum(0) / total)).sum()
+
+
+# ---------------------------------------------------------------- 主干
+
+
+class Block(nn.Module):
+    """一层：x + attn(norm(x))，再 x + mlp(norm(x))。"""
+
+    def __init__(self, config: MiniMindConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = Attention(config, layer_idx)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MoE(config) if config.use_moe else MLP(config.hidden_size, config.intermediate_size)
+        self.dropout = config.dropout
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+    def forward(self, x, rope, plan, valid=None, cache=None) -> tuple[Tensor, Tensor | None]:
+        x = x + self._drop(self.self_attn(self.input_layernorm(x), rope, plan, cache))
+        y, aux = self.post_attention_layernorm(x), None
+        if isinstance(self.mlp, MoE):
+            y, aux = self.mlp(y, valid)
+        else:
+            y = self.mlp(y)
+        return x + self._drop(y), aux
+
+
+class MiniMindModel(nn.Module):
+    """词嵌入、若干层、末尾归一化。"""
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self._frequencies: Tensor | None = None
+
+    def forward(
+        self, input_ids, attention_mask=None, position_ids=None, cache=None, cu_seqlens=None, max_seqlen=None,
+        inputs_embeds=None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """input_ids [B, T] → 末层隐藏状态 [B, T, H] 与辅助损失标量（各层之和）。"""
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        B, T, _ = x.shape
+        past = cache.get_seq_length() if cache is not None else 0
+        if past + T > self.config.max_position_embeddings:
+            raise ValueError(
+                f"上下文太长：已有 {past} 个词元，又来 {T} 个，超过 max_position_embeddings="
+                f"{self.config.max_position_embeddings}。请截短输入，或调大这个配置（配合 inference_rope_scaling）"
+            )
+        if position_ids is None:
+            position_ids = torch.arange(past, past + T, device=x.device).unsqueeze(0)
+        rope = self._rope(position_ids)
+        plan = self._plan(B, T, past, attention_mask, cu_seqlens, max_seqlen, x)
+        valid = None
+        if attention_mask is not None and attention_mask.dim() == 2 and self.config.use_moe:
+            valid = attention_mask[:, -T:].bool()
+        if self.config.dropout and self.training:
+            x = F.dropout(x, self.config.dropout)
+        aux_total = None
+        for layer in self.layers:
+            x, aux = layer(x, rope, plan, valid, cache)
+            if aux is not None:
+                aux_total = aux if aux_total is None else aux_total + aux
+        if aux_total is None:
+            aux_total = torch.zeros((), device=x.device)
+        return self.norm(x), aux_total
+
+    def _rope(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """position_ids [B 或 1, T] → cos、sin [B 或 1, T, 1, D/2]，fp32。
+
+        频率不是 buffer：模型整体转半精度、或在 meta 设备上建起来，它都仍是正确的 fp32。
+        """
+        if self._frequencies is None or self._frequencies.device != position_ids.device:
+            self._frequencies = rope_frequencies(self.config, position_ids.device)
+        angle = (position_ids.unsqueeze(-1).float() * self._frequencies).unsqueeze(2)
+        factor = self.config.yarn["attention_factor"] if self.config.inference_rope_scaling else 1.0
+        return angle.cos() * factor, angle.sin() * factor
+
+    def _plan(self, B, T, past, attention_mask, cu_seqlens, max_seqlen, x) -> AttentionPlan:
+        S, device = past + T, x.device
+        if cu_seqlens is not None:
+            if attention_mask is not None or past:
+                raise ValueError("cu_seqlens（打包）不能与 attention_mask 或缓存同用：补齐处请作为单独的一段")
+            half = (x.is_cuda and torch.is_autocast_enabled("cuda")) or x.dtype in (
+                torch.float16,
+                torch.bfloat16,
+            )
+            if (
+                x.is_cuda
+                and half
+                and varlen_attn is not None
+                and self.config.flash_attn
+                and not self.config.dropout
+            ):
+                return AttentionPlan(cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+            ends = cu_seqlens.tolist()
+            return AttentionPlan(
+                cu_seqlens=cu_seqlens, segments=[(s, e) for s, e in zip(ends, ends[1:]) if e > s]
+            )
+        if attention_mask is not None and attention_mask.dim() == 4:
+            return AttentionPlan(mask=attention_mask)
+        if attention_mask is not None and attention_mask.shape != (B, S):
+            raise ValueError(
+                f"attention_mask 应为 [B, 缓存+本次] = {(B, S)}，得到 {tuple(attention_mask.shape)}"
+            )
+        # 整次前向只问一次“有没有补齐”，没有就不建 T×S 的表；编译时不问，免得断图
+        if attention_mask is not None and not torch.compiler.is_compiling() and bool(attention_mask.all()):
+            attention_mask = None
+        if attention_mask is None and (T == 1 or past == 0):
+            return AttentionPlan(causal=T > 1)
+        query = torch.arange(past, S, device=device).unsqueeze(1)
+        key = torch.arange(S, device=device).unsqueeze(0)
+        mask = (key <= query).unsqueeze(0)
+        if attention_mask is not None:
+            # 补齐位置的查询看不到任何键，softmax 会得 NaN；让它看自己，输出反正不用
+            mask = (mask & attention_mask.bool().unsqueeze(1)) | (key == query)
+        return AttentionPlan(mask=mask.unsqueeze(1))
+
+
+# ---------------------------------------------------------------- 语言模型
+
+
+@dataclass
+class MiniMindOutput(ModelOutput):
+    """前向的结果。
+
+    loss: 目标词元上的平均交叉熵（不含辅助损失）；loss_sum: 加权和；target_count: 权重和（0 维张量）。
+    aux_loss: 已乘 alpha 的负载均衡损失，稠密模型为 0。
+    logits [B, T', V]；hidden_states [B, T, H] 是末尾归一化之后的隐藏状态。
+    """
+
+    loss: Tensor | None = None
+    loss_sum: Tensor | None = None
+    target_count: Tensor | None = None
+    aux_loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Any = None
+    hidden_states: Tensor | None = None
+
+
+class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
+    """带语言模型头的 MiniMind；权重名与公开版相同，词嵌入与输出头共享。"""
+
+    config_class = MiniMindConfig
+    base_model_prefix = "model"
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _no_split_modules = ["Block"]
+    _supports_sdpa = True
+
+    def __init__(self, config: MiniMindConfig | None = None):
+        super().__init__(config or MiniMindConfig())
+        self.model = MiniMindModel(self.config)
+        self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool = False,
+        labels: Tensor | None = None,
+        loss_weights: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_logits: bool | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MiniMindOutput:
+        """一次前向。
+
+        Args:
+            input_ids: [B, T]。
+            attention_mask: [B, 缓存+T]，1 为真词元；或 4 维的现成 mask。
+            position_ids: [B, T]；打包行每篇从 0 起。
+            past_key_values: 任何有 `update(k, v, layer_idx)` 与 `get_seq_length()` 的缓存；k、v 为 [B, kv_heads, T, D]。
+            labels: [B, T]，与 input_ids 对齐（移位在里面做），-100 不是目标。
+            loss_weights: [B, T]，与 labels 对齐的每词元权重。
+            cu_seqlens: int32 [n+1]，把 B·T 个位置切成文档的累计边界，首 0 末 B·T。
+            max_seqlen: 最长的一篇（CUDA 变长内核要用）。
+            logits_to_keep: 只算最后几个位置的 logits；0 为全部，也可给位置下标。
+            return_logits: None 表示“训练且有 labels 时不返回”，此时损失分块算，不产生整块 logits。
+
+        Raises:
+            ValueError: 超过最大位置，或参数互相矛盾。
+        """
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        hidden, aux_loss = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, cu_seqlens, max_seqlen, inputs_embeds
+        )
+        out = MiniMindOutput(aux_loss=aux_loss, past_key_values=past_key_values, hidden_states=hidden)
+        if return_logits is None:
+            return_logits = labels is None or not self.training
+        if return_logits:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            kept = hidden if isinstance(keep, slice) and not logits_to_keep else hidden[:, keep]
+            out.logits = self.lm_head(kept)
+        if labels is not None:
+            target = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
+            weight = (target != IGNORE_INDEX).float()
+            if loss_weights is not None:
+                weight = weight * F.pad(loss_weights[:, 1:], (0, 1)).flatten()
+            flat = hidden.flatten(0, 1)
+            out.loss_sum = linear_cross_entropy(flat, self.lm_head.weight, target, weight)
+            out.target_count = weight.sum()
+            out.loss = out.loss_sum / out.target_count.where(out.target_count > 0, 1.0)
+        return out
+
+    def moe_load(self) -> list[Tensor] | None:
+        """上一次前向里每层各专家分到的词元份额 [E]（和为 1）；稠密模型返回 None。"""
+        if not self.config.use_moe:
+            return None
+        return [layer.mlp.last_load for layer in self.model.layers]
+
+
+# ---------------------------------------------------------------- 分块交叉熵
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """一块一块地算 logits、损失与两个梯度，整块 [N, V] 的 fp32 logits 从不存在。"""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, target, loss_weight, chunk):
+        need_grad = hidden.requires_grad or weight.requires_grad
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        with torch.autocast(device, enabled=False):
+            w = weight.to(dtype)
+            grad_hidden = torch.empty_like(hidden) if need_grad else None
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_grad else None
+            total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+            for start in range(0, hidden.shape[0], chunk):
+                rows = slice(start, start + chunk)
+                h, t, lw = hidden[rows].to(dtype), target[rows, None].clamp_min(0), loss_weight[rows, None]
+                logp = F.log_softmax((h @ w.t()).float(), dim=-1)
+                total -= (logp.gather(1, t) * lw).sum()
+                if need_grad:
+                    grad = logp.exp_().scatter_add_(1, t, torch.full_like(lw, -1.0)).mul_(lw).to(dtype)
+                    grad_hidden[rows] = grad @ w
+                    grad_weight += grad.t() @ h
+        if need_grad:
+            ctx.save_for_backward(grad_hidden, grad_weight)
+            ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad_out, (grad_weight * grad_out).to(ctx.weight_dtype), None, None, None
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, target: Tensor, loss_weight: Tensor, chunk: int | None = None
+) -> Tensor:
+    """Σ loss_weight · CE(hidden @ weightᵀ, target)，标量 fp32。
+
+    hidden [N, H]，weight [V, H]，target [N]（负数处权重应为 0），loss_weight [N]。
+    """
+    chunk = chunk or (256 if hidden.device.type == "cpu" else 4096)
+    return _LinearCrossEntropy.apply(hidden, weight, target, loss_weight, chunk)
+
+
+# ---------------------------------------------------------------- 统计
+
+
+def count_parameters(model: nn.Module) -> int:
+    """参数个数，共享的词嵌入只算一次。"""
+    return sum(p.numel() for p in model.parameters())
+
+
+def flops_per_token(config: MiniMindConfig, seq_len: int) -> float:
+    """训练一个词元的浮点运算（前向 + 反向 = 3 倍前向），只计矩阵乘：投影、注意力（因果取一半）、输出头；
+    混合专家只计被选中的与共享的。"""
+    H, D = config.hidden_size, config.head_dim
+    attn = 2 * H * D * (config.num_attention_heads + config.num_key_value_heads)  # q、o 与 k、v
+    if config.use_moe:
+        active = config.num_experts_per_tok + config.n_shared_experts
+        mlp = 3 * H * config.moe_intermediate_size * active + H * config.n_routed_experts
+    else:
+        mlp = 3 * H * config.intermediate_size
+    score = seq_len * D * config.num_attention_heads  # q·k 与 p·v 各 seq_len/2 个键
+    per_layer = attn + mlp + score
+    return 6.0 * (config.num_hidden_layers * per_layer + H * config.vocab_size)
+
+
+AutoConfig.register("minimind", MiniMindConfig, exist_ok=True)
+AutoModelForCausalLM.register(MiniMindConfig, MiniMindForCausalLM, exist_ok=True)
