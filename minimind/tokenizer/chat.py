@@ -1,0 +1,125 @@
+"""文本与对话 → id。控制 token 只由结构产生，文本里写的永远是普通字符。"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from minimind.errors import UserError
+from minimind.tokenizer.loading import Codec, codec_of
+from minimind.tokenizer.render import Segment, render
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+class ChatEncoding(NamedTuple):
+    """一段对话的编码；``ids`` 与 ``target`` 等长。"""
+
+    ids: list[int]
+    target: list[bool]  # True：助手正文（含推理、工具调用）和它的 <|im_end|>
+
+
+def encode_plain_batch(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
+    """一批纯文本 → id；多核时由 tokenizers 并行。文本里的控制 token 与标签只是普通字符。
+
+    Raises:
+        UserError: 文本含落单的代理字符（不能写成 UTF-8）。
+    """
+    return _encode_texts(codec_of(tokenizer), texts)
+
+
+def encode_plain(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """:func:`encode_plain_batch` 的单条形式。"""
+    return _encode_texts(codec_of(tokenizer), [text])[0]
+
+
+def encode_pretrain(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """预训练文档：``[bos] + 文本 + [eos]``。"""
+    codec = codec_of(tokenizer)
+    return [codec.bos_id, *_encode_texts(codec, [text])[0], codec.eos_id]
+
+
+def encode_chat(
+    tokenizer: PreTrainedTokenizerFast,
+    messages: list[dict],
+    tools: Any = None,
+    add_generation_prompt: bool = False,
+    enable_thinking: bool | None = None,
+) -> ChatEncoding:
+    """一段对话 → id 与目标掩码；参数见 :func:`minimind.tokenizer.render.render`。"""
+    return _encode_segments(
+        codec_of(tokenizer), [render(messages, tools, add_generation_prompt, enable_thinking)]
+    )[0]
+
+
+def encode_chat_batch(
+    tokenizer: PreTrainedTokenizerFast,
+    conversations: Sequence[list[dict]],
+    tools: Sequence[Any] | None = None,
+    add_generation_prompt: bool = False,
+    enable_thinking: bool | None = None,
+) -> list[ChatEncoding]:
+    """一批对话；结果与逐条 :func:`encode_chat` 相同，只是文本一次送进后端。
+
+    Args:
+        conversations: 每项是一段对话的消息列表。
+        tools: 与 ``conversations`` 等长的工具列表；``None`` 时各取消息里的 ``tools``。
+    """
+    each = [None] * len(conversations) if tools is None else tools
+    rendered = [
+        render(messages, own, add_generation_prompt, enable_thinking)
+        for messages, own in zip(conversations, each, strict=True)
+    ]
+    return _encode_segments(codec_of(tokenizer), rendered)
+
+
+def _encode_texts(codec: Codec, texts: Sequence[str]) -> list[list[int]]:
+    try:
+        encodings = codec.plain.encode_batch_fast(list(texts), add_special_tokens=False)
+    except (TypeError, UnicodeEncodeError):
+        for text in texts:
+            _check_text(text)
+        raise
+    return [encoding.ids for encoding in encodings]
+
+
+def _check_text(text: Any) -> None:
+    if not isinstance(text, str):
+        raise UserError(f"要分词的不是字符串：{text!r:.60}", expected="str")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"文本第 {error.start + 1} 个字符是落单的代理字符 {text[error.start]!r}，不能写成 UTF-8",
+            expected="合法的 Unicode 文本",
+            fix="清洗数据，去掉 JSON 里单独出现的 \\ud800–\\udfff",
+        ) from error
+
+
+def _encode_segments(codec: Codec, conversations: list[list[Segment]]) -> list[ChatEncoding]:
+    """收齐所有文本段，一次编码，再按结构拼回去。"""
+    texts = [s.text for segments in conversations for s in segments if not (s.control or s.fixed)]
+    pieces = iter(_encode_texts(codec, texts))
+    encoded = []
+    for segments in conversations:
+        ids: list[int] = []
+        target: list[bool] = []
+        for segment in segments:
+            if segment.control or segment.fixed:
+                piece = _layout_ids(codec, segment)
+            else:
+                piece = next(pieces)
+            ids += piece
+            target += [segment.target] * len(piece)
+        encoded.append(ChatEncoding(ids, target))
+    return encoded
+
+
+def _layout_ids(codec: Codec, segment: Segment) -> list[int]:
+    """控制 token 的 id，或布局里固定文本的缓存；外来的分词器没有的标签按文本编码。"""
+    if segment.control and segment.text in codec.controls:
+        return [codec.controls[segment.text]]
+    if segment.text not in codec.fixed:
+        codec.fixed[segment.text] = _encode_texts(codec, [segment.text])[0]
+    return codec.fixed[segment.text]
