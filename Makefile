@@ -1,0 +1,57 @@
+# make demo   自建 .venv 并安装，然后从零训练一个会答题的小模型
+# make test   自建 .venv 并安装，然后检查格式、跑全部测试
+# 可改的变量：PYTHON=python3.12   VENV=.venv   PIP_ARGS="--proxy …"   ARGS="--fast"（交给 demo 或 pytest）
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+ARGS ?=
+BIN = $(VENV)/bin
+# 人在看时显示下载进度（带 CUDA 的 torch 有两三 GB），持续集成里只留错误
+QUIET = $(if $(CI),-q)
+# 两个进程跑测试：再多也受 2 核与每进程约 400 MB 内存所限
+TEST_WORKERS ?= 2
+
+.PHONY: demo test lint format help clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '1,3s/^# //p' Makefile
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { echo "错误：找不到 $(PYTHON)；请安装 Python 3.10 以上，或用 make PYTHON=路径 指定。" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "错误：$(PYTHON) 的版本太旧，需要 Python 3.10 以上；用 make PYTHON=路径 指定一个新的。" >&2; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "错误：建不成虚拟环境；Debian 与 Ubuntu 上请先安装 python3-venv。" >&2; exit 2; }
+
+# 锁定的 torch 版本在某些平台没有现成的包，此时退回 pyproject.toml 允许的范围
+define install
+	@echo "安装依赖到 $(VENV)（只在第一次，或依赖改动后）…" >&2
+	@$(BIN)/python -m pip install $(QUIET) --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '$(1)' \
+		|| { echo "锁定的版本装不上，改用 pyproject.toml 允许的范围再试…" >&2; \
+		     $(BIN)/python -m pip install $(QUIET) --disable-pip-version-check $(PIP_ARGS) -e '$(1)'; }
+	@touch $@
+endef
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(call install,.)
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(call install,.[dev])
+	@touch $(VENV)/.installed
+
+demo: $(VENV)/.installed
+	@$(BIN)/python -m minimind demo $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: lint
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) $(ARGS)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -1,0 +1,93 @@
+"""``minimind <命令>``：一张命令表；选中哪个命令才导入哪个模块，所以 ``--help`` 不必等 torch。"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from dataclasses import dataclass
+
+from minimind import __version__
+from minimind.errors import UserError, guard
+
+
+@dataclass(frozen=True)
+class Command:
+    """一个命令：``target`` 是 ``模块:函数``，函数收下其余命令行参数的列表，返回退出码或 None。"""
+
+    target: str
+    help: str
+    group: str
+
+
+COMMANDS = {
+    "demo": Command("minimind.demo:main", "从零走完全程：造数据、预训练、微调、评测、出报告、对话", "先试试"),
+    "chat": Command("minimind.chat:main", "与训练好的模型对话（同 python eval_llm.py）", "先试试"),
+    "pretrain": Command("minimind.recipes.pretrain:main", "预训练", "训练"),
+    "sft": Command("minimind.recipes.full_sft:main", "全参数监督微调", "训练"),
+    "tokenizer train": Command("minimind.tokenizer.train:main_train", "训练分词器", "分词器"),
+    "tokenizer eval": Command("minimind.tokenizer.eval:main_eval", "比较分词器的压缩率", "分词器"),
+    "data check": Command("minimind.dataset.check:main_check", "检查 jsonl：条数、长度分布、坏行", "数据"),
+    "data download": Command("minimind.dataset.download:main_download", "下载公开数据集，可断点续传", "数据"),
+    "data make-microworld": Command("minimind.dataset.microworld:main_make", "写出内置的微世界语料", "数据"),
+}
+
+# 公共项目的叫法
+ALIASES = {"full_sft": "sft", "full-sft": "sft", "eval": "chat"}
+
+
+def help_text() -> str:
+    """按组列出全部命令。"""
+    lines = ["用法：minimind <命令> [参数]", "", "从空目录到能对话的小语言模型。", ""]
+    group = None
+    for name, command in COMMANDS.items():
+        if command.group != group:
+            group = command.group
+            lines.append(f"{group}：")
+        lines.append(f"  {name:<22}{command.help}")
+    lines += ["", "minimind <命令> --help 查看该命令的全部参数；minimind --version 显示版本。"]
+    return "\n".join(lines)
+
+
+def find_command(argv: list[str]) -> tuple[str, list[str]]:
+    """从命令行认出命令名，返回 ``(命令名, 其余参数)``；先试两个词的命令，再试一个词的。
+
+    Raises:
+        UserError: 没有这个命令；附最接近的名字。
+    """
+    words = [word for word in argv[:2] if not word.startswith("-")]
+    for size in (2, 1):
+        name = " ".join(words[:size])
+        name = ALIASES.get(name, name)
+        if len(words) >= size and name in COMMANDS:
+            return name, argv[size:]
+    family = [name for name in COMMANDS if name.split()[0] == words[0]]
+    if family:
+        found = f"命令 {words[0]} 后面还要再写一个词" if len(words) == 1 else f"没有命令 {' '.join(words)}"
+        raise UserError(found, expected="、".join(family), fix="用 minimind --help 查看全部命令")
+    candidates = [*COMMANDS, *ALIASES]
+    close = difflib.get_close_matches(" ".join(words), candidates, n=1, cutoff=0.5)
+    close = close or difflib.get_close_matches(words[0], candidates, n=1, cutoff=0.5)
+    raise UserError(
+        f"没有命令 {words[0]}",
+        fix=f"你要的也许是 minimind {close[0]}" if close else "用 minimind --help 查看全部命令",
+    )
+
+
+@guard
+def main(argv: list[str] | None = None) -> int | None:
+    """命令行总入口。"""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(help_text())
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(f"minimind {__version__}")
+        return 0
+    if argv[0].startswith("-"):
+        raise UserError(f"第一个词应当是命令，看到的是 {argv[0]}", fix="用 minimind --help 查看全部命令")
+    name, rest = find_command(argv)
+    module, function = COMMANDS[name].target.split(":")
+    # 让各命令自己的 --help 与报错写出完整的命令名
+    sys.argv[0] = f"minimind {name}"
+    return getattr(importlib.import_module(module), function)(rest)

@@ -1,0 +1,145 @@
+"""运行报告：同一份数字写成 report.md（给人看）、report.json（给程序读）和终端里的记分牌。"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Metric:
+    """记分牌的一行。
+
+    Args:
+        stage: 阶段名，例如 ``预训练``。
+        name: 指标名，例如 ``每字节比特（留出）``。
+        before, after: 阶段前后的值；没有「之前」时为 ``None``。
+        kind: ``ratio`` 按百分数显示，``number`` 按三位小数。
+        higher_is_better: 决定涨是好事还是坏事。
+    """
+
+    stage: str
+    name: str
+    before: float | None
+    after: float
+    kind: str = "ratio"
+    higher_is_better: bool = True
+
+    def show(self, value: float | None) -> str:
+        if value is None:
+            return "—"
+        return f"{value * 100:.1f}%" if self.kind == "ratio" else f"{value:.3f}"
+
+    @property
+    def improved(self) -> bool:
+        if self.before is None:
+            return True
+        return (self.after > self.before) == self.higher_is_better
+
+
+@dataclass(frozen=True)
+class Sample:
+    """一道留出题与模型前后的回答，原样不改。"""
+
+    task: str
+    prompt: str
+    reference: str
+    before: str
+    after: str
+    score: float
+
+
+@dataclass
+class Report:
+    """一次运行的全部结果。
+
+    Args:
+        title: 标题。
+        facts: 设备、参数量、用时之类的说明，按给出的次序显示。
+        metrics: 记分牌。
+        tasks: 每个任务的题数与前后正确率 ``{任务: {"items", "before", "after"}}``。
+        samples: 样例。
+        figures: 图片文件名（与报告在同一目录）及说明。
+    """
+
+    title: str
+    facts: dict[str, str | int | float] = field(default_factory=dict)
+    metrics: list[Metric] = field(default_factory=list)
+    tasks: dict[str, dict] = field(default_factory=dict)
+    samples: list[Sample] = field(default_factory=list)
+    figures: dict[str, str] = field(default_factory=dict)
+
+    def to_markdown(self) -> str:
+        blocks = [f"# {self.title}"]
+        if self.facts:
+            blocks.append(_table(["项", "值"], [[key, value] for key, value in self.facts.items()]))
+        if self.metrics:
+            rows = [[m.stage, m.name, m.show(m.before), m.show(m.after)] for m in self.metrics]
+            blocks += ["## 记分牌", _table(["阶段", "指标", "之前", "之后"], rows)]
+        for name, caption in self.figures.items():
+            blocks.append(f"![{caption}]({name})")
+        if self.tasks:
+            rows = [
+                [task, entry["items"], f"{entry['before']:.1%}", f"{entry['after']:.1%}"]
+                for task, entry in self.tasks.items()
+            ]
+            blocks += ["## 各任务", _table(["任务", "留出题数", "微调前", "微调后"], rows)]
+        if self.samples:
+            blocks.append("## 样例（留出题目，贪心生成，原样）")
+            for sample in self.samples:
+                blocks.append(
+                    f"**{sample.task}**（得分 {sample.score:g}）\n\n"
+                    f"- 问：{_inline(sample.prompt)}\n"
+                    f"- 参考答案：{_inline(sample.reference)}\n"
+                    f"- 微调前：{_inline(sample.before)}\n"
+                    f"- 微调后：{_inline(sample.after)}"
+                )
+        return "\n\n".join(blocks) + "\n"
+
+    def write(self, folder: str | Path) -> Path:
+        """写出 report.md 与 report.json（先写临时文件再改名），返回 report.md 的路径。"""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_text(folder / "report.json", json.dumps(asdict(self), ensure_ascii=False, indent=2) + "\n")
+        return _write_text(folder / "report.md", self.to_markdown())
+
+    def scoreboard(self):
+        """终端里的记分牌（rich 表格）。"""
+        from rich.table import Table
+
+        table = Table(title=self.title, title_justify="left")
+        for name in ("阶段", "指标"):
+            table.add_column(name)
+        for name in ("之前", "之后"):
+            table.add_column(name, justify="right")
+        for metric in self.metrics:
+            style = "green" if metric.improved else "red"
+            after = f"[{style}]{metric.show(metric.after)}[/]"
+            table.add_row(metric.stage, metric.name, metric.show(metric.before), after)
+        return table
+
+
+def _inline(text: str, limit: int = 300) -> str:
+    """放进 markdown 行内代码：换行写成 ↵，反引号加长围栏，太长的截断并注明。"""
+    text = text.replace("\n", "↵")
+    if len(text) > limit:
+        text = f"{text[:limit]}…（共 {len(text)} 字）"
+    fence = "``" if "`" in text else "`"
+    pad = " " if "`" in text else ""
+    return f"{fence}{pad}{text or ' '}{pad}{fence}"
+
+
+def _table(header: list[str], rows: list[list]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(
+        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
+
+
+def _write_text(path: Path, text: str) -> Path:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+    return path

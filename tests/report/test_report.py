@@ -1,0 +1,83 @@
+"""报告：同一份数字三种写法，图在没有中文字体的机器上也画得出。"""
+
+import io
+import json
+import struct
+
+import pytest
+from rich.console import Console
+
+from minimind.report import curves
+from minimind.report.logs import read_log, series
+from minimind.report.report import Metric, Report, Sample
+
+REPORT = Report(
+    title="微世界演示",
+    facts={"设备": "cpu"},
+    metrics=[
+        Metric("预训练", "每字节比特", 8.0, 1.25, kind="number", higher_is_better=False),
+        Metric("微调", "正确率", 0.02, 0.875),
+        Metric("预训练", "填空", None, 0.5),
+    ],
+    tasks={"加法": {"items": 40, "before": 0.0, "after": 0.925}},
+    samples=[Sample("加法", "1+1=?\n请回答", "2", "a`b|c", "2", 1.0)],
+    figures={"pretrain.png": "预训练曲线"},
+)
+
+
+def test_三种写法数字一致(tmp_path):
+    markdown = REPORT.write(tmp_path / "report").read_text(encoding="utf-8")
+    data = json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(REPORT.scoreboard())
+    board = console.export_text()
+    for text in (markdown, board):
+        for number in ("8.000", "1.250", "2.0%", "87.5%", "—"):
+            assert number in text
+    assert data["metrics"][1]["after"] == 0.875
+    assert data["tasks"]["加法"]["items"] == 40
+    assert "92.5%" in markdown
+    assert "![预训练曲线](pretrain.png)" in markdown
+    assert not list((tmp_path / "report").glob("*.tmp"))
+
+
+def test_回答里的换行与反引号不破坏排版():
+    lines = REPORT.to_markdown().splitlines()
+    assert "- 问：`1+1=?↵请回答`" in lines
+    assert "- 微调前：`` a`b|c ``" in lines
+
+
+@pytest.mark.parametrize(("before", "after", "higher", "good"), [(1, 2, True, True), (1, 2, False, False)])
+def test_变好还是变坏看指标方向(before, after, higher, good):
+    assert Metric("", "", before, after, higher_is_better=higher).improved is good
+
+
+def test_读日志_跳过写到一半的行(tmp_path):
+    log = tmp_path / "a.jsonl"
+    log.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "val_bpb": 1.5}\n{"step": 3, "lo', encoding="utf-8")
+    records = read_log(log)
+    assert series(records, "loss") == ([1.0], [3.0])
+    assert series(records, "val_bpb") == ([2.0], [1.5])
+    assert read_log(tmp_path / "none.jsonl") == []
+
+
+def png_size(path) -> tuple[int, int]:
+    header = path.read_bytes()[:24]
+    assert header[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", header[16:24])
+
+
+@pytest.mark.parametrize("font", [None, "real"])
+def test_画曲线(tmp_path, monkeypatch, recwarn, font):
+    if font is None:
+        monkeypatch.setattr(curves, "chinese_font", lambda: None)
+    records = [{"step": s, "loss": 9.0 / s} for s in range(1, 20)]
+    narrow = curves.plot_stage(records, "pretrain", tmp_path / "a.png")
+    wide = curves.plot_stage([*records, {"step": 20, "val_bpb": 2.0}], "pretrain", tmp_path / "b.png")
+    assert png_size(wide)[0] > png_size(narrow)[0] > 300
+    assert curves.plot_stage([], "sft", tmp_path / "none.png") is None
+    assert not (tmp_path / "none.png").exists()
+    bars = curves.plot_tasks({"add": 0.0}, {"add": 0.9, "sort": 0.8}, tmp_path / "tasks.png")
+    assert png_size(bars)[1] > 100
+    # 画不出的字会有 Glyph missing 警告
+    assert not [w for w in recwarn if "missing from" in str(w.message)]

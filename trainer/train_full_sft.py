@@ -1,0 +1,10 @@
+"""监督微调：``python trainer/train_full_sft.py --epochs 2 --batch_size 16``；正文在 minimind/recipes/full_sft.py。"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from minimind.recipes.full_sft import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

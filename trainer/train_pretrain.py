@@ -1,0 +1,10 @@
+"""预训练：``python trainer/train_pretrain.py --epochs 1 --batch_size 32``；正文在 minimind/recipes/pretrain.py。"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from minimind.recipes.pretrain import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())
