@@ -194,15 +194,19 @@ def _generate_rows(
     # 长度相同就不需要掩码，注意力走最快的那条路
     mask = None
     if any(len(prompt) != width for prompt in prompts):
-        mask = torch.cat([valid, valid.new_ones(rows, limit)], dim=1).long()
+        mask = torch.cat([valid, valid.new_ones(rows, limit)], dim=1)
     written = torch.full((rows, limit), -1, dtype=torch.long, device=device)
     stopped = torch.zeros(rows, dtype=torch.bool, device=device)
     alive = torch.arange(rows, device=device)
     seen = None
     for step in range(limit):
+        # 提示用 [B, T] 的掩码；之后每步只有一个查询，直接给 [B, 1, 1, S]，模型不必再问「有没有填充」
+        visible = mask
+        if mask is not None:
+            visible = valid.long() if step == 0 else mask[:, None, None, : width + step]
         output = model(
             input_ids=input_ids,
-            attention_mask=None if mask is None else mask[:, : width + step],
+            attention_mask=visible,
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
