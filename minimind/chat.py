@@ -1,0 +1,185 @@
+"""命令行对话：``python eval_llm.py`` 与 ``minimind chat`` 的正文。
+
+自动测试念一遍固定的问题；手动输入可以多轮。预训练权重只会续写，所以换一套开头给它接。
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from minimind.arguments import arg, parse_args
+from minimind.errors import UserError, guard
+
+CHAT_PROMPTS = (
+    "你是谁？",
+    "介绍一下你自己会做什么。",
+    "为什么天空是蓝色的？",
+    "3 加 5 等于多少？",
+    "解释一下光合作用的基本过程。",
+    "用 Python 写一个求最大公约数的函数。",
+    "明天要下雨，出门前该准备什么？",
+    "Please introduce yourself in one sentence.",
+)
+PLAIN_PROMPTS = (
+    "从前有一座山，",
+    "春天来了，",
+    "世界上最长的河流",
+    "科学家发现，",
+    "学习编程的第一步是",
+    "Once upon a time,",
+)
+
+
+@dataclass
+class ChatArguments:
+    """与训练好的模型对话。"""
+
+    load_from: str = arg("model", "model 表示本项目训练的 .pth 权重；也可以是 Hugging Face 格式的模型目录")
+    save_dir: str = arg("out", "权重所在的目录")
+    weight: str = arg("full_sft", "权重的名字：pretrain、full_sft、dpo、reason、ppo_actor、grpo、spo……")
+    lora_weight: str = arg("None", "叠加的 LoRA 权重名，例如 lora_identity；None 表示不用")
+    hidden_size: int | None = arg(None, "隐层宽度；不给则由权重文件决定")
+    num_hidden_layers: int | None = arg(None, "层数；不给则由权重旁的 JSON 决定，没有 JSON 时为 8")
+    use_moe: int | None = arg(None, "是否混合专家；不给则由权重文件决定", (0, 1))
+    arch: str | None = arg(None, "模型结构；不给则由权重旁的 JSON 决定，没有 JSON 时为 v2", ("v2", "v3"))
+    tokenizer_path: str | None = arg(None, "分词器目录；不给则用自带的（HF 目录用它自己的）")
+    inference_rope_scaling: int = arg(0, "用 YaRN 把上下文外推到训练长度之外", (0, 1))
+    max_new_tokens: int = arg(8192, "回答最多多少个 token")
+    temperature: float = arg(0.85, "采样温度，越大越随机；0 表示每步取概率最大的")
+    top_p: float = arg(0.85, "只在累计概率达到它的最小集合里抽；1 表示不限")
+    top_k: int = arg(0, "只在概率最大的 k 个里抽；0 表示不限")
+    min_p: float = arg(0.0, "丢掉概率低于最大者这么多倍的；0 表示不限")
+    repetition_penalty: float = arg(1.0, "大于 1 时压低已出现过的 token；1 表示不罚")
+    historys: int = arg(0, "携带最近多少条历史消息，一问一答是两条；0 表示每次重新开始")
+    open_thinking: int | None = arg(None, "思考开关：1 先想再答，0 直接答；不给则由模型决定", (0, 1))
+    show_speed: int = arg(1, "每次回答后显示速度", (0, 1))
+    seed: int | None = arg(None, "随机种子；不给则每次不同")
+    device: str = arg("auto", "设备：auto、cpu、cuda:0、npu:0、mps")
+    dtype: str = arg(
+        "auto", "计算精度；auto：CPU 用 float32，显卡用半精度", ("auto", "float32", "bfloat16", "float16")
+    )
+    mode: str | None = arg(None, "auto 自动测试，manual 手动输入；不给则启动后询问", ("auto", "manual"))
+    prompt: str | None = arg(None, "只问这一句，答完退出")
+
+
+def say_out(text: str) -> None:
+    """对话内容走 stdout，立即显示。"""
+    print(text, end="", flush=True)
+
+
+def ask_mode() -> str:
+    """启动菜单；输入流结束按自动测试处理。"""
+    while True:
+        try:
+            choice = input("[0] 自动测试\n[1] 手动输入\n").strip()
+        except EOFError:
+            return "auto"
+        if choice in ("0", "1"):
+            return "manual" if choice == "1" else "auto"
+        say_out(f"请输入 0 或 1（看到的是 {choice!r}）。\n")
+
+
+def typed_prompts() -> Iterator[str]:
+    """逐行读入，空行或输入流结束为止。"""
+    while True:
+        try:
+            line = input("你：")
+        except EOFError:
+            say_out("\n")
+            return
+        except UnicodeDecodeError:
+            say_out("\n这一行不是合法的 UTF-8，已略过。\n")
+            continue
+        if not line.strip():
+            return
+        yield line
+
+
+def talk(session, prompts: Iterable[str], *, echo: bool, show_speed: bool, forgiving: bool) -> None:
+    """逐个问、流式答。
+
+    Args:
+        echo: 先把问题打印出来（自动测试）。
+        forgiving: 真为手动对话，一问太长时说明后继续；假则让错误结束程序。
+    """
+    for prompt in prompts:
+        if echo:
+            say_out(f"你：{prompt}\n")
+        say_out("续：" if session.plain else "答：")
+        try:
+            for piece in session.reply(prompt):
+                say_out(piece)
+        except UserError as error:
+            if not forgiving:
+                say_out("\n")
+                raise
+            say_out(f"\n{error}\n\n")
+            continue
+        if session.dropped:
+            say_out(f"\n（上下文放不下，略去了最早的 {session.dropped} 条历史）")
+        speed = session.speed
+        tail = f"\n[速度] {speed.per_second:.2f} tokens/s（{speed.tokens} 个）" if show_speed else ""
+        say_out(f"{tail}\n\n")
+
+
+def open_session(args: ChatArguments):
+    """按参数打开模型，返回 :class:`minimind.inference.chat.ChatSession`。"""
+    from minimind.inference.chat import ChatSession
+    from minimind.inference.loading import load_for_inference
+    from minimind.inference.sampling import SamplingParams
+
+    if args.historys < 0:
+        raise UserError(f"--historys={args.historys} 不能是负数", fix="改成 0 或正偶数")
+    if args.max_new_tokens < 1:
+        raise UserError(f"--max_new_tokens={args.max_new_tokens} 应当至少为 1", fix="改成正整数")
+    # 先查采样参数再读权重：写错一个数不必等几秒才知道
+    params = SamplingParams(
+        args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed
+    )
+    names = (
+        "load_from", "save_dir", "weight", "lora_weight", "hidden_size", "num_hidden_layers", "use_moe", "arch",
+        "tokenizer_path", "device", "dtype",
+    )  # fmt: skip
+    loaded = load_for_inference(
+        inference_rope_scaling=bool(args.inference_rope_scaling),
+        **{name: getattr(args, name) for name in names},
+    )
+    return ChatSession(
+        loaded.model,
+        loaded.tokenizer,
+        params,
+        max_new_tokens=args.max_new_tokens,
+        history_messages=args.historys,
+        plain=loaded.plain,
+        enable_thinking=None if args.open_thinking is None else bool(args.open_thinking),
+    )
+
+
+def run(session, args: ChatArguments) -> None:
+    """按 ``--prompt``、``--mode`` 或菜单的选择进行对话。"""
+    common = {"show_speed": bool(args.show_speed)}
+    if args.prompt is not None:
+        talk(session, [args.prompt], echo=False, forgiving=False, **common)
+    elif (args.mode or ask_mode()) == "auto":
+        talk(session, PLAIN_PROMPTS if session.plain else CHAT_PROMPTS, echo=True, forgiving=False, **common)
+    else:
+        say_out("（空行退出）\n")
+        talk(session, typed_prompts(), echo=False, forgiving=sys.stdin.isatty(), **common)
+
+
+@guard
+def main(argv: list[str] | None = None) -> None:
+    """命令行入口。"""
+    args = parse_args(ChatArguments, argv)
+    # 行编辑与中文退格；Windows 没有 readline，控制台自带
+    if sys.stdin.isatty() and os.name != "nt":
+        import readline  # noqa: F401
+    if args.seed is None:
+        import torch
+
+        torch.manual_seed(random.SystemRandom().randrange(2**31))
+    run(open_session(args), args)

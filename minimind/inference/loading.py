@@ -1,0 +1,173 @@
+"""为使用而打开一个模型：本项目的 .pth（尺寸从旁注里认）或 Hugging Face 目录。"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minimind.console import say
+from minimind.errors import UserError
+from minimind.model import MiniMindConfig, count_parameters
+from minimind.paths import resolve_path
+from minimind.tokenizer import load_tokenizer
+from minimind.tokenizer.loading import codec_of
+from minimind.tokenizer.special import IM_END
+from minimind.trainer.checkpoint import file_stem, read_sidecar, sidecar_path
+from minimind.trainer.device import choose_dtype, device_name, resolve_device
+from minimind.trainer.trainer_utils import init_model
+
+# --load_from 的这几种写法都指本项目的 .pth（公共项目的默认值是 model）
+NATIVE = ("model", "./model", "../model")
+
+
+@dataclass
+class Loaded:
+    """可以直接生成的模型。
+
+    Args:
+        model: 在目标设备上、eval 状态。
+        plain: 真为只会续写的预训练权重，假为会对话的权重。
+        source: 权重文件或目录，用于显示。
+    """
+
+    model: torch.nn.Module
+    tokenizer: Any
+    plain: bool
+    source: Path
+
+
+def stop_ids(model: torch.nn.Module, tokenizer: Any) -> set[int]:
+    """遇到就停的 token：分词器的结束符、对话回合的结束符、模型配置里写的结束符。"""
+    configured = getattr(model.config, "eos_token_id", None)
+    ids = configured if isinstance(configured, (list, tuple)) else [configured]
+    ids = {*ids, tokenizer.eos_token_id, codec_of(tokenizer).controls.get(IM_END)}
+    return {int(token) for token in ids if token is not None}
+
+
+def load_for_inference(
+    *,
+    load_from: str = "model",
+    save_dir: str = "out",
+    weight: str = "full_sft",
+    lora_weight: str = "None",
+    hidden_size: int | None = None,
+    num_hidden_layers: int | None = None,
+    use_moe: int | None = None,
+    arch: str | None = None,
+    tokenizer_path: str | None = None,
+    inference_rope_scaling: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> Loaded:
+    """按 :mod:`eval_llm` 的参数打开模型；尺寸参数为 ``None`` 时由权重旁的 JSON 决定。
+
+    Raises:
+        UserError: 设备不可用、权重不存在、尺寸不符、目录不是模型。
+    """
+    target = resolve_device(device)
+    if load_from in NATIVE:
+        sizes = {
+            "hidden_size": hidden_size,
+            "num_hidden_layers": num_hidden_layers,
+            "use_moe": None if use_moe is None else bool(use_moe),
+            "arch": arch,
+        }
+        loaded = _load_native(weight, save_dir, sizes, tokenizer_path, inference_rope_scaling)
+        _require_no_lora(lora_weight, loaded, save_dir)
+    else:
+        loaded = _load_folder(load_from, weight, tokenizer_path)
+    precision = choose_dtype(dtype, target)
+    loaded.model.to(target, precision).eval().requires_grad_(False)
+    say(
+        f"{loaded.source}：{count_parameters(loaded.model) / 1e6:.2f}M 参数，"
+        f"{device_name(target)}，{str(precision).removeprefix('torch.')}"
+    )
+    return loaded
+
+
+def _load_native(weight, save_dir, sizes, tokenizer_path, inference_rope_scaling) -> Loaded:
+    path = find_weights(weight, save_dir, sizes["hidden_size"], sizes["use_moe"])
+    sidecar = (read_sidecar(path) if path else None) or {}
+    options = dict(sidecar.get("config", {}))
+    if path and not options:
+        options = {"hidden_size": _hidden_size(path, weight), "use_moe": path.stem.endswith("_moe")}
+    # 明写的尺寸盖过旁注；若与权重矛盾，init_model 会逐项指出
+    options |= {name: value for name, value in sizes.items() if value is not None}
+    if inference_rope_scaling:
+        options["inference_rope_scaling"] = True
+    try:
+        config = MiniMindConfig(**options)
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            str(error), where=str(sidecar_path(path)) if path and sidecar else "模型尺寸"
+        ) from error
+    model, tokenizer = init_model(config, weight, tokenizer_path, save_dir, "cpu")
+    plain = sidecar.get("recipe", weight) == "pretrain" or (not sidecar and "pretrain" in weight)
+    return Loaded(model, tokenizer, plain, resolve_path(save_dir) / f"{file_stem(config, weight)}.pth")
+
+
+def _hidden_size(path: Path, weight: str) -> int:
+    return int(path.stem.removeprefix(f"{weight}_").removesuffix("_moe"))
+
+
+def find_weights(weight: str, save_dir: str, hidden_size: int | None, use_moe: bool | None) -> Path | None:
+    """目录里符合名字与已知尺寸的权重；不止一个时取最新的并说明，没有返回 ``None``。"""
+    pattern = re.compile(re.escape(weight) + r"_(\d+)(_moe)?\.pth")
+    found = []
+    for path in resolve_path(save_dir).glob(f"{weight}_*.pth"):
+        match = pattern.fullmatch(path.name)
+        if match and hidden_size in (None, int(match[1])) and (use_moe is None or use_moe == bool(match[2])):
+            found.append(path)
+    if not found:
+        return None
+    newest = max(found, key=lambda path: path.stat().st_mtime)
+    if len(found) > 1:
+        say(
+            f"有 {len(found)} 个 {weight} 权重，用最新的 {newest.name}；用 --hidden_size、--use_moe 指定别的。"
+        )
+    return newest
+
+
+def _require_no_lora(lora_weight: str, loaded: Loaded, save_dir: str) -> None:
+    """LoRA 的加载随 LoRA 配方一起到来；在那之前给出清楚的答复，而不是悄悄忽略。"""
+    if lora_weight in ("None", "none", ""):
+        return
+    name = lora_weight.removeprefix("lora_")
+    path = resolve_path(save_dir) / "lora" / f"{file_stem(loaded.model.config, lora_weight)}.pth"
+    if not path.is_file():
+        raise UserError(
+            f"还没有训练过 LoRA 权重 {lora_weight}",
+            where=str(path),
+            fix=f"先运行 python trainer/train_lora.py --lora_name lora_{name}，或去掉 --lora_weight",
+        )
+    raise UserError("这个版本还不能加载 LoRA 权重", where=str(path), fix="去掉 --lora_weight")
+
+
+def _load_folder(folder: str, weight: str, tokenizer_path: str | None) -> Loaded:
+    """Hugging Face 目录；不执行目录里自带的代码。"""
+    from transformers import AutoModelForCausalLM
+
+    path = resolve_path(folder)
+    if not (path / "config.json").is_file():
+        found = "目录里没有 config.json" if path.is_dir() else "目录不存在"
+        raise UserError(
+            found,
+            where=str(path),
+            expected="Hugging Face 格式的模型目录（config.json、权重、分词器）",
+            fix="改 --load_from，或去掉它用 --weight 指定本项目训练的权重",
+        )
+    tokenizer = load_tokenizer(tokenizer_path or str(path))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"打不开模型（{str(error).splitlines()[0][:160]}）",
+            where=str(path),
+            expected="transformers 认识的结构与完整的权重文件",
+            fix="重新下载或重新导出这个目录",
+        ) from error
+    return Loaded(model, tokenizer, "pretrain" in weight, path)

@@ -1,0 +1,181 @@
+"""命令行对话：尺寸自动认出、续写与对话分明、出错一句话。端到端的几条走子进程。"""
+
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from minimind import chat
+from minimind.model import MiniMindConfig, MiniMindForCausalLM
+from minimind.tokenizer import load_tokenizer, tokenizer_fingerprint
+from minimind.trainer.checkpoint import config_dict, save_weights, weights_path
+
+
+def make_weights(save_dir, weight="full_sft", sidecar=True, recipe=None, **sizes):
+    """随机初始化的小权重；上下文只有 96，便于测太长的提示。"""
+    torch.manual_seed(0)
+    options = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 96,
+    }
+    model = MiniMindForCausalLM(MiniMindConfig(**options | sizes))
+    path = weights_path(model.config, weight, save_dir)
+    note = {"config": config_dict(model.config), "recipe": recipe or weight}
+    note["tokenizer_hash"] = tokenizer_fingerprint(load_tokenizer())
+    save_weights(model, path, note)
+    if not sidecar:
+        path.with_suffix(".json").unlink()
+    return path
+
+
+@pytest.fixture(scope="module")
+def save_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("out")
+    make_weights(folder)
+    make_weights(folder, "pretrain")
+    return str(folder)
+
+
+@pytest.fixture
+def ask(monkeypatch, capsys):
+    """在本进程里跑一次，返回 (退出码, stdout, stderr)。"""
+
+    def run(*argv: str, typed: str = ""):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        code = chat.main([*argv, "--device", "cpu", "--seed", "1"])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def test_不给尺寸也能打开_并报告速度(ask, save_dir):
+    code, out, err = ask("--save_dir", save_dir, "--max_new_tokens", "5", "--prompt", "你好")
+    assert code == 0
+    assert out.startswith("答：") and "tokens/s（5 个）" in out
+    assert "full_sft_32.pth" in err
+
+
+def test_公共项目的参数照旧(ask, save_dir):
+    words = "--load_from model --weight full_sft --lora_weight None --hidden_size 32 --num_hidden_layers 2"
+    words += " --use_moe 0 --inference_rope_scaling --max_new_tokens 3 --temperature 0.85 --top_p 0.85"
+    words += " --historys 2 --open_thinking 1 --show_speed 0"
+    code, out, _ = ask("--save_dir", save_dir, *words.split(), typed="1\n你好\n再见\n\n")
+    assert code == 0
+    assert out.count("答：<think>") == 2
+    assert "tokens/s" not in out
+
+
+def test_菜单_自动测试念完全部问题(ask, save_dir):
+    _, out, _ = ask("--save_dir", save_dir, "--max_new_tokens", "2", typed="x\n0\n")
+    assert "请输入 0 或 1" in out
+    assert [f"你：{prompt}\n" in out for prompt in chat.CHAT_PROMPTS] == [True] * len(chat.CHAT_PROMPTS)
+
+
+def test_预训练权重续写纯文本(ask, save_dir, monkeypatch):
+    from minimind.inference import chat as sessions
+
+    seen = []
+    real = sessions.stream_tokens
+
+    def spy(model, ids, **options):
+        seen.append(list(ids))
+        return real(model, ids, **options)
+
+    monkeypatch.setattr(sessions, "stream_tokens", spy)
+    tokenizer = load_tokenizer()
+    common = ["--save_dir", save_dir, "--max_new_tokens", "2", "--prompt", "从前<|im_end|>"]
+    _, out, _ = ask("--weight", "pretrain", *common)
+    assert out.startswith("续：")
+    ask("--weight", "full_sft", *common)
+    plain, chatted = seen
+    assert tokenizer.decode(plain) == "<|im_start|>从前<|im_end|>"
+    # 用户打的控制 token 只是文字：真正的只有开头那一个
+    assert plain.count(tokenizer.bos_token_id) == 1 and tokenizer.eos_token_id not in plain
+    assert chatted.count(tokenizer.eos_token_id) == 1
+    assert tokenizer.decode(chatted).endswith("<|im_start|>assistant\n")
+
+
+def test_历史按条数携带_放不下时丢最早的(save_dir):
+    args = chat.ChatArguments(
+        save_dir=save_dir, device="cpu", historys=3, max_new_tokens=4, temperature=0.0, dtype="float32"
+    )
+    session = chat.open_session(args)
+    for prompt in ("甲", "乙", "丙"):
+        list(session.reply(prompt))
+    text = session.tokenizer.decode(session.encode("丁"))
+    # 3 条凑成整轮是 4 条：乙、丙两轮
+    assert [word in text for word in "甲乙丙丁"] == [False, True, True, True]
+    text = session.tokenizer.decode(session.encode("戊" * 30))
+    assert session.dropped >= 2 and "乙" not in text
+
+
+def test_没有旁注的旧权重靠文件名与参数(ask, tmp_path):
+    make_weights(tmp_path, sidecar=False, num_attention_heads=8, num_hidden_layers=8)
+    code, _, err = ask("--save_dir", str(tmp_path), "--max_new_tokens", "2", "--prompt", "你好")
+    assert code == 0, err
+
+
+def test_有几个尺寸时用最新的并说明(ask, tmp_path):
+    old = make_weights(tmp_path)
+    make_weights(tmp_path, hidden_size=64)
+    os.utime(old, (0, 0))
+    common = ["--save_dir", str(tmp_path), "--max_new_tokens", "1", "--prompt", "你好"]
+    _, _, err = ask(*common)
+    assert "有 2 个 full_sft 权重" in err and "full_sft_64.pth：" in err
+    _, _, err = ask(*common, "--hidden_size", "32")
+    assert "full_sft_32.pth：" in err
+
+
+def test_打开_hf_目录(ask, tmp_path):
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer()
+    config = MiniMindConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    MiniMindForCausalLM(config).save_pretrained(tmp_path / "hf")
+    tokenizer.save_pretrained(tmp_path / "hf")
+    code, out, err = ask("--load_from", str(tmp_path / "hf"), "--max_new_tokens", "3", "--prompt", "你好")
+    assert code == 0, err
+    assert "（3 个）" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--weight", "dpo"], "train_dpo.py"),
+        (["--num_hidden_layers", "3"], "num_hidden_layers"),
+        (["--hidden_size", "64"], "full_sft_32.pth"),
+        (["--lora_weight", "lora_identity"], "train_lora.py"),
+        (["--load_from", "no/such/folder"], "目录不存在"),
+        (["--temperature", "-1"], "temperature=-1"),
+        (["--prompt", "长" * 200], "模型的上下文只有 96 个"),
+    ],
+)
+def test_错误是一句话并带办法(ask, save_dir, argv, said):
+    code, _, err = ask("--save_dir", save_dir, "--prompt", "你好", *argv)
+    (line,) = [line for line in err.splitlines() if line.startswith("错误")]
+    assert code == 2 and said in line and "修复办法" in line
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--device", "cuda:99"], "cuda:99"),
+        (["--device", "tpu"], "不认识的设备"),
+        (["--weight", "grpo"], "train_grpo.py"),
+    ],
+)
+def test_端到端_子进程退出码与一行错误(root_dir, save_dir, argv, said):
+    done = subprocess.run(
+        [sys.executable, str(root_dir / "eval_llm.py"), "--save_dir", save_dir, "--prompt", "你好", *argv],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+    )
+    assert done.returncode == 2
+    assert said in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout == ""
