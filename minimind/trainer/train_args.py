@@ -51,7 +51,7 @@ class TrainArguments:
         ("auto", "float32", "bfloat16", "float16"),
     )
     use_compile: int = arg(0, "是否用 torch.compile（0 否，1 是；NPU 上跳过）", ON_OFF)
-    num_workers: int = arg(2, "读数据的子进程数；0 表示在主进程里读")
+    num_workers: int | None = arg(None, "读数据的子进程数，0 表示在主进程里读；不给则 CPU 上 0 个、卡上 2 个")
     seed: int = arg(42, "随机种子：初始化、数据顺序与 dropout 都由它决定")
 
     # 模型
@@ -73,6 +73,7 @@ class TrainArguments:
     on_bad_line: str = arg("error", "遇到坏行：error 报错停下，skip 跳过并计数", ("error", "skip"))
     val_path: str | None = arg(None, "验证数据；不给则从训练数据里按文档划出 val_ratio")
     val_ratio: float = arg(0.005, "划作验证的文档比例；0 表示不验证")
+    val_max_rows: int = arg(256, "每次验证至多用多少行（固定的随机子集）；0 表示全部")
     eval_interval: int = arg(200, "每多少个优化步验证一次；0 表示只在结束时验证")
 
     # 记录

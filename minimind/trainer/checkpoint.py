@@ -1,0 +1,296 @@
+"""存档：原子写入；权重（fp16，给人用）、旁注 JSON（给程序认尺寸）、续训存档（fp32，逐位续训）。"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from minimind.errors import UserError
+from minimind.paths import resolve_path
+from minimind.trainer.distributed import world_size
+
+FORMAT_VERSION = 1
+# 包装层（compile、DDP）加在键名前的前缀；存档里不许有，读旧文件时去掉
+WRAPPER_PREFIXES = ("_orig_mod.", "module.")
+
+
+# ---------------------------------------------------------------- 原子写入
+
+
+class _WatchedFile:
+    """转发写入并记住第一个系统错误：torch.save 会把磁盘写满之类的 OSError 换成含糊的 RuntimeError。"""
+
+    def __init__(self, file):
+        self.file, self.error = file, None
+
+    def write(self, data) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def __getattr__(self, name: str):
+        return getattr(self.file, name)
+
+
+def atomic_write(path: Path, write: Callable[[Any], Any]) -> None:
+    """同目录临时文件 → 刷盘 → 改名 → 目录刷盘：任何时刻断电或被杀，``path`` 要么是旧的要么是新的。
+
+    Args:
+        path: 目标文件；目录不存在就建。
+        write: 拿到二进制文件对象，写入内容。
+
+    Raises:
+        UserError: 磁盘满、无权限等；此时旧文件完好，临时文件已删。
+    """
+    temporary = path.parent / f".{path.name}.tmp"  # 固定名字：被杀留下的半截文件下次直接覆盖，不会越积越多
+    watched = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            watched = _WatchedFile(file)
+            write(watched)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_directory(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        cause = error if isinstance(error, OSError) else watched and watched.error
+        if not isinstance(cause, OSError):
+            raise
+        raise UserError(
+            f"保存失败（{cause.strerror or cause}），原有文件未动",
+            where=str(path),
+            fix="腾出磁盘空间或换 --save_dir 后加 --from_resume 1 继续",
+        ) from error
+
+
+def _sync_directory(folder: Path) -> None:
+    if os.name == "nt":  # Windows 不能打开目录
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def load_file(path: Path) -> Any:
+    """``torch.load(weights_only=True)``，坏文件报人话。"""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch 对坏文件抛的类型五花八门（RuntimeError、UnpicklingError、EOFError…）
+        raise UserError(
+            f"读不了这个文件（{str(error).splitlines()[0][:120]}）",
+            where=str(path),
+            expected="torch.save 存的权重或续训存档",
+            fix="文件可能下载不全或不是权重，重新下载或重新训练得到它",
+        ) from error
+
+
+# ---------------------------------------------------------------- 名字与配置
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """去掉 DDP 与 compile 的外壳。"""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """去掉包装层加的键名前缀。"""
+
+    def clean(key: str) -> str:
+        while key.startswith(WRAPPER_PREFIXES):
+            key = key.split(".", 1)[1]
+        return key
+
+    return {clean(key): value for key, value in state.items()}
+
+
+def file_stem(lm_config: Any, weight: str) -> str:
+    """``{weight}_{hidden_size}[_moe]``。"""
+    return f"{weight}_{lm_config.hidden_size}{'_moe' if lm_config.use_moe else ''}"
+
+
+def weights_path(lm_config: Any, weight: str, save_dir: str | Path = "out") -> Path:
+    return resolve_path(save_dir) / f"{file_stem(lm_config, weight)}.pth"
+
+
+def resume_path(lm_config: Any, weight: str, save_dir: str | Path = "checkpoints") -> Path:
+    return resolve_path(save_dir) / f"{file_stem(lm_config, weight)}_resume.pth"
+
+
+def sidecar_path(weights: Path) -> Path:
+    return weights.with_suffix(".json")
+
+
+def config_dict(lm_config: Any) -> dict[str, Any]:
+    """配置变成只含基本类型的字典，足以重建模型；transformers 基类里那些没动过的通用项不写。"""
+    raw, generic = lm_config.to_dict(), PretrainedConfig().to_dict()
+    raw = {
+        k: v for k, v in raw.items() if k != "transformers_version" and (k not in generic or v != generic[k])
+    }
+    return json.loads(json.dumps(raw, default=str))
+
+
+# ---------------------------------------------------------------- 权重与旁注
+
+
+def half_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """fp16、连续、在内存里的状态字典；共享的张量（词嵌入与输出层）转一次，文件里也只占一份。"""
+    converted: dict[int, Tensor] = {}
+    state = {}
+    for key, value in unwrap(model).state_dict().items():
+        if value.data_ptr() not in converted or value.data_ptr() == 0:
+            half = value.detach().half() if value.is_floating_point() else value.detach()
+            converted[value.data_ptr()] = half.cpu().contiguous()
+        state[key] = converted[value.data_ptr()]
+    return state
+
+
+def save_weights(model: nn.Module, path: Path, sidecar: dict[str, Any]) -> None:
+    """写 ``path``（普通 fp16 状态字典）与旁边的 JSON。先写权重，后写旁注。"""
+    state = half_state_dict(model)
+    atomic_write(path, lambda file: torch.save(state, file))
+    write_sidecar(path, sidecar)
+
+
+def write_sidecar(weights: Path, sidecar: dict[str, Any]) -> None:
+    text = json.dumps({"format_version": FORMAT_VERSION, **sidecar}, ensure_ascii=False, indent=2) + "\n"
+    atomic_write(sidecar_path(weights), lambda file: file.write(text.encode()))
+
+
+def read_sidecar(weights: Path) -> dict[str, Any] | None:
+    """权重旁边的 JSON；没有（旧项目的权重）返回 None。"""
+    path = sidecar_path(weights)
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"旁注不是合法的 JSON（{error}）", where=str(path), fix="删掉它，改用尺寸参数说明模型大小"
+        ) from error
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """把 ``path`` 的权重装进 ``model``，键与形状必须一一对上（共享的输出层可以不在文件里）。
+
+    Raises:
+        UserError: 指出文件、键、两边的形状。
+    """
+    state = load_file(path)
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError("里面不是普通的权重字典", where=str(path), fix="续训存档请用 --from_resume 1 读取")
+    state = strip_prefixes(state)
+    own = unwrap(model).state_dict()
+    tied = set(getattr(model, "_tied_weights_keys", None) or ())
+    fix = "让 --hidden_size、--num_hidden_layers、--use_moe、--arch 与训练这个权重时一致"
+    for key, value in own.items():
+        if key in state and state[key].shape != value.shape:
+            raise UserError(
+                f"{key} 的形状是 {tuple(state[key].shape)}",
+                where=str(path),
+                expected=f"当前模型要 {tuple(value.shape)}",
+                fix=fix,
+            )
+    missing = [key for key in own if key not in state and key not in tied]
+    extra = [key for key in state if key not in own]
+    if missing or extra:
+        sides = [("缺少", missing), ("多出", extra)]
+        what = "，".join(f"{word} {len(keys)} 个键（如 {keys[0]}）" for word, keys in sides if keys)
+        raise UserError(what, where=str(path), expected="键与当前模型一一对应", fix=fix)
+    unwrap(model).load_state_dict(state, strict=False)
+
+
+# ---------------------------------------------------------------- 续训存档
+
+
+def _state_of(value: Any) -> Any:
+    return unwrap(value).state_dict() if isinstance(value, nn.Module) else value.state_dict()
+
+
+def lm_checkpoint(
+    lm_config: Any,
+    weight: str = "full_sft",
+    model: nn.Module | None = None,
+    optimizer: Any = None,
+    epoch: int = 0,
+    step: int = 0,
+    wandb: Any = None,
+    save_dir: str | Path = "checkpoints",
+    **kwargs: Any,
+) -> dict[str, Any] | None:
+    """给了 ``model`` 就存续训存档，没给就读。
+
+    存档在 ``{save_dir}/{weight}_{hidden_size}[_moe]_resume.pth``，模型是全精度，键名不带包装前缀，
+    可用 ``torch.load(weights_only=True)`` 读。
+
+    Args:
+        epoch, step: 已完成的轮数与优化步数。
+        wandb: 带 ``id`` 属性的记录器，用来续上同一条曲线。
+        kwargs: 其余要存的东西：有 ``state_dict`` 的存其状态，别的原样存（只能是张量与基本类型）。
+
+    Returns:
+        读取时返回存档内容，没有存档返回 None；保存时返回 None。
+
+    Raises:
+        UserError: 磁盘满，文件损坏，或存档的格式版本比程序新。
+    """
+    path = resume_path(lm_config, weight, save_dir)
+    if model is None:
+        if not path.is_file():
+            return None
+        data = load_file(path)
+        if data.get("format_version", 0) > FORMAT_VERSION:
+            raise UserError(
+                f"存档的格式版本 {data['format_version']} 比程序认识的 {FORMAT_VERSION} 新",
+                where=str(path),
+                fix="升级 minimind，或去掉 --from_resume 重新训练",
+            )
+        return data
+    data = {
+        "format_version": FORMAT_VERSION,
+        "model": unwrap(model).state_dict(),
+        "optimizer": optimizer.state_dict() if optimizer is not None else None,
+        "epoch": epoch,
+        "step": step,
+        "world_size": world_size(),
+        "wandb_id": getattr(wandb, "id", None),
+        "config": config_dict(lm_config),
+    }
+    data |= {key: _state_of(v) if hasattr(v, "state_dict") else v for key, v in kwargs.items()}
+    atomic_write(path, lambda file: torch.save(data, file))
+    return None
+
+
+def check_same_config(saved: dict[str, Any], current: dict[str, Any], where: str, fix: str) -> None:
+    """两份设置必须一样，否则列出每一处不同。
+
+    Raises:
+        UserError: 有不同，逐项写出“存档里是…，现在是…”。
+    """
+    differences = [
+        f"{key} 存档里是 {saved[key]!r}、现在是 {current[key]!r}"
+        for key in saved
+        if key in current and saved[key] != current[key]
+    ]
+    if differences:
+        raise UserError("，".join(differences), where=where, expected="与存档一致", fix=fix)

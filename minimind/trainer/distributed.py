@@ -1,0 +1,109 @@
+"""多进程：由 torchrun 的环境变量建进程组；单进程时所有函数都是空操作，调用处不必分情况。"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from minimind.errors import UserError
+from minimind.trainer.device import backend_for, resolve_device
+
+# 集合通信最长等这么久：足够最慢的一次存盘或验证，又不至于一个进程死了其余的等一夜
+TIMEOUT = timedelta(minutes=30)
+
+
+def init_distributed_mode(device: str = "auto") -> int:
+    """在 torchrun 之下建进程组并绑定本进程的卡；不在 torchrun 之下什么也不做。
+
+    NPU 用 hccl，CUDA 用 nccl，其余用 gloo。
+
+    Args:
+        device: ``--device`` 的值；``auto`` 时按 :func:`minimind.trainer.device.resolve_device` 的次序找。
+
+    Returns:
+        本机内的进程序号 ``local_rank``（单进程为 0）。
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return 0
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if dist.is_initialized():
+        return local_rank
+    target = resolve_device(device, local_rank)
+    if target.type in ("cuda", "npu"):
+        getattr(torch, target.type).set_device(target)
+    backend = backend_for(target)
+    try:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"建立 {backend} 进程组失败（{str(error).splitlines()[0]}）",
+            where=f"进程 {os.environ['RANK']}/{os.environ['WORLD_SIZE']}",
+            fix="用 torchrun --nproc_per_node N 启动；端口被占用时加 --master_port",
+        ) from error
+    return local_rank
+
+
+def shutdown_distributed() -> None:
+    """拆掉进程组；没有就算了。"""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main_process() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """各进程求和，就地写回并返回；单进程原样返回。"""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def broadcast_object(value: Any) -> Any:
+    """主进程的 ``value`` 发给所有进程（用于“只测一次”的决定，各进程必须一致）。"""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """收集各进程的 ``value``，按进程序号排列，人人都拿到全部。"""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def main_process_first_error(error: UserError | None) -> None:
+    """主进程独自做的事（存盘）出了错，就让所有进程一起停，而不是留下别的进程干等。
+
+    Raises:
+        UserError: 主进程上原样抛出。
+        SystemExit: 其余进程以同样的退出码安静退出。
+    """
+    failed = broadcast_object(error is not None)
+    if error is not None:
+        raise error
+    if failed:
+        raise SystemExit(UserError.exit_code)

@@ -1,0 +1,372 @@
+"""一次训练运行的全部家当：精度、优化器、并行包装、进度、日志与存档；``loop.train`` 拿着它往下走。"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from minimind.console import say
+from minimind.errors import UserError
+from minimind.model import MiniMindConfig, count_parameters, flops_per_token
+from minimind.paths import resolve_path
+from minimind.tokenizer import token_byte_lengths, tokenizer_fingerprint
+from minimind.trainer import checkpoint, device, distributed
+from minimind.trainer.meter import Meter
+from minimind.trainer.optim import build_optimizer, faster_newton_schulz_dtype
+from minimind.trainer.schedule import lr_at
+from minimind.trainer.tracking import RunLog, start_tracker
+from minimind.trainer.validation import to_device
+
+# 续训时必须与存档相同的参数：换了它们，优化器状态或数据位置就没有意义
+FIXED_ARGS = (
+    "seed", "optimizer", "weight_decay", "embed_lr_scale", "muon_momentum", "adam_beta2", "max_seq_len",
+)  # fmt: skip
+# 可以换，但要说一声的参数
+NOTED_ARGS = (
+    "epochs", "max_steps", "batch_size", "accumulation_steps", "learning_rate", "schedule", "warmup_ratio",
+    "decay_ratio", "grad_clip", "dtype",
+)  # fmt: skip
+# 配置里与数学无关的键
+IGNORED_CONFIG = ("dtype", "torch_dtype", "architectures", "_name_or_path", "flash_attn", "use_cache")
+
+
+@dataclass
+class TrainState:
+    """训练走到哪里了；整个存进续训存档。
+
+    epoch: 正在第几轮（从 0 数）；samples: 本轮已用的全局样本数；step: 完成的优化步数；
+    seconds: 累计用时；tokens: 累计有效（非填充）词元；nonfinite_in_row: 连续多少步不是有限数；
+    interval: 上一行日志以来的各项之和，存下来才能让续训后的日志与没中断时一样。
+    """
+
+    epoch: int = 0
+    samples: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    tokens: float = 0.0
+    nonfinite_in_row: int = 0
+    interval: dict[str, float] = field(default_factory=dict)
+
+
+class Run:
+    """建好训练所需的一切；``args.from_resume`` 时从存档还原。
+
+    Args 同 :func:`minimind.trainer.loop.train`。
+
+    Raises:
+        UserError: 存档与当前设置不符，数据为空，没装记录工具……
+    """
+
+    def __init__(
+        self,
+        args: Any,
+        model: nn.Module,
+        tokenizer: Any,
+        train_ds: Any,
+        compute_loss: Callable[..., Any],
+        val_ds: Any,
+        recipe: str,
+        collate: Callable[[list[Any]], dict[str, Any]],
+        extra_state: dict[str, Any],
+    ):
+        if len(train_ds) == 0:
+            raise UserError(
+                "训练数据是空的", where="--data_path", fix="换一个文件，或用 minimind data check 检查它"
+            )
+        self.args, self.model, self.config, self.recipe = args, model, model.config, recipe
+        self.train_ds, self.val_ds, self.collate, self.extra_state = train_ds, val_ds, collate, extra_state
+        self.rank, self.world_size = distributed.rank(), distributed.world_size()
+        self.device = next(model.parameters()).device
+        self.stat_dtype = torch.float32 if self.device.type in ("mps", "npu") else torch.float64
+        self.tokenizer_hash = tokenizer_fingerprint(tokenizer) if tokenizer is not None else None
+        self.pad_id = getattr(tokenizer, "pad_token_id", None)
+        self.weights = checkpoint.weights_path(self.config, args.save_weight, args.save_dir)
+        self.state, self.metrics, self.train_loss = TrainState(), {}, math.nan
+        self.evaluates, self.announced_total = val_ds is not None, False
+        # 卡上训练一步只有几十毫秒，取数要放到子进程里；CPU 上子进程只会抢算力
+        self.num_workers = (
+            (0 if self.device.type == "cpu" else 2) if args.num_workers is None else args.num_workers
+        )
+        self.byte_lengths = None if tokenizer is None else torch.from_numpy(token_byte_lengths(tokenizer))
+        model.train()
+
+        saved = self._load() if args.from_resume else None
+        self._decide_numerics(saved or {}, compute_loss)
+        self.scaler = device.make_scaler(self.device, self.dtype)
+        if saved:
+            self._restore(saved)
+        self.wrapped = self._wrap()
+        self.steps_per_epoch = self._steps(len(train_ds))
+        self.total_steps = self._total_steps()
+        self._open_log(saved)
+        self._seed(saved)
+        eval_rows = min(len(val_ds), args.val_max_rows or len(val_ds)) if val_ds is not None else 0
+        # 验证只有前向，约为训练的三分之一
+        self.meter = Meter(eval_guess_steps=eval_rows / (self.global_batch * args.accumulation_steps) / 3)
+        self.saved_step = self.state.step if saved else -1
+
+    # ------------------------------------------------------------ 建立
+
+    def _load(self) -> dict[str, Any] | None:
+        """读续训存档并核对：结构、数据、种子、优化器必须相同。"""
+        args, path = (
+            self.args,
+            checkpoint.resume_path(self.config, self.args.save_weight, self.args.checkpoint_dir),
+        )
+        saved = checkpoint.lm_checkpoint(self.config, args.save_weight, save_dir=args.checkpoint_dir)
+        if saved is None:
+            say(f"没有续训存档 {path}，从头开始。")
+            return None
+        for key in ("config", "args", "identity", "progress", "rng"):
+            if key not in saved:
+                raise UserError(f"续训存档里没有 {key}", where=str(path), fix="去掉 --from_resume 重新训练")
+        fix = "用与存档相同的参数，或去掉 --from_resume 重新训练"
+        config = {k: v for k, v in checkpoint.config_dict(self.config).items() if k not in IGNORED_CONFIG}
+        checkpoint.check_same_config(saved["config"], config, str(path), fix)
+        fixed = {f"--{key}": getattr(args, key) for key in FIXED_ARGS}
+        checkpoint.check_same_config({f"--{k}": v for k, v in saved["args"].items()}, fixed, str(path), fix)
+        checkpoint.check_same_config(saved["identity"], self._identity(), str(path), fix)
+        for key in NOTED_ARGS:
+            if saved["args"][key] != getattr(args, key):
+                say(f"注意：--{key} 由 {saved['args'][key]} 改为 {getattr(args, key)}，续训按新的来。")
+        if saved["world_size"] != self.world_size:
+            say(f"注意：进程数由 {saved['world_size']} 变为 {self.world_size}，从同一个样本接着训练。")
+        return saved
+
+    def _identity(self) -> dict[str, Any]:
+        """数据与分词器的身份。"""
+        return {
+            "配方": self.recipe,
+            "训练行数": len(self.train_ds),
+            "数据指纹": getattr(self.train_ds, "fingerprint", None),
+            "分词器指纹": self.tokenizer_hash,
+        }
+
+    def _decide_numerics(self, saved: dict[str, Any], compute_loss: Callable[..., Any]) -> None:
+        """精度、优化器、峰值：要现场测的只由主进程测一次、所有进程照办，并写进存档供续训沿用。"""
+        args, remembered = self.args, saved.get("numerics", {})
+        decided = None
+        if distributed.is_main_process():
+            automatic = args.dtype == "auto" and "dtype" in remembered
+            dtype = (
+                device.DTYPES[remembered["dtype"]]
+                if automatic
+                else device.choose_dtype(
+                    args.dtype, self.device, lambda dtype: self._probe(compute_loss, dtype)
+                )
+            )
+            decided = {
+                "dtype": str(dtype).removeprefix("torch."),
+                "newton_schulz_dtype": remembered.get("newton_schulz_dtype")
+                or faster_newton_schulz_dtype(self.device),
+                "peak_flops": device.peak_flops(self.device, dtype),
+            }
+        self.numerics = distributed.broadcast_object(decided)
+        self.dtype = device.DTYPES[self.numerics["dtype"]]
+        self.optimizer = build_optimizer(
+            self.model, args, newton_schulz_dtype=self.numerics["newton_schulz_dtype"]
+        )
+
+    def _probe(self, compute_loss: Callable[..., Any], dtype: torch.dtype) -> None:
+        """用真模型、真数据的两行做一次前向反向，供 CPU 上比较 fp32 与 bf16。"""
+        rows = [self.train_ds[i] for i in range(min(2, len(self.train_ds)))]
+        with device.preserved_rng(self.device):
+            with device.autocast_context(self.device, dtype):
+                loss, count, _ = compute_loss(self.model, to_device(self.collate(rows), self.device))
+            (loss / max(float(count), 1.0)).backward()
+        self.model.zero_grad(set_to_none=True)
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if saved["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(saved["scaler"])
+        self.state = TrainState(**saved["progress"])
+        self.train_loss, self.metrics = saved["train_loss"], saved["metrics"]
+        for name, part in self.extra_state.items():
+            part.load_state_dict(saved["recipe_state"][name])
+        say(
+            f"读入续训存档：已完成 {self.state.step} 步（{self.state.epoch} 轮又 {self.state.samples} 个样本）。"
+        )
+
+    def _wrap(self) -> nn.Module:
+        """compile 在里、DDP 在外；``self.model`` 始终是没包装的，存档的键名因此干净。"""
+        wrapped = device.maybe_compile(self.model, bool(self.args.use_compile), self.device, say)
+        if not torch.distributed.is_initialized():
+            return wrapped
+        ids = [self.device.index] if self.device.type in ("cuda", "npu") else None
+        return DistributedDataParallel(
+            wrapped, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+
+    def _open_log(self, saved: dict[str, Any] | None) -> None:
+        args, main = self.args, distributed.is_main_process()
+        folder = resolve_path(args.save_dir) / "logs"
+        name = self.weights.stem
+        self.log = RunLog(folder / f"{name}.jsonl", self.state.step if saved else None, enabled=main)
+        tracker = "swanlab" if args.use_wandb and args.tracker == "none" else args.tracker
+        self.tracker = start_tracker(
+            tracker if main else "none",
+            project=args.wandb_project,
+            run_name=name,
+            folder=folder,
+            config={k: v for k, v in vars(args).items() if not k.startswith("_")},
+            run_id=saved and saved["wandb_id"],
+        )
+
+    def _seed(self, saved: dict[str, Any] | None) -> None:
+        """最后才定随机数：前面的测速不影响它。各进程的 dropout 不同；进程数变了就按步数另起一条。"""
+        if saved and saved["world_size"] == self.world_size:
+            device.set_rng_state(saved["rng"][self.rank], self.device)
+        else:
+            device.seed_all(self.args.seed * 1_000_003 + self.state.step * 4099 + self.rank)
+
+    # ------------------------------------------------------------ 进度
+
+    @property
+    def global_batch(self) -> int:
+        """一个全局微批次的样本数。"""
+        return self.args.batch_size * self.world_size
+
+    def _steps(self, samples: int) -> int:
+        """这么多样本要走多少个优化步；末尾不满的窗口也算一步。"""
+        return math.ceil(math.ceil(samples / self.global_batch) / self.args.accumulation_steps)
+
+    def _total_steps(self) -> int:
+        epochs_left = self.args.epochs - self.state.epoch
+        left = self._steps(len(self.train_ds) - self.state.samples) + (epochs_left - 1) * self.steps_per_epoch
+        total = self.state.step + (left if epochs_left > 0 else 0)
+        return min(total, self.args.max_steps) if self.args.max_steps else total
+
+    def window_size(self) -> tuple[int, int]:
+        """下一个优化步的（微批次数，全局样本数）；一轮的末尾可能不满。"""
+        left = len(self.train_ds) - self.state.samples
+        micro = min(self.args.accumulation_steps, math.ceil(left / self.global_batch))
+        return micro, min(left, micro * self.global_batch)
+
+    def learning_rate(self, samples: int) -> float:
+        """即将走的这一步的学习率：按样本进度（换了进程数也不跳），由 ``--max_steps`` 截断时按步数进度。"""
+        args, state = self.args, self.state
+        if args.max_steps and self.total_steps == args.max_steps:
+            position = (state.step + 0.5, args.max_steps)
+        else:
+            rows = len(self.train_ds)
+            position = (state.epoch * rows + state.samples + samples / 2, args.epochs * rows)
+        return lr_at(
+            *position,
+            peak=args.learning_rate,
+            schedule=args.schedule,
+            warmup_ratio=args.warmup_ratio,
+            decay_ratio=args.decay_ratio,
+        )
+
+    def advance(self, samples: int) -> None:
+        """一步走完：样本位置前移，到头则进入下一轮。"""
+        state = self.state
+        state.step += 1
+        state.samples += samples
+        if state.samples >= len(self.train_ds):
+            state.epoch, state.samples = state.epoch + 1, 0
+
+    @property
+    def epoch_for_people(self) -> int:
+        """从 1 数的轮次；一轮刚走完时仍说是那一轮。"""
+        return self.state.epoch + (self.state.samples > 0 or self.state.step == 0)
+
+    def owes_evaluation(self) -> bool:
+        """续训点该有一次验证而日志里没有：上次停在存盘与验证之间，要补上。"""
+        step, interval = self.state.step, self.args.eval_interval
+        due = step > 0 and (step == self.total_steps or (interval and step % interval == 0))
+        return distributed.broadcast_object(
+            bool(due and self.evaluates and step not in self.log.evaluated_steps)
+        )
+
+    def flops_per_second(self, tokens_per_second: float, context: float) -> float | None:
+        """模型口径的算力；``context`` 是词元平均所在段长，注意力的代价由它决定。"""
+        if not isinstance(self.config, MiniMindConfig):
+            return None
+        return tokens_per_second * flops_per_token(self.config, context)
+
+    # ------------------------------------------------------------ 存档
+
+    def sidecar(self) -> dict[str, Any]:
+        """权重旁边的 JSON：聊天、服务、导出与下一阶段靠它认尺寸。"""
+        return {
+            "config": checkpoint.config_dict(self.config),
+            "tokenizer_hash": self.tokenizer_hash,
+            "recipe": self.recipe,
+            "step": self.state.step,
+            "epoch": self.state.epoch,
+            "metrics": {"train_loss": self.train_loss, **self.metrics},
+        }
+
+    def save(self) -> None:
+        """存权重与续训存档；多进程时只有主进程写，写不成则一起停。"""
+        args = self.args
+        rng = distributed.gather_objects(device.rng_state(self.device))
+        error = None
+        if distributed.is_main_process():
+            try:
+                checkpoint.save_weights(self.model, self.weights, self.sidecar())
+                checkpoint.lm_checkpoint(
+                    self.config,
+                    args.save_weight,
+                    model=self.model,
+                    optimizer=self.optimizer,
+                    epoch=self.state.epoch,
+                    step=self.state.step,
+                    wandb=self.tracker,
+                    save_dir=args.checkpoint_dir,
+                    scaler=self.scaler,
+                    progress=asdict(self.state),
+                    rng=rng,
+                    numerics=self.numerics,
+                    identity=self._identity(),
+                    args={k: getattr(args, k) for k in FIXED_ARGS + NOTED_ARGS},
+                    train_loss=self.train_loss,
+                    metrics=self.metrics,
+                    recipe_state={name: part.state_dict() for name, part in self.extra_state.items()},
+                )
+            except UserError as caught:
+                error = caught
+        distributed.main_process_first_error(error)
+        self.saved_step = self.state.step
+
+    def write_log(self, record: dict[str, Any]) -> None:
+        """写一行 JSON，同一份也交给记录工具。"""
+        self.log.write(record)
+        values = {k: v for k, v in record.items() if k != "step" and math.isfinite(v)}
+        self.tracker.log(values, self.state.step)
+
+    def close(self) -> None:
+        self.tracker.finish()
+
+    def announce(self) -> None:
+        """开始前的一段话：模型、数据、步数、精度、设备。"""
+        args, peak = self.args, self.numerics["peak_flops"]
+        documents = getattr(self.train_ds, "num_documents", None)
+        trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        say(
+            f"模型：{count_parameters(self.model) / 1e6:.2f}M 参数（训练 {trainable / 1e6:.2f}M），{self.weights.name}"
+        )
+        say(
+            f"数据：{len(self.train_ds):,} 行 × {args.max_seq_len} 词元"
+            + (f"，{documents:,} 篇文档" if documents else "")
+            + (f"；验证 {len(self.val_ds):,} 行" if self.val_ds is not None else "")
+        )
+        rows = self.global_batch * args.accumulation_steps
+        say(
+            f"训练：{args.epochs} 轮，共 {self.total_steps:,} 步，每步 {rows} 行"
+            f"（{args.batch_size} × {args.accumulation_steps} 累积 × {self.world_size} 进程），"
+            f"{args.optimizer}，学习率 {args.learning_rate:g}，{args.schedule}"
+        )
+        say(
+            f"设备：{device.device_name(self.device)}，精度 {self.numerics['dtype']}"
+            + (f"，矩阵乘峰值 {peak / 1e12:.2f} TFLOPS" if peak else "")
+        )

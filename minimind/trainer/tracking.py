@@ -1,0 +1,144 @@
+"""训练记录：JSON 行总是写；swanlab、wandb、tensorboard 按 ``--tracker`` 另写一份，没有网络也能用。"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from minimind.console import say
+from minimind.errors import UserError
+from minimind.trainer.checkpoint import atomic_write
+
+
+class RunLog:
+    """``out/logs/{name}.jsonl``：每行一个 JSON 对象，都有 ``step``。
+
+    重新训练时从空文件开始；续训时删去超过续训点的行再接着写，所以被杀过多少次，记录都和没被杀过一样。
+
+    Args:
+        path: 文件位置。
+        keep_until: 续训点的步数；``None`` 表示重新训练。
+        enabled: 非主进程传 False，什么也不写。
+    """
+
+    def __init__(self, path: Path, keep_until: int | None = None, enabled: bool = True):
+        self.path, self.enabled = path, enabled
+        self.evaluated_steps: set[int] = set()
+        if not enabled:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [] if keep_until is None else self._lines_until(keep_until)
+        # 验证的行没有 loss
+        self.evaluated_steps = {record["step"] for record in kept if "loss" not in record}
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
+        atomic_write(path, lambda file: file.write(text.encode()))
+
+    def _lines_until(self, step: int) -> list[dict[str, Any]]:
+        if not self.path.is_file():
+            return []
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:  # 被杀时写了一半的末行
+                continue
+            if record.get("step", 0) <= step:
+                kept.append(record)
+        return kept
+
+    def write(self, record: dict[str, Any]) -> None:
+        """追加一行；NaN 与无穷写成 null，保证是合法 JSON。"""
+        if not self.enabled:
+            return
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        if "loss" not in clean:
+            self.evaluated_steps.add(clean["step"])
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(clean, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"写训练记录失败（{error.strerror}）",
+                where=str(self.path),
+                fix="腾出磁盘空间后加 --from_resume 1 继续",
+            ) from error
+
+
+class Tracker:
+    """记录工具的统一外表：``log``、``id``、``finish``。基类什么也不做。"""
+
+    id: str | None = None
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
+class _RunTracker(Tracker):
+    """swanlab 与 wandb 的接口几乎相同。"""
+
+    def __init__(self, module: Any, run: Any):
+        self.module, self.run = module, run
+        self.id = getattr(run, "id", None) or getattr(getattr(run, "public", None), "run_id", None)
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.module.log(values, step=step)
+
+    def finish(self) -> None:
+        self.module.finish()
+
+
+class _TensorBoardTracker(Tracker):
+    def __init__(self, folder: Path):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder))
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        for key, value in values.items():
+            self.writer.add_scalar(key, value, step)
+
+    def finish(self) -> None:
+        self.writer.close()
+
+
+def start_tracker(
+    name: str, *, project: str, run_name: str, folder: Path, config: dict[str, Any], run_id: str | None = None
+) -> Tracker:
+    """打开 ``--tracker`` 指定的记录工具。
+
+    没有登录（没有对应的 API key）时写到本地，不要求联网，也不停下来问。
+
+    Args:
+        run_id: 续训时上一次运行的编号，接在同一条曲线后面。
+
+    Raises:
+        UserError: 没装对应的包。
+    """
+    if name == "none":
+        return Tracker()
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(
+            f"没有安装 {name}", where=f"--tracker {name}", fix=f"pip install {name}，或去掉这个参数"
+        ) from error
+    if name == "tensorboard":
+        return _TensorBoardTracker(folder / "tensorboard" / run_name)
+    folder.mkdir(parents=True, exist_ok=True)
+    common = {"project": project, "config": config, "id": run_id, "resume": "allow" if run_id else None}
+    if name == "wandb":
+        mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+        run = module.init(name=run_name, dir=str(folder), mode=mode, **common)
+    else:
+        mode = os.environ.get("SWANLAB_MODE") or ("cloud" if os.environ.get("SWANLAB_API_KEY") else "local")
+        run = module.init(experiment_name=run_name, logdir=str(folder / "swanlab"), mode=mode, **common)
+    if mode in ("offline", "local"):
+        say(f"{name} 没有登录，记录写在本地：{folder}")
+    return _RunTracker(module, run)

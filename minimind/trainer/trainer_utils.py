@@ -1,0 +1,157 @@
+"""九个配方共用的地面：进程组、模型、存档、采样、设备。各有自己的文件，这里集中导出。"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minimind.console import say
+from minimind.errors import UserError
+from minimind.model import MiniMindConfig, MiniMindForCausalLM, preset
+from minimind.paths import resolve_path
+from minimind.tokenizer import load_tokenizer, tokenizer_fingerprint
+from minimind.trainer.checkpoint import (
+    check_same_config,
+    config_dict,
+    file_stem,
+    lm_checkpoint,
+    load_weights,
+    read_sidecar,
+    weights_path,
+)
+from minimind.trainer.device import is_npu_available, prepare_device, resolve_device, seed_all
+from minimind.trainer.distributed import init_distributed_mode, is_main_process, shutdown_distributed
+from minimind.trainer.sampler import SkipBatchSampler, epoch_order
+from minimind.trainer.schedule import lr_at
+
+__all__ = [
+    "SkipBatchSampler",
+    "epoch_order",
+    "init_distributed_mode",
+    "init_model",
+    "is_main_process",
+    "is_npu_available",
+    "lm_checkpoint",
+    "lr_at",
+    "model_config",
+    "resolve_device",
+    "setup_seed",
+    "shutdown_distributed",
+    "start_run",
+]
+
+setup_seed = seed_all  # 旧项目的名字
+
+# 权重名 → 得到它的命令，写进“找不到权重”的提示里
+COMMANDS = {
+    "pretrain": "python trainer/train_pretrain.py",
+    "full_sft": "python trainer/train_full_sft.py",
+    "dpo": "python trainer/train_dpo.py",
+    "reason": "python trainer/train_reason.py",
+    "ppo_actor": "python trainer/train_ppo.py",
+    "grpo": "python trainer/train_grpo.py",
+    "spo": "python trainer/train_spo.py",
+    "full_dist": "python trainer/train_distillation.py",
+}
+
+
+def start_run(args: Any) -> torch.device:
+    """训练命令的第一步：建进程组、选设备、设种子（各进程同一个种子，模型初始化才一致）。"""
+    local_rank = init_distributed_mode(args.device)
+    device = resolve_device(args.device, local_rank if torch.distributed.is_initialized() else None)
+    prepare_device(device)
+    seed_all(args.seed)
+    return device
+
+
+def model_config(args: Any, **overrides: Any) -> MiniMindConfig:
+    """由命令行参数得到模型配置；给了 ``--preset`` 就以它的尺寸为准。"""
+    try:
+        if args.preset:
+            return preset(args.preset, **{"arch": args.arch, **overrides})
+        sizes = {
+            "arch": args.arch,
+            "hidden_size": args.hidden_size,
+            "num_hidden_layers": args.num_hidden_layers,
+            "use_moe": bool(args.use_moe),
+        }
+        return MiniMindConfig(**{**sizes, **overrides})
+    except ValueError as error:
+        raise UserError(str(error), where="模型尺寸") from error
+
+
+def init_model(
+    lm_config: MiniMindConfig,
+    from_weight: str = "pretrain",
+    tokenizer_path: str | None = None,
+    save_dir: str | Path = "out",
+    device: str | torch.device = "cuda",
+) -> tuple[MiniMindForCausalLM, Any]:
+    """配置 + 权重 + 分词器。
+
+    Args:
+        from_weight: 权重的名字；``none`` 表示随机初始化。
+        tokenizer_path: 分词器目录；``None`` 用自带的。
+        device: 模型放在哪里。
+
+    Returns:
+        ``(model, tokenizer)``，模型是 fp32。
+
+    Raises:
+        UserError: 没有这个权重，尺寸不符，键对不上，或权重与分词器不配套。
+    """
+    tokenizer = load_tokenizer(tokenizer_path)
+    if len(tokenizer) > lm_config.vocab_size:
+        lm_config.vocab_size = len(tokenizer)
+    path = None if from_weight == "none" else _find_weights(lm_config, from_weight, save_dir)
+    if path is not None:
+        _check_sidecar(path, lm_config, tokenizer)
+    model = MiniMindForCausalLM(lm_config)
+    if path is not None:
+        load_weights(model, path)
+        say(f"从 {path} 读入权重。")
+    return model.to(resolve_device(device) if isinstance(device, str) else device), tokenizer
+
+
+def _find_weights(lm_config: MiniMindConfig, from_weight: str, save_dir: str | Path) -> Path:
+    path = weights_path(lm_config, from_weight, save_dir)
+    if path.is_file():
+        return path
+    others = sorted(p.name for p in resolve_path(save_dir).glob(f"{from_weight}_*.pth"))
+    command = COMMANDS.get(from_weight, f"训练时加 --save_weight {from_weight}")
+    size = f" --hidden_size {lm_config.hidden_size}" + (" --use_moe 1" if lm_config.use_moe else "")
+    hint = f"；目录里有 {'、'.join(others)}，可改 --hidden_size / --use_moe 与它一致" if others else ""
+    raise UserError(
+        f"没有权重文件（{file_stem(lm_config, from_weight)}.pth）",
+        where=str(path),
+        fix=f"先运行 {command}{size}{hint}",
+    )
+
+
+# 决定权重形状与含义的配置项；其余（dropout、注意力实现、外推）可以随意不同
+STRUCTURE = (
+    "arch", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "intermediate_size", "vocab_size", "use_moe", "n_routed_experts", "num_experts_per_tok", "n_shared_experts",
+    "moe_intermediate_size", "rope_theta", "tie_word_embeddings",
+)  # fmt: skip
+
+
+def _check_sidecar(path: Path, lm_config: MiniMindConfig, tokenizer: Any) -> None:
+    """旁注里的结构与分词器必须和现在的一致；没有旁注（旧项目的权重）就靠形状检查。"""
+    sidecar = read_sidecar(path)
+    if not sidecar:
+        return
+    current = {key: value for key, value in config_dict(lm_config).items() if key in STRUCTURE}
+    check_same_config(
+        sidecar.get("config", {}),
+        current,
+        str(path),
+        "改用与它一致的尺寸参数（--hidden_size、--num_hidden_layers、--arch…）",
+    )
+    saved_hash = sidecar.get("tokenizer_hash")
+    if saved_hash and saved_hash != tokenizer_fingerprint(tokenizer):
+        raise UserError(
+            "这个权重是用另一个分词器训练的", where=str(path), fix="用 --tokenizer_path 指向训练它时的分词器"
+        )

@@ -1,0 +1,91 @@
+"""验证：目标词元的平均损失，以及与分词器无关的每字节比特数（bits per byte）。"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minimind.trainer.device import autocast_context, preserved_rng
+from minimind.trainer.distributed import all_reduce_sum, rank, world_size
+from minimind.trainer.sampler import epoch_order
+
+
+def count_targets(batch: dict[str, Any]) -> float:
+    """一个微批次里的目标词元数；有 ``loss_weights`` 时是权重之和。在 CPU 上数，不惊动加速卡。"""
+    is_target = batch["labels"][:, 1:] != -100  # 第 0 列没有前文，永远不是目标
+    if "loss_weights" in batch:
+        return float((batch["loss_weights"][:, 1:] * is_target).sum())
+    return float(is_target.sum())
+
+
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """张量搬到设备上，其余（如 ``max_seqlen``）原样。"""
+    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def count_bytes(batch: dict[str, Any], byte_lengths: Tensor) -> float:
+    """目标词元代表的 UTF-8 字节数；结束符等控制词元算 0 字节。"""
+    labels = batch["labels"][:, 1:]
+    return float(byte_lengths[labels[labels != -100]].sum())
+
+
+@torch.no_grad()
+def validate(
+    model: nn.Module,
+    val_ds: Sequence[Any],
+    compute_loss: Callable[..., Any],
+    collate: Callable[[list[Any]], dict[str, Any]],
+    *,
+    batch_size: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    byte_lengths: Tensor | None = None,
+    max_rows: int = 0,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """在验证集上求损失；多进程时各算一份再合起来。不改变随机数状态，结束后模型回到训练模式。
+
+    每字节比特数 = Σ 负对数似然 / ln 2 / 目标文本的 UTF-8 字节数；文档结束符的代价计入分子，
+    所以它是“把这些文本连同边界编码下来”每字节要多少比特。``compute_loss`` 的 metrics 里有 ``ce`` 时用它
+    （例如蒸馏的损失不是交叉熵），否则用 ``loss_sum``；目标带权重时没有这个量。
+
+    Args:
+        byte_lengths: ``[V]`` 每个词元的字节数；``None`` 时不算每字节比特数。
+        max_rows: 至多用多少行（固定的随机子集）；0 表示全部。
+        should_stop: 返回 True 时立刻放弃（收到了退出信号）。
+
+    Returns:
+        ``{"val_loss", "val_bpb"?}``；被放弃时返回 None。
+    """
+    was_training = model.training
+    model.eval()
+    rows = epoch_order(len(val_ds), 0, 0)[: max_rows or None].sort().values[rank() :: world_size()].tolist()
+    sums = torch.zeros(5, dtype=torch.float64)  # 损失、目标数、负对数似然、字节数、放弃
+    try:
+        with preserved_rng(device), autocast_context(device, dtype):
+            for start in range(0, len(rows), batch_size):
+                if should_stop():
+                    sums[4] = 1
+                    break
+                batch = collate([val_ds[i] for i in rows[start : start + batch_size]])
+                loss_sum, count, metrics = compute_loss(model, to_device(batch, device))
+                sums[0] += float(loss_sum)
+                sums[1] += float(count)
+                if byte_lengths is not None and "labels" in batch and "loss_weights" not in batch:
+                    ce = metrics.get("ce", loss_sum)
+                    sums[2] += float(ce[0] if isinstance(ce, tuple) else ce)
+                    sums[3] += count_bytes(batch, byte_lengths)
+    finally:
+        model.train(was_training)
+    on_device = sums.to(device, torch.float32 if device.type in ("mps", "npu") else torch.float64)
+    loss, count, nll, n_bytes, stopped = all_reduce_sum(on_device).tolist()
+    if stopped:
+        return None
+    result = {"val_loss": loss / max(count, 1.0)}
+    if n_bytes:
+        result["val_bpb"] = nll / math.log(2) / n_bytes
+    return result
