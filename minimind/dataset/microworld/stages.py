@@ -1,0 +1,208 @@
+"""把任务家族编成每个训练阶段的文件：预训练、SFT、LoRA、DPO、推理、强化学习与评测。"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+from .core import HELDOUT, TRAIN, Example, Task, stream
+from .phrasing import GRUMPY_FRAMES, POLITE_FRAMES
+from .tasks.identity import new_identity
+
+# 默认规模（scale = 1）的预算：预训练按 UTF-8 字节（约 150 万词元），其余按条数
+PRETRAIN_BYTES = 4_800_000
+PRETRAIN_HELDOUT_BYTES = 120_000
+SFT_COUNT = 12_000
+STAGE_COUNTS = {"lora_identity": 400, "dpo": 1200, "reason": 2400, "rl": 1500}
+HELDOUT_COUNT = 240
+
+# SFT 里带腔调的回答各占这么多：太少 DPO 无从强化，太多会冲淡正常回答
+STYLED_SHARE = 0.06
+# hard 题在 SFT 里写出步骤的比例：多数直接报答案（常错），强化学习要自己发现写步骤更好
+STEPS_SHARE = 0.35
+
+
+class Corpus:
+    """一个种子、一个规模下的全部文件内容。
+
+    Args:
+        tasks: :func:`tasks.build_tasks` 的结果。
+        scale: 训练部分的规模；留出部分与题目数不变。
+        seed: 随机种子。
+    """
+
+    def __init__(self, tasks: dict[str, Task], scale: float, seed: int):
+        self.tasks, self.scale, self.seed = tasks, scale, seed
+
+    def count(self, base: int) -> int:
+        return max(1, round(base * self.scale))
+
+    def easy_tasks(self) -> list[Task]:
+        """出题的、计入成绩单的家族。"""
+        return [task for task in self.tasks.values() if task.level == "easy" and task.sft]
+
+    # ---- 预训练 ----
+
+    def pretrain(self, side: str) -> list[dict]:
+        """各家族按份额分字节，写满为止，再整体打乱。"""
+        budget = PRETRAIN_BYTES * self.scale if side == TRAIN else PRETRAIN_HELDOUT_BYTES
+        whole = sum(task.pretrain for task in self.tasks.values())
+        records = []
+        for task in self.tasks.values():
+            rng = stream(self.seed, "pretrain", side, task.name)
+            left = budget * task.pretrain / whole
+            while left > 0:
+                text = task.document(rng, side)
+                left -= len(text.encode())
+                records.append({"text": text})
+        stream(self.seed, "pretrain", side, "shuffle").shuffle(records)
+        return records
+
+    # ---- 对话 ----
+
+    def sft_examples(self, side: str) -> Iterator[tuple[Task, Example]]:
+        """SFT 的题目流：按份额轮流出题，顺序已打乱。"""
+        total = self.count(SFT_COUNT) if side == TRAIN else HELDOUT_COUNT
+        whole = sum(task.sft for task in self.tasks.values())
+        plan = [task for task in self.tasks.values() for _ in range(round(total * task.sft / whole))]
+        stream(self.seed, "sft", side, "order").shuffle(plan)
+        streams = {name: stream(self.seed, "sft", side, name) for name in self.tasks}
+        for task in plan:
+            rng = streams[task.name]
+            ex = task.example(rng, side)
+            if ex.steps and rng.random() < STEPS_SHARE:
+                ex = ex.with_response(f"{ex.steps}，{ex.response}")
+            yield task, ex
+
+    def sft(self, side: str) -> list[dict]:
+        rng = stream(self.seed, "sft", side, "style")
+        records = []
+        for _, ex in self.sft_examples(side):
+            roll = rng.random()
+            if stylable(ex) and side == TRAIN and roll < 2 * STYLED_SHARE:
+                ex = ex.with_response(dress(rng, ex.response, polite=roll < STYLED_SHARE))
+            records.append(ex.conversation())
+        return records
+
+    def lora_identity(self, side: str) -> list[dict]:
+        """新身份占一半；另一半是普通问答的复习，免得模型把什么都答成自我介绍。"""
+        identity = new_identity(self.seed)
+        rng = stream(self.seed, "lora", side)
+        count = self.count(STAGE_COUNTS["lora_identity"]) if side == TRAIN else HELDOUT_COUNT // 4
+        records = [identity.example(rng, side).conversation() for _ in range(count)]
+        if side == TRAIN:
+            easy = [t for t in self.easy_tasks() if t.name != "identity"]
+            records += [rng.choice(easy).example(rng, TRAIN).conversation() for _ in range(count)]
+        rng.shuffle(records)
+        return records
+
+    def dpo(self, side: str) -> list[dict]:
+        """两边内容同样正确，只有腔调不同。"""
+        rng = stream(self.seed, "dpo", side)
+        tasks = self.easy_tasks()
+        count = self.count(STAGE_COUNTS["dpo"]) if side == TRAIN else HELDOUT_COUNT
+        records = []
+        while len(records) < count:
+            ex = rng.choice(tasks).example(rng, side)
+            if not stylable(ex):
+                continue
+            prompt = ex.prompt_messages()
+            pair = {}
+            for name, polite in (("chosen", True), ("rejected", False)):
+                pair[name] = [*prompt, {"role": "assistant", "content": dress(rng, ex.response, polite)}]
+            records.append(pair)
+        return records
+
+    def hard_examples(self, stage: str, side: str) -> Iterator[Example]:
+        rng = stream(self.seed, stage, side)
+        tasks = [t for t in self.tasks.values() if t.level == "hard"]
+        count = self.count(STAGE_COUNTS[stage]) if side == TRAIN else HELDOUT_COUNT
+        for i in range(count):
+            yield tasks[i % len(tasks)].example(rng, side)
+
+    def reason(self, side: str, direct: bool = False) -> list[dict]:
+        """多步题；``direct`` 是同样的题不写思考、只写答案的对照。"""
+        records = []
+        for ex in self.hard_examples("reason", side):
+            record = ex.with_response(f"<answer>{ex.answer}</answer>").conversation()
+            if not direct:
+                record["conversations"][-1]["reasoning_content"] = ex.steps
+            records.append(record)
+        return records
+
+    def rl(self, side: str) -> list[dict]:
+        """可验证的提示；最后一轮助手是参考答案，判分信息放在旁边的字段里。"""
+        return [
+            {**ex.with_response(ex.answer).conversation(), "grader": ex.grader, "answer": ex.answer}
+            for ex in self.hard_examples("rl", side)
+        ]
+
+    # ---- 评测 ----
+
+    def evaluation(self) -> list[dict]:
+        """每个家族的留出题，加预训练的填空题与 LoRA、DPO 的题。"""
+        items = []
+        for task in (*self.tasks.values(), new_identity(self.seed)):
+            rng, seen = stream(self.seed, "eval", task.name), set()
+            for _ in range(task.evaluate * 20):
+                ex = task.example(rng, HELDOUT)
+                if ex.key not in seen:
+                    seen.add(ex.key)
+                    items.append(chat_item(task, ex))
+                if len(seen) == task.evaluate:
+                    break
+        for task in self.tasks.values():
+            rng, seen = stream(self.seed, "cloze", task.name), set()
+            for _ in range(task.evaluate * 20):
+                blank = task.cloze(rng, HELDOUT)
+                if blank is None or len(seen) == task.evaluate:
+                    break
+                key, prefix, answer = blank
+                if key not in seen:
+                    seen.add(key)
+                    items.append(cloze_item(task, key, prefix, answer))
+        return items
+
+
+def stylable(ex: Example) -> bool:
+    """单轮、普通回答才套腔调；工具调用、系统提示、判整句的题不动。"""
+    return not (ex.tool_calls or ex.system or ex.history or ex.grader == "exact")
+
+
+def dress(rng: random.Random, response: str, polite: bool) -> str:
+    return rng.choice(POLITE_FRAMES if polite else GRUMPY_FRAMES).format(a=response)
+
+
+def chat_item(task: Task, ex: Example) -> dict:
+    """对话题的一行。"""
+    item = {
+        "task": task.name,
+        "level": task.level,
+        "kind": "chat",
+        "key": ex.key,
+        "prompt": ex.question,
+        "messages": ex.prompt_messages(),
+        "answer": ex.answer,
+        "grader": ex.grader,
+        "reference": ex.response or ex.answer,
+    }
+    if ex.accept:
+        item["accept"] = list(ex.accept)
+    if ex.reject:
+        item["reject"] = list(ex.reject)
+    return item
+
+
+def cloze_item(task: Task, key: str, prefix: str, answer: str) -> dict:
+    """填空题的一行：``prompt`` 是纯文本前文，不套对话模板。"""
+    return {
+        "task": task.name,
+        "level": task.level,
+        "kind": "cloze",
+        "key": key,
+        "prompt": prefix,
+        "messages": [],
+        "answer": answer,
+        "grader": "prefix",
+        "reference": answer,
+    }
