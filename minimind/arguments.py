@@ -22,6 +22,12 @@ def arg(default: Any, help: str, choices: tuple | None = None) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
+def override(parent: type, name: str, default: Any) -> Any:
+    """子类只换默认值：``epochs: int = override(TrainArguments, "epochs", 2)``，说明与取值沿用父类的。"""
+    metadata = parent.__dataclass_fields__[name].metadata  # type: ignore[attr-defined]
+    return dataclasses.field(default=default, metadata=dict(metadata))
+
+
 class ChineseFormatter(argparse.HelpFormatter):
     """说明后面附中文的默认值；默认值为 None 时由说明文字自己讲清。"""
 
