@@ -1,0 +1,100 @@
+"""把样本拼成批。每种批都带 ``cu_seqlens`` 与从零起的 ``position_ids``，模型据此把注意力留在各段之内。"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+IGNORE = -100
+
+
+def collate_packed(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """打包行 → 一批。
+
+    Returns:
+        ``input_ids``、``labels``、``position_ids``：``int64 [B, T]``；labels 未移位，-100 不是目标，
+        每段的第一个 token 总是 -100，所以没有目标跨文档。
+        ``cu_seqlens``：``int32 [n + 1]``，各段在展平的 ``B·T`` 个位置里的边界，末尾的填充自成一段。
+        ``max_seqlen``：最长的一段（Python int）。
+        ``num_tokens``：非填充位置数（Python int），算有效吞吐用。
+    """
+    segments = [length for row in rows for length in row["seg_lens"]]
+    batch = {
+        name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels", "position_ids")
+    }
+    batch.update(_boundaries(segments), num_tokens=sum(row["num_tokens"] for row in rows))
+    return batch
+
+
+def _boundaries(segments: Sequence[int]) -> dict[str, Any]:
+    cu_seqlens = np.zeros(len(segments) + 1, dtype=np.int32)
+    np.cumsum(segments, out=cu_seqlens[1:])
+    return {"cu_seqlens": torch.from_numpy(cu_seqlens), "max_seqlen": max(segments)}
+
+
+def empty_batch(length: int, pad_id: int = 0) -> dict[str, Any]:
+    """没有任何目标的一批 ``[1, length]``：轮到自己却没有样本的进程用它陪跑，DDP 才不会卡住。"""
+    row = {
+        "input_ids": torch.full((length,), pad_id, dtype=torch.int64),
+        "labels": torch.full((length,), IGNORE, dtype=torch.int64),
+        "position_ids": torch.arange(length),
+        "seg_lens": [length],
+        "num_tokens": 0,
+    }
+    return collate_packed([row])
+
+
+def collate_dpo(items: Sequence[dict[str, Any]], pad_id: int = 0) -> dict[str, Any]:
+    """偏好对 → 一批 ``[2B, L]``：前 B 行是 chosen，后 B 行是同样次序的 rejected，L 为这批里最长的一条。
+
+    Returns:
+        与 :func:`collate_packed` 相同的键，另有 ``num_pairs`` = B。
+    """
+    sides = [(item[side], item[f"{side}_labels"]) for side in ("chosen", "rejected") for item in items]
+    length = max(len(ids) for ids, _ in sides)
+    input_ids = torch.full((len(sides), length), pad_id, dtype=torch.int64)
+    labels = torch.full((len(sides), length), IGNORE, dtype=torch.int64)
+    position_ids = torch.arange(length).repeat(len(sides), 1)
+    segments: list[int] = []
+    for i, (ids, label) in enumerate(sides):
+        n = len(ids)
+        input_ids[i, :n], labels[i, :n] = ids, label
+        segments.append(n)
+        if n < length:
+            position_ids[i, n:] = torch.arange(length - n)
+            segments.append(length - n)
+    return {
+        "input_ids": input_ids,
+        "labels": labels,
+        "position_ids": position_ids,
+        **_boundaries(segments),
+        "num_tokens": sum(len(ids) for ids, _ in sides),
+        "num_pairs": len(items),
+    }
+
+
+def collate_rl(items: Sequence[dict[str, Any]], pad_id: int = 0) -> dict[str, Any]:
+    """提示 → 一批，左侧填充（生成时各行的下一个 token 在同一列）。
+
+    Returns:
+        ``input_ids``、``attention_mask``：``int64 [B, P]``；``messages``、``references``、``records``、
+        ``lines``：长 B 的列表。
+    """
+    length = max(len(item["prompt_ids"]) for item in items)
+    input_ids = torch.full((len(items), length), pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros((len(items), length), dtype=torch.int64)
+    for i, item in enumerate(items):
+        n = len(item["prompt_ids"])
+        input_ids[i, length - n :] = item["prompt_ids"]
+        attention_mask[i, length - n :] = 1
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "messages": [item["messages"] for item in items],
+        "references": [item["reference"] for item in items],
+        "records": [item["record"] for item in items],
+        "lines": [item["line"] for item in items],
+    }

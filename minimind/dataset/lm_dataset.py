@@ -1,0 +1,199 @@
+"""四个数据集：预训练、监督微调、偏好、强化学习提示。
+
+取样本只切缓存，不分词、不查找；拼行方案、掩码、划分都在打开时按数组算好。
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from minimind.dataset.collate import IGNORE, collate_dpo, collate_packed, collate_rl, empty_batch
+from minimind.dataset.encode import split_prompt
+from minimind.dataset.packed import CachedDataset, PackedDataset
+from minimind.dataset.packing import trim_to_turns
+from minimind.dataset.splits import choose
+from minimind.errors import UserError
+
+
+class PretrainDataset(PackedDataset):
+    """预训练文本 ``{"text": …}``。长文档切块而不是截断：相邻块重叠一个 token，每个 token 恰好当一次目标。"""
+
+    kind, splittable = "pretrain", True
+
+    def _label(self, labels, ids, doc):
+        labels[1:] = ids[1:]
+
+    def _kept_lengths(self, docs):
+        return np.diff(self.cache.offsets)[docs]
+
+    def _count_targets(self, docs, kept):
+        return int((kept - 1).sum())
+
+
+class SFTDataset(PackedDataset):
+    """对话 ``{"conversations": […]}``；只学助手的回合（含结束符）。
+
+    超长的对话留下完整的前几个回合；第一个回答就放不下时截断它，结束符不在其中。
+    """
+
+    kind, splittable = "sft", False
+
+    def _label(self, labels, ids, doc):
+        spans = self.cache.spans[self.cache.span_offsets[doc] : self.cache.span_offsets[doc + 1]]
+        for begin, end in spans.tolist():
+            labels[begin:end] = ids[begin:end]  # 超出截断处的部分，切片自然为空
+
+    def _kept_lengths(self, docs):
+        cache = self.cache
+        kept = trim_to_turns(np.diff(cache.offsets), cache.spans, cache.span_offsets, self.max_length)
+        return kept[docs]
+
+    def _count_targets(self, docs, kept):
+        cache = self.cache
+        limit = np.zeros(len(cache), dtype=np.int64)
+        limit[docs] = kept
+        doc = np.repeat(np.arange(len(cache)), np.diff(cache.span_offsets))
+        ends = np.minimum(cache.spans[:, 1], limit[doc])
+        return int(np.maximum(ends - cache.spans[:, 0], 0).sum())
+
+
+class DPODataset(CachedDataset):
+    """偏好对 ``{"chosen": […], "rejected": […]}``；两边由同一个渲染器渲染，到分歧处为止逐 token 相同。
+
+    超过 ``max_length`` 的一边从右截断；截断后看不到分歧的对没有偏好可学，丢弃并计数。
+
+    Attributes:
+        stats: pairs 可用的对数、truncated 截断的对数、dropped 丢弃的对数。
+    """
+
+    kind = "dpo"
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        cache = self.cache
+        lengths = np.diff(cache.offsets)
+        # 每条记录是相邻的两篇；划分按对，不会一边在训练一边在验证
+        pairs = choose(self.split, cache.split_hash[::2], lengths[::2] + lengths[1::2], self.val_ratio)
+        overlong = np.maximum(lengths[::2], lengths[1::2])[pairs] > self.max_length
+        visible = np.ones(len(pairs), dtype=bool)
+        for k in np.flatnonzero(overlong):
+            visible[k] = self._differs_within(int(pairs[k]))
+        self.pairs = pairs[visible]
+        if len(pairs) and not len(self.pairs):
+            raise self.nothing_left(len(pairs))
+        self.num_documents = len(self.pairs)
+        self.stats = {
+            "pairs": len(self.pairs),
+            "truncated": int((overlong & visible).sum()),
+            "truncated_share": float((overlong & visible).sum() / max(len(pairs), 1)),
+            "dropped": int((~visible).sum()),
+        }
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """``chosen``、``rejected``：``int64 [n]``；``chosen_labels``、``rejected_labels``：未移位，-100 不是目标。"""
+        item: dict[str, Any] = {}
+        for offset, side in enumerate(("chosen", "rejected")):
+            doc = 2 * int(self.pairs[index]) + offset
+            ids = self.cache.document(doc)[: self.max_length].astype(np.int64)
+            labels = np.full(len(ids), IGNORE, dtype=np.int64)
+            spans = self.cache.spans[self.cache.span_offsets[doc] : self.cache.span_offsets[doc + 1]]
+            for begin, end in spans.tolist():
+                labels[begin:end] = ids[begin:end]
+            item[side], item[f"{side}_labels"] = torch.from_numpy(ids), torch.from_numpy(labels)
+        return item
+
+    def _differs_within(self, pair: int) -> bool:
+        """截断后两边还看得出不同，且分歧处之后都有目标。"""
+        sides = [self.cache.document(2 * pair + k)[: self.max_length] for k in (0, 1)]
+        common = min(map(len, sides))
+        return bool((sides[0][:common] != sides[1][:common]).any())
+
+    def source_lines(self, index: int) -> list[int]:
+        """源文件里的行号，从 1 起。"""
+        return [int(self.cache.lines[2 * int(self.pairs[index])])]
+
+    @property
+    def collate(self):
+        return partial(collate_dpo, pad_id=self.pad_id)
+
+
+class RLAIFDataset(CachedDataset):
+    """强化学习的提示 ``{"conversations": […]}``；末尾的助手回合是参考答案，可以为空或没有。
+
+    提示含助手回合的开头，直接可以续写。超过 ``max_length`` 的提示丢弃并计数：从右截掉会丢助手的开头，
+    从左截掉会丢系统提示与角色标记，两种都让模型对着残缺的结构作答。
+
+    Args:
+        enable_thinking: 生成提示里的思考开关，见 :func:`minimind.tokenizer.encode_chat`。
+
+    Attributes:
+        stats: prompts 可用的提示数、dropped 丢弃的提示数。
+    """
+
+    kind = "rl"
+
+    def __init__(self, *args, enable_thinking: bool | None = None, **kwargs):
+        super().__init__(*args, options={"enable_thinking": enable_thinking}, **kwargs)
+        lengths = np.diff(self.cache.offsets)
+        docs = choose(self.split, self.cache.split_hash, lengths, self.val_ratio)
+        self.docs = docs[lengths[docs] <= self.max_length]
+        if len(docs) and not len(self.docs):
+            raise UserError(
+                f"{self.cache.source} 的提示都超过 {self.max_length} 个 token（最短 {lengths[docs].min()}）",
+                fix=f"用 --max_seq_len {int(np.percentile(lengths[docs], 99))} 可以留下 99 % 的提示",
+            )
+        self.num_documents = len(self.docs)
+        self.stats = {"prompts": len(self.docs), "dropped": len(docs) - len(self.docs)}
+
+    def __len__(self) -> int:
+        return len(self.docs)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """``prompt_ids``：``int64 [n]``；``messages`` 提示消息；``reference`` 参考答案，没有时为空串；
+        ``record`` 原始记录（可能另有字段）；``line`` 行号。"""
+        doc = int(self.docs[index])
+        record = self.cache.record(doc)
+        messages, reference = split_prompt(record["conversations"])
+        return {
+            "prompt_ids": torch.from_numpy(self.cache.document(doc).astype(np.int64)),
+            "messages": messages,
+            "reference": reference,
+            "record": record,
+            "line": int(self.cache.lines[doc]),
+        }
+
+    def source_lines(self, index: int) -> list[int]:
+        """源文件里的行号，从 1 起。"""
+        return [int(self.cache.lines[int(self.docs[index])])]
+
+    @property
+    def collate(self):
+        return partial(collate_rl, pad_id=self.pad_id)
+
+
+DATASETS: dict[str, type[CachedDataset]] = {
+    "pretrain": PretrainDataset,
+    "sft": SFTDataset,
+    "dpo": DPODataset,
+    "rl": RLAIFDataset,
+}
+
+__all__: Sequence[str] = (
+    "DATASETS",
+    "DPODataset",
+    "PretrainDataset",
+    "RLAIFDataset",
+    "SFTDataset",
+    "collate_dpo",
+    "collate_packed",
+    "collate_rl",
+    "empty_batch",
+)

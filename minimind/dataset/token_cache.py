@@ -1,0 +1,140 @@
+"""一份分词缓存在磁盘上的样子：写出（:class:`CacheWriter`）与读回（:class:`TokenCache`）。"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minimind.dataset.encode import Chunk
+from minimind.dataset.jsonl import parse_line
+
+# 文件布局或编码方式变了就加一，旧缓存自然作废
+FORMAT_VERSION = 1
+# meta.json 里留几条坏行作例子
+KEPT_BAD_LINES = 20
+
+FILES = {
+    "offsets": np.int64,
+    "spans": np.int32,
+    "span_offsets": np.int64,
+    "split_hash": np.uint64,
+    "lines": np.int64,
+    "positions": np.int64,
+}
+
+
+class TokenCache:
+    """打开的缓存，只读。N 篇文档（dpo 每条记录两篇：chosen、rejected）。
+
+    Attributes:
+        ids: 全部 token，首尾相接，uint16 或 uint32 的内存映射 ``[tokens]``。
+        offsets: 第 i 篇是 ``ids[offsets[i] : offsets[i + 1]]``，``[N + 1]``。
+        spans, span_offsets: 目标区间，见 :func:`minimind.dataset.packing.trim_to_turns`；只有 sft、dpo 有。
+        split_hash: 内容哈希 ``uint64 [N]``，划分训练与验证用。
+        lines: 在源文件里的行号，从 1 起 ``[N]``。
+        positions: 那一行的字节位置 ``[N]``。
+        meta: meta.json 的内容。
+        source: 源文件；缓存可能由同样内容的另一个文件建成，所以打开时给出。
+    """
+
+    def __init__(self, folder: Path, source: Path):
+        self.folder, self.source = folder, source
+        self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text("utf-8"))
+        for name, dtype in FILES.items():
+            setattr(self, name, self._map(name, dtype))
+        self.spans = self.spans.reshape(-1, 2)
+        self.dtype = np.dtype(self.meta["dtype"])
+        self._handle: int | None = None
+
+    def __reduce__(self):
+        # 送给 DataLoader 的子进程时只送路径，到那边重新打开
+        return TokenCache, (self.folder, self.source)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __del__(self):
+        if getattr(self, "_handle", None) is not None:
+            os.close(self._handle)
+
+    @functools.cached_property
+    def ids(self) -> np.ndarray:
+        return self._map("ids", self.dtype)
+
+    def tokens(self, begin: int, end: int) -> np.ndarray:
+        """``ids[begin:end]`` 的一份拷贝。
+
+        用 pread 而不是内存映射：逐行随机读时，映射每次缺页带进 64 KB，一个轮次下来整个文件都算进
+        常驻内存（1 GB 的 jsonl 约 0.6 GB）；pread 一样快而不占。
+        """
+        if not hasattr(os, "pread"):  # Windows
+            return self.ids[begin:end]
+        if self._handle is None:
+            self._handle = os.open(self.folder / "ids.bin", os.O_RDONLY)
+        width = self.dtype.itemsize
+        return np.frombuffer(os.pread(self._handle, (end - begin) * width, begin * width), self.dtype)
+
+    def document(self, i: int) -> np.ndarray:
+        """第 i 篇的全部 token。"""
+        return self.tokens(int(self.offsets[i]), int(self.offsets[i + 1]))
+
+    def record(self, i: int) -> dict[str, Any]:
+        """第 i 篇的原始记录，从源文件读那一行。"""
+        with self.source.open("rb") as file:
+            file.seek(int(self.positions[i]))
+            return parse_line(file.readline())
+
+    def _map(self, name: str, dtype) -> np.ndarray:
+        file = self.folder / f"{name}.bin"
+        if file.stat().st_size != self.meta["files"][name]:
+            raise ValueError(f"{file} 的大小与记录不符")
+        if not self.meta["files"][name]:  # 空文件不能映射
+            return np.zeros(0, dtype)
+        # 退回普通数组的外壳：memmap 子类取一个标量要多花一微秒
+        return np.memmap(file, dtype=dtype, mode="r").view(np.ndarray)
+
+
+class CacheWriter:
+    """边收边写，内存里只有当前这一段。"""
+
+    def __init__(self, folder: Path, dtype: np.dtype):
+        self.dtype = dtype
+        self.files = {name: (folder / f"{name}.bin").open("wb") for name in ("ids", *FILES)}
+        self.num_documents = self.num_tokens = self.num_lines = self.num_spans = 0
+        self.bad_count, self.bad = 0, []
+        for name in ("offsets", "span_offsets"):
+            self.files[name].write(np.zeros(1, np.int64).tobytes())
+
+    def __enter__(self) -> CacheWriter:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        for file in self.files.values():
+            if exc[0] is None:
+                file.flush()
+                os.fsync(file.fileno())
+            file.close()
+
+    def add(self, chunk: Chunk, path: Path) -> None:
+        def write(name: str, array: np.ndarray, dtype) -> None:
+            self.files[name].write(np.ascontiguousarray(array, dtype=dtype))
+
+        write("ids", chunk.ids, self.dtype)
+        write("offsets", self.num_tokens + np.cumsum(chunk.lengths, dtype=np.int64), np.int64)
+        write("spans", chunk.spans, np.int32)
+        write("span_offsets", self.num_spans + np.cumsum(chunk.span_counts, dtype=np.int64), np.int64)
+        write("split_hash", chunk.split_hash, np.uint64)
+        write("lines", chunk.lines + self.num_lines + 1, np.int64)
+        write("positions", chunk.positions, np.int64)
+        for error in chunk.bad[: KEPT_BAD_LINES - len(self.bad)]:
+            self.bad.append({**error, "file": str(path), "line": self.num_lines + error["line"] + 1})
+        self.bad_count += len(chunk.bad)
+        self.num_documents += len(chunk.lengths)
+        self.num_tokens += len(chunk.ids)
+        self.num_spans += len(chunk.spans)
+        self.num_lines += chunk.num_lines
