@@ -1,0 +1,136 @@
+"""训练与评测分词器用的文本：从 jsonl 里取出所有文本字段，按来源许可取舍，按权重配比。"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from minimind.errors import UserError
+from minimind.tokenizer.render import text_of
+
+# 禁止商用或只许研究用的来源：分词器要随代码以 Apache-2.0 发布，不拿它们训练
+EXCLUDED_TAGS = (
+    "hikariming_alpaca_zh",
+    "llamafactory_alpaca_zh",
+    "llamafactory_alpaca_en",
+    "moss_sample",
+    "medicalgpt_sharegpt_zh",
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """一个语料文件和它的权重；权重 1.4 指全部一遍，再均匀抽四成。"""
+
+    path: Path
+    weight: float = 1.0
+
+
+def parse_mix(mix: str, folder: Path) -> list[Source]:
+    """``"pretrain_zh=1,pretrain_en=1.4"`` → 来源列表；名字是 ``folder`` 下的 ``{名字}.jsonl``，也可写路径。
+
+    Raises:
+        UserError: 权重不是正数，或文件不存在。
+    """
+    sources = []
+    for item in filter(None, (part.strip() for part in mix.split(","))):
+        name, _, number = item.partition("=")
+        try:
+            weight = float(number or 1)
+        except ValueError:
+            weight = -1.0
+        if not 0 < weight <= 100:
+            raise UserError(f"权重读不懂：{item}", where="--mix", expected="名字=正数，例如 pretrain_en=1.4")
+        path = Path(name).expanduser()
+        if path.suffix != ".jsonl":
+            path = folder / f"{name}.jsonl"
+        if not path.is_file():
+            raise UserError(
+                "语料文件不存在",
+                where=str(path),
+                fix="用 --data_dir 指出语料所在文件夹，或用 --mix 列出自己的文件",
+            )
+        sources.append(Source(path, weight))
+    if not sources:
+        raise UserError("没有任何语料", where="--mix", expected="至少一个 名字=权重")
+    return sources
+
+
+def record_text(record: dict) -> str:
+    """一条记录的全部文本字段，用换行连接；认得预训练、对话、偏好、问答与选择题的格式。"""
+    return "\n".join(filter(None, _fields(record)))
+
+
+def _fields(record: dict) -> Iterator[str]:
+    for key in ("text", "question", "prompt", "response"):
+        if isinstance(record.get(key), str):
+            yield record[key]
+    for value in (record.get("choices"), record.get("answer")):
+        values = value if isinstance(value, list) else [value]
+        yield from (v for v in values if isinstance(v, str))
+    for key in ("conversations", "messages", "chosen", "rejected"):
+        messages = record.get(key)
+        for message in messages if isinstance(messages, list) else ():
+            yield text_of(message.get("reasoning_content"))
+            yield text_of(message.get("content"))
+
+
+def read_texts(path: Path, exclude: tuple[str, ...] = ()) -> Iterator[str]:
+    """逐行读出文本；``meta/{文件名}.src.txt`` 存在时，跳过标签在 ``exclude`` 里的行。
+
+    Raises:
+        UserError: 某行不是 JSON 对象，或标签文件与语料行数不同。
+    """
+    tags = _source_tags(path) if exclude else None
+    count = 0
+    with path.open("rb") as lines:
+        for count, line in enumerate(lines, start=1):
+            if tags is not None and count <= len(tags) and tags[count - 1] in exclude:
+                continue
+            if text := record_text(_parse_line(line, path, count)):
+                yield text
+    if tags is not None and count != len(tags):
+        raise UserError(
+            f"来源标签有 {len(tags)} 行，语料有 {count} 行，按标签取舍会错位",
+            where=str(path),
+            fix="换上与语料同一版本的 meta 文件",
+        )
+
+
+def _source_tags(path: Path) -> list[str] | None:
+    file = path.parent / "meta" / f"{path.name}.src.txt"
+    return file.read_text("utf-8").splitlines() if file.is_file() else None
+
+
+def _parse_line(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"不是 UTF-8 的 JSON（{error}）",
+            where=f"{path}:{number}",
+            expected="每行一个 JSON 对象",
+            fix="修好或删去这一行",
+        ) from error
+    if not isinstance(record, dict):
+        raise UserError("不是 JSON 对象", where=f"{path}:{number}", expected="每行一个 JSON 对象")
+    return record
+
+
+def weighted(texts: Iterator[str], weight: float) -> Iterator[str]:
+    """每条重复 ``weight`` 次；小数部分均匀地抽（每隔几条多一次），没有随机数，两次运行相同。"""
+    owed = 0.0
+    for text in texts:
+        owed += weight
+        while owed >= 1:
+            yield text
+            owed -= 1
+
+
+def mixed_texts(sources: list[Source], exclude: tuple[str, ...] = EXCLUDED_TAGS) -> Iterator[str]:
+    """所有来源按权重展开后的文本。"""
+    return chain.from_iterable(weighted(read_texts(s.path, exclude), s.weight) for s in sources)
