@@ -214,6 +214,11 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)  # 同时设定 CUDA、MPS 与已注册的 NPU
 
 
+def mix_seeds(*parts: int) -> int:
+    """把几个数散列成一个 32 位种子：相邻的进程、步数不会得到相关的随机数流。"""
+    return int(np.random.SeedSequence([part % 2**64 for part in parts]).generate_state(1)[0])
+
+
 def rng_state(device: torch.device) -> dict[str, Any]:
     """本进程全部随机数发生器的状态；只含张量与基本类型，可用 ``weights_only=True`` 读回。"""
     kind, keys, position, has_gauss, gauss = np.random.get_state()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from minimind.errors import UserError
 from minimind.trainer.device import backend_for, resolve_device
+
+T = TypeVar("T")
 
 # 集合通信最长等这么久：足够最慢的一次存盘或验证，又不至于一个进程死了其余的等一夜
 TIMEOUT = timedelta(minutes=30)
@@ -95,15 +98,25 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def main_process_first_error(error: UserError | None) -> None:
-    """主进程独自做的事（存盘）出了错，就让所有进程一起停，而不是留下别的进程干等。
+def on_main(work: Callable[[], T]) -> T | None:
+    """只在主进程做的事（存盘、开日志）；做不成就让所有进程一起停，而不是留下别的进程干等。
+
+    Returns:
+        主进程上是 ``work()`` 的结果，其余进程上是 None。
 
     Raises:
         UserError: 主进程上原样抛出。
         SystemExit: 其余进程以同样的退出码安静退出。
     """
+    result, error = None, None
+    if is_main_process():
+        try:
+            result = work()
+        except UserError as caught:
+            error = caught
     failed = broadcast_object(error is not None)
     if error is not None:
         raise error
     if failed:
         raise SystemExit(UserError.exit_code)
+    return result

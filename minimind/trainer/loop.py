@@ -31,7 +31,7 @@ from minimind.trainer.distributed import (
     barrier,
     gather_objects,
     is_main_process,
-    main_process_first_error,
+    on_main,
 )
 from minimind.trainer.interrupt import StopSignal
 from minimind.trainer.loader import Batch, training_batches
@@ -44,6 +44,11 @@ from minimind.trainer.validation import count_targets, to_device, validate
 MAX_NONFINITE_IN_ROW = 3
 # 走过这么多步之后才估全程用时：头一步含预热，不作数
 FIRST_STEPS = 3
+
+# 批里交给模型的键；其余（如 num_tokens）是给训练循环看的，传进去会让 torch.compile 反复重编
+MODEL_INPUTS = (
+    "input_ids", "attention_mask", "position_ids", "labels", "loss_weights", "cu_seqlens", "max_seqlen",
+)  # fmt: skip
 
 LossResult = tuple[Tensor, Any, dict[str, Any]]
 Window = list[tuple[list[int], Batch]]
@@ -67,7 +72,8 @@ class TrainResult:
 
 def language_model_loss(model: nn.Module, batch: Batch) -> LossResult:
     """预训练与 SFT 的损失：目标词元上的交叉熵之和，混合专家再加负载均衡损失（乘目标数，与前者同一口径）。"""
-    out = model(**batch, return_logits=False)
+    inputs = {key: value for key, value in batch.items() if key in MODEL_INPUTS}
+    out = model(**inputs, return_logits=False)
     ce, aux, count = out.loss_sum, out.aux_loss * out.target_count, out.target_count
     if not aux.requires_grad:  # 稠密模型，或不在训练
         return ce, count, {}
@@ -128,9 +134,8 @@ def train(
     )
     run.announce()
     with StopSignal() as stop:
-        if run.owes_evaluation():  # 上次停在存盘与验证之间
-            evaluate(run, compute_loss, on_eval, stop)
-        while state.step < run.total_steps:
+        stopping = run.owes_evaluation() and not evaluate(run, compute_loss, on_eval, stop)
+        while state.step < run.total_steps and not stopping:
             micro_batches, samples = run.window_size()
             window = list(islice(batches, micro_batches))
             lr = run.learning_rate(samples)
@@ -145,20 +150,25 @@ def train(
             epoch = state.epoch
             run.advance(samples)
             accumulate_interval(run, sums)
-            last = state.step == run.total_steps
-            if state.step % args.log_interval == 0 or last:
+            last, stopping = state.step == run.total_steps, sums["stop"] > 0
+            if due(state.step, args.log_interval) or last:
                 log_interval(run, epoch, lr)
-            stopping = sums["stop"] > 0
-            if last or stopping or (args.save_interval and state.step % args.save_interval == 0):
+            evaluating = run.evaluates and (due(state.step, args.eval_interval) or last)
+            if due(state.step, args.save_interval) or last or evaluating or stopping:
                 with run.meter.pause("save"):
                     run.save()
-            if not stopping and (last or (args.eval_interval and state.step % args.eval_interval == 0)):
-                evaluate(run, compute_loss, on_eval, stop)
-            if stopping:
-                say(f"已在第 {state.step} 步存盘，加 --from_resume 1 继续。")
-                run.close()
-                raise SystemExit(128 + (stop.signum or signal.SIGTERM))
+            if evaluating and not stopping:
+                stopping = not evaluate(run, compute_loss, on_eval, stop)
+    if stopping:
+        say(f"已在第 {state.step} 步存盘，加 --from_resume 1 继续。")
+        run.close()
+        raise SystemExit(128 + (stop.signum or signal.SIGTERM))
     return finish(run)
+
+
+def due(step: int, interval: int) -> bool:
+    """每 ``interval`` 步一次的事这一步该不该做；0 表示从不。"""
+    return interval > 0 and step % interval == 0
 
 
 # ---------------------------------------------------------------- 一个优化步
@@ -177,8 +187,8 @@ def forward_backward(
     total = all_reduce_sum(torch.tensor(sum(counts), dtype=run.stat_dtype, device=run.device))
     scale = (run.world_size / total.where(total > 0, 1.0)).float()
 
-    sums: dict[str, Any] = {"loss": 0.0, "count": sum(counts), "stop": float(stop.requested)}
-    sums["tokens"], sums["context"] = count_tokens(window, run.pad_id)
+    sums: dict[str, Any] = {"loss": 0.0, "count": sum(counts)}
+    sums["tokens"], sums["context"] = count_tokens(window)
     micro_losses = []
     for index, (ids, batch) in enumerate(window):
         last = index == len(window) - 1
@@ -197,6 +207,7 @@ def forward_backward(
         sums["loss"] = sums["loss"] + micro_losses[-1]
         add_metrics(sums, metrics, n, real)
 
+    sums["stop"] = float(stop.requested)  # 只要有一个进程收到信号，大家走完这一步一起停
     run.scaler.unscale_(run.optimizer)  # 没启用时是空操作
     grads = [p.grad for p in run.model.parameters() if p.grad is not None]
     grad_norm = torch.nn.utils.get_total_norm(grads)
@@ -215,14 +226,14 @@ def add_metrics(sums: dict[str, Any], metrics: dict[str, Any], n: Any, real: flo
             sums[key] = sums.get(key, 0.0) + part * real
 
 
-def count_tokens(window: Window, pad_id: int | None) -> tuple[float, float]:
+def count_tokens(window: Window) -> tuple[float, float]:
     """有效（非填充）词元数，以及各词元所在段长之和（算注意力代价用）。"""
     tokens = context = 0.0
     for ids, batch in window:
         if not ids or "input_ids" not in batch:
             continue
         x = batch["input_ids"]
-        real = float(x.numel() if pad_id is None else (x != pad_id).sum())
+        real = float(batch.get("num_tokens", x.numel()))
         lengths = (
             batch["cu_seqlens"].diff().double()
             if "cu_seqlens" in batch
@@ -269,12 +280,21 @@ def report_nonfinite(run: Run, window: Window, micro_losses: list[Tensor], sums:
     what = "损失" if not math.isfinite(sums["loss"]) else "梯度范数"
     say(f"第 {step} 步的{what}不是有限数，这一步不更新权重；涉及的样本：{names}。")
     if state.nonfinite_in_row >= MAX_NONFINITE_IN_ROW:
-        error = UserError(
+        stopped = UserError(
             f"连续 {MAX_NONFINITE_IN_ROW} 步的{what}不是有限数，训练停止",
             where=f"第 {step} 步，样本 {names}",
-            fix=f"降低 --learning_rate 或检查这些样本；最近的存档仍在 {run.weights.parent}，可加 --from_resume 1 继续",
+            fix="降低 --learning_rate 或检查这些样本"
+            + (
+                f"；第 {run.saved_step} 步的存档完好，可加 --from_resume 1 从那里继续"
+                if run.saved_step > 0
+                else ""
+            ),
         )
-        main_process_first_error(error if is_main_process() else None)
+
+        def stop_all() -> None:
+            raise stopped
+
+        on_main(stop_all)
 
 
 # ---------------------------------------------------------------- 记录与验证
@@ -343,10 +363,12 @@ def interval_metrics(sums: dict[str, float]) -> dict[str, float]:
     return {name: sums[f"{name}/sum"] / (sums[f"{name}/count"] or math.nan) for name in names}
 
 
-def evaluate(run: Run, compute_loss: Callable, on_eval: Callable | None, stop: StopSignal) -> None:
-    """验证并记录；此前已存盘，验证出了错也不丢训练成果。"""
-    if run.val_ds is None and on_eval is None:
-        return
+def evaluate(run: Run, compute_loss: Callable, on_eval: Callable | None, stop: StopSignal) -> bool:
+    """验证并记录；此前已存盘，验证出了错也不丢训练成果。
+
+    Returns:
+        是否做完；收到退出信号就半途放弃，续训时会补上。
+    """
     state, result = run.state, {}
     with run.meter.pause("eval"):
         if run.val_ds is not None:
@@ -362,8 +384,8 @@ def evaluate(run: Run, compute_loss: Callable, on_eval: Callable | None, stop: S
                 max_rows=run.args.val_max_rows,
                 should_stop=lambda: stop.requested,
             )
-            if result is None:  # 收到退出信号，续训时补上这次验证
-                return
+            if result is None:
+                return False
         if on_eval is not None:
             if is_main_process():
                 with preserved_rng(run.device):
@@ -377,6 +399,7 @@ def evaluate(run: Run, compute_loss: Callable, on_eval: Callable | None, stop: S
         write_sidecar(run.weights, run.sidecar())
     words = {"val_loss": "损失", "val_bpb": "每字节比特数"}
     say(f"验证（第 {state.step} 步）：" + "，".join(f"{words.get(k, k)} {v:.4f}" for k, v in result.items()))
+    return True
 
 
 def finish(run: Run) -> TrainResult:
@@ -387,4 +410,4 @@ def finish(run: Run) -> TrainResult:
         f"内存最高 {peak_memory_bytes(run.device) / 2**30:.2f} GB；权重 {run.weights}"
     )
     run.close()
-    return TrainResult(run.weights, run.log.path, state.step, run.train_loss, state.seconds, run.metrics)
+    return TrainResult(run.weights, run.log_path, state.step, run.train_loss, state.seconds, run.metrics)

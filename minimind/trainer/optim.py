@@ -7,7 +7,6 @@ Muon（Jordan 2024，https://kellerjordan.github.io/posts/muon/）把动量矩�
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
@@ -47,14 +46,14 @@ class Muon(torch.optim.Optimizer):
     """Nesterov 动量 + 正交化更新 + 解耦权重衰减；同形状的矩阵堆在一起做一次批量迭代。
 
     数值上等同 ``torch.optim.Muon(adjust_lr_fn="match_rms_adamw")``，只是成批计算，
-    且迭代精度可选（写在参数组里，随存档保存，续训时不会因重新测速而换精度）。
+    且迭代精度可选（写在参数组里，随存档保存，续训时不会换精度）。
 
     Args:
         params: 二维参数。
         lr: 学习率，与 AdamW 同一量级。
         momentum: 动量系数。
         weight_decay: 解耦权重衰减。
-        newton_schulz_dtype: 迭代精度，``"float32"`` 或 ``"bfloat16"``。
+        newton_schulz_dtype: 迭代精度，如 ``"float32"``、``"bfloat16"``。
     """
 
     def __init__(
@@ -159,30 +158,8 @@ def split_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     return groups
 
 
-def faster_newton_schulz_dtype(device: torch.device, size: int = 256) -> str:
-    """迭代精度：GPU 用 bfloat16（若支持）；CPU 上两种都试一次，取快的。
-
-    实测：有 AVX512-BF16 的单核上 bfloat16 快 3.7 到 4.5 倍，没有该指令的机器上反而更慢，所以不能写死。
-    """
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    if device.type != "cpu":
-        return "float32"
-    sample = torch.randn(4, size, size, generator=torch.Generator().manual_seed(0))
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        orthogonalize(sample, 1, dtype)  # 预热
-        times = []
-        for _ in range(2):
-            start = time.perf_counter()
-            orthogonalize(sample, 2, dtype)
-            times.append(time.perf_counter() - start)
-        seconds[dtype] = min(times)
-    return "bfloat16" if seconds[torch.bfloat16] < 0.8 * seconds[torch.float32] else "float32"
-
-
 def build_optimizer(
-    model: nn.Module, args: Any, *, newton_schulz_dtype: str | None = None
+    model: nn.Module, args: Any, *, newton_schulz_dtype: str = "bfloat16"
 ) -> torch.optim.Optimizer | OptimizerPair:
     """按 ``args.optimizer`` 建优化器。每个参数组带 ``lr_scale``：实际学习率 = 日程给的学习率 × ``lr_scale``。
 
@@ -191,7 +168,8 @@ def build_optimizer(
     Args:
         model: 未包装（没有 DDP、compile）的模型。
         args: 需要 ``optimizer learning_rate weight_decay embed_lr_scale muon_momentum adam_beta2``。
-        newton_schulz_dtype: Muon 迭代精度；``None`` 时现测。多进程须传同一个值，各进程的权重才会一致。
+        newton_schulz_dtype: Muon 迭代精度。训练用半精度时跟着用（有 AVX512-BF16 的单核上比 fp32 快 3.7 到 4.5 倍），
+            训练用 fp32 时也用 fp32：换进程数、换累积方式的结果才能一致到 1e-5。
     """
     groups = split_parameters(model)
     device = next(model.parameters()).device
@@ -213,14 +191,13 @@ def build_optimizer(
 
     if args.optimizer == "adamw":
         return adamw()
-    dtype = newton_schulz_dtype or faster_newton_schulz_dtype(device)
     muon_group = {"params": groups["matrix"], "lr_scale": 1.0}
     muon = Muon(
         [muon_group],
         lr=lr,
         momentum=args.muon_momentum,
         weight_decay=args.weight_decay,
-        newton_schulz_dtype=dtype,
+        newton_schulz_dtype=newton_schulz_dtype,
     )
     return OptimizerPair(muon=muon, adamw=adamw()) if adam_groups else muon
 

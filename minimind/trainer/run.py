@@ -18,9 +18,9 @@ from minimind.paths import resolve_path
 from minimind.tokenizer import token_byte_lengths, tokenizer_fingerprint
 from minimind.trainer import checkpoint, device, distributed
 from minimind.trainer.meter import Meter
-from minimind.trainer.optim import build_optimizer, faster_newton_schulz_dtype
+from minimind.trainer.optim import build_optimizer
 from minimind.trainer.schedule import lr_at
-from minimind.trainer.tracking import RunLog, start_tracker
+from minimind.trainer.tracking import RunLog, Tracker, start_tracker
 from minimind.trainer.validation import to_device
 
 # 续训时必须与存档相同的参数：换了它们，优化器状态或数据位置就没有意义
@@ -85,7 +85,6 @@ class Run:
         self.device = next(model.parameters()).device
         self.stat_dtype = torch.float32 if self.device.type in ("mps", "npu") else torch.float64
         self.tokenizer_hash = tokenizer_fingerprint(tokenizer) if tokenizer is not None else None
-        self.pad_id = getattr(tokenizer, "pad_token_id", None)
         self.weights = checkpoint.weights_path(self.config, args.save_weight, args.save_dir)
         self.state, self.metrics, self.train_loss = TrainState(), {}, math.nan
         self.evaluates, self.announced_total = val_ds is not None, False
@@ -163,15 +162,11 @@ class Run:
             )
             decided = {
                 "dtype": str(dtype).removeprefix("torch."),
-                "newton_schulz_dtype": remembered.get("newton_schulz_dtype")
-                or faster_newton_schulz_dtype(self.device),
                 "peak_flops": device.peak_flops(self.device, dtype),
             }
         self.numerics = distributed.broadcast_object(decided)
         self.dtype = device.DTYPES[self.numerics["dtype"]]
-        self.optimizer = build_optimizer(
-            self.model, args, newton_schulz_dtype=self.numerics["newton_schulz_dtype"]
-        )
+        self.optimizer = build_optimizer(self.model, args, newton_schulz_dtype=self.numerics["dtype"])
 
     def _probe(self, compute_loss: Callable[..., Any], dtype: torch.dtype) -> None:
         """用真模型、真数据的两行做一次前向反向，供 CPU 上比较 fp32 与 bf16。"""
@@ -206,26 +201,30 @@ class Run:
         )
 
     def _open_log(self, saved: dict[str, Any] | None) -> None:
-        args, main = self.args, distributed.is_main_process()
-        folder = resolve_path(args.save_dir) / "logs"
-        name = self.weights.stem
-        self.log = RunLog(folder / f"{name}.jsonl", self.state.step if saved else None, enabled=main)
+        args, folder, name = self.args, resolve_path(self.args.save_dir) / "logs", self.weights.stem
+        self.log_path = folder / f"{name}.jsonl"
         tracker = "swanlab" if args.use_wandb and args.tracker == "none" else args.tracker
-        self.tracker = start_tracker(
-            tracker if main else "none",
-            project=args.wandb_project,
-            run_name=name,
-            folder=folder,
-            config={k: v for k, v in vars(args).items() if not k.startswith("_")},
-            run_id=saved and saved["wandb_id"],
-        )
+
+        def open_both() -> tuple[RunLog, Tracker]:
+            config = {k: v for k, v in vars(args).items() if not k.startswith("_")}
+            run_id = saved and saved["wandb_id"]
+            return RunLog(self.log_path, self.state.step if saved else None), start_tracker(
+                tracker,
+                project=args.wandb_project,
+                run_name=name,
+                folder=folder,
+                config=config,
+                run_id=run_id,
+            )
+
+        self.log, self.tracker = distributed.on_main(open_both) or (None, None)
 
     def _seed(self, saved: dict[str, Any] | None) -> None:
         """最后才定随机数：前面的测速不影响它。各进程的 dropout 不同；进程数变了就按步数另起一条。"""
         if saved and saved["world_size"] == self.world_size:
             device.set_rng_state(saved["rng"][self.rank], self.device)
         else:
-            device.seed_all(self.args.seed * 1_000_003 + self.state.step * 4099 + self.rank)
+            device.seed_all(device.mix_seeds(self.args.seed, self.state.step, self.rank))
 
     # ------------------------------------------------------------ 进度
 
@@ -283,9 +282,8 @@ class Run:
         """续训点该有一次验证而日志里没有：上次停在存盘与验证之间，要补上。"""
         step, interval = self.state.step, self.args.eval_interval
         due = step > 0 and (step == self.total_steps or (interval and step % interval == 0))
-        return distributed.broadcast_object(
-            bool(due and self.evaluates and step not in self.log.evaluated_steps)
-        )
+        owed = due and self.evaluates and self.log and step not in self.log.evaluated_steps
+        return distributed.broadcast_object(bool(owed))
 
     def flops_per_second(self, tokens_per_second: float, context: float) -> float | None:
         """模型口径的算力；``context`` 是词元平均所在段长，注意力的代价由它决定。"""
@@ -310,42 +308,42 @@ class Run:
         """存权重与续训存档；多进程时只有主进程写，写不成则一起停。"""
         args = self.args
         rng = distributed.gather_objects(device.rng_state(self.device))
-        error = None
-        if distributed.is_main_process():
-            try:
-                checkpoint.save_weights(self.model, self.weights, self.sidecar())
-                checkpoint.lm_checkpoint(
-                    self.config,
-                    args.save_weight,
-                    model=self.model,
-                    optimizer=self.optimizer,
-                    epoch=self.state.epoch,
-                    step=self.state.step,
-                    wandb=self.tracker,
-                    save_dir=args.checkpoint_dir,
-                    scaler=self.scaler,
-                    progress=asdict(self.state),
-                    rng=rng,
-                    numerics=self.numerics,
-                    identity=self._identity(),
-                    args={k: getattr(args, k) for k in FIXED_ARGS + NOTED_ARGS},
-                    train_loss=self.train_loss,
-                    metrics=self.metrics,
-                    recipe_state={name: part.state_dict() for name, part in self.extra_state.items()},
-                )
-            except UserError as caught:
-                error = caught
-        distributed.main_process_first_error(error)
+
+        def write() -> None:
+            checkpoint.save_weights(self.model, self.weights, self.sidecar())
+            checkpoint.lm_checkpoint(
+                self.config,
+                args.save_weight,
+                model=self.model,
+                optimizer=self.optimizer,
+                epoch=self.state.epoch,
+                step=self.state.step,
+                wandb=self.tracker,
+                save_dir=args.checkpoint_dir,
+                scaler=self.scaler,
+                progress=asdict(self.state),
+                rng=rng,
+                numerics=self.numerics,
+                identity=self._identity(),
+                args={k: getattr(args, k) for k in FIXED_ARGS + NOTED_ARGS},
+                train_loss=self.train_loss,
+                metrics=self.metrics,
+                recipe_state={name: part.state_dict() for name, part in self.extra_state.items()},
+            )
+
+        distributed.on_main(write)
         self.saved_step = self.state.step
 
     def write_log(self, record: dict[str, Any]) -> None:
-        """写一行 JSON，同一份也交给记录工具。"""
-        self.log.write(record)
-        values = {k: v for k, v in record.items() if k != "step" and math.isfinite(v)}
-        self.tracker.log(values, self.state.step)
+        """主进程写一行 JSON，同一份也交给记录工具。"""
+        if self.log is not None:
+            self.log.write(record)
+            values = {k: v for k, v in record.items() if k != "step" and math.isfinite(v)}
+            self.tracker.log(values, self.state.step)
 
     def close(self) -> None:
-        self.tracker.finish()
+        if self.tracker is not None:
+            self.tracker.finish()
 
     def announce(self) -> None:
         """开始前的一段话：模型、数据、步数、精度、设备。"""

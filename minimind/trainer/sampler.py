@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 
 
 def epoch_order(size: int, seed: int, epoch: int) -> torch.Tensor:
     """第 ``epoch`` 轮的样本顺序 ``[size]``：全体样本的一个排列，各进程算出来都一样。"""
-    # 大素数相乘再加，让（种子 1，轮次 0）与（种子 0，轮次 1）不撞
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    return torch.randperm(size, generator=generator)
+    # torch 的发生器只看种子的低 32 位；NumPy 的把两个数一起散列，不会撞
+    generator = np.random.default_rng([seed % 2**64, epoch])
+    return torch.from_numpy(generator.permutation(size))
 
 
 class SkipBatchSampler(Sampler):

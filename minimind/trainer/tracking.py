@@ -22,14 +22,10 @@ class RunLog:
     Args:
         path: 文件位置。
         keep_until: 续训点的步数；``None`` 表示重新训练。
-        enabled: 非主进程传 False，什么也不写。
     """
 
-    def __init__(self, path: Path, keep_until: int | None = None, enabled: bool = True):
-        self.path, self.enabled = path, enabled
-        self.evaluated_steps: set[int] = set()
-        if not enabled:
-            return
+    def __init__(self, path: Path, keep_until: int | None = None):
+        self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [] if keep_until is None else self._lines_until(keep_until)
         # 验证的行没有 loss
@@ -52,8 +48,6 @@ class RunLog:
 
     def write(self, record: dict[str, Any]) -> None:
         """追加一行；NaN 与无穷写成 null，保证是合法 JSON。"""
-        if not self.enabled:
-            return
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         if "loss" not in clean:
             self.evaluated_steps.add(clean["step"])
