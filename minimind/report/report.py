@@ -82,7 +82,7 @@ class Report:
             blocks.append(f"![{caption}]({name})")
         if self.tasks:
             rows = [
-                [task, entry["items"], f"{entry['before']:.1%}", f"{entry['after']:.1%}"]
+                [entry.get("title", task), entry["items"], f"{entry['before']:.1%}", f"{entry['after']:.1%}"]
                 for task, entry in self.tasks.items()
             ]
             blocks += ["## 各任务", _table(["任务", "留出题数", "微调前", "微调后"], rows)]
