@@ -77,21 +77,31 @@ class BarProgress:
         self.bar.advance(self.task, amount)
 
 
+_bars: list[Progress] = []  # 正在显示的进度条；终端底部只放得下一条，嵌套的里层改为按时打印
+
+
 @contextmanager
 def progress(
-    description: str, total: float | None = None, unit: str = "项"
+    description: str, total: float | None = None, unit: str = "项", *, lines: bool = True
 ) -> Iterator[LineProgress | BarProgress]:
-    """``with progress("分词", total=n) as bar: bar.advance(k)``；非主进程什么也不显示。"""
+    """``with progress("分词", total=n) as bar: bar.advance(k)``；非主进程什么也不显示。
+
+    ``lines=False``：没有终端时也不打印，给自己已经在打印日志的循环用。
+    """
     if not is_main_process():
         yield LineProgress(description, total, unit, every=float("inf"))
-    elif not console.is_terminal:
-        yield LineProgress(description, total, unit)
+    elif not console.is_terminal or _bars:
+        yield LineProgress(description, total, unit, every=10.0 if lines else float("inf"))
     else:
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit)]
         with Progress(
             *columns, TimeElapsedColumn(), TextColumn("剩余"), TimeRemainingColumn(), console=console
         ) as bar:
-            yield BarProgress(bar, description, total)
+            _bars.append(bar)
+            try:
+                yield BarProgress(bar, description, total)
+            finally:
+                _bars.remove(bar)
 
 
 def track(items: Iterable[T], description: str, total: float | None = None, unit: str = "项") -> Iterator[T]:

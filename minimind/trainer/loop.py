@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from minimind.console import format_duration, say
+from minimind.console import format_duration, progress, say
 from minimind.errors import UserError
 from minimind.trainer.checkpoint import write_sidecar
 from minimind.trainer.device import autocast_context, peak_memory_bytes, preserved_rng
@@ -133,7 +133,7 @@ def train(
         pin_memory=run.device.type == "cuda",
     )
     run.announce()
-    with StopSignal() as stop:
+    with StopSignal() as stop, progress(recipe, run.total_steps - state.step, "步", lines=False) as bar:
         stopping = run.owes_evaluation() and not evaluate(run, compute_loss, on_eval, stop)
         while state.step < run.total_steps and not stopping:
             micro_batches, samples = run.window_size()
@@ -149,6 +149,7 @@ def train(
 
             epoch = state.epoch
             run.advance(samples)
+            bar.advance()
             accumulate_interval(run, sums)
             last, stopping = state.step == run.total_steps, sums["stop"] > 0
             if due(state.step, args.log_interval) or last:
@@ -277,6 +278,9 @@ def report_nonfinite(run: Run, window: Window, micro_losses: list[Tensor], sums:
     ]
     samples = sorted(sample for part in gather_objects(suspects) for sample in part)
     names = "、".join(map(str, samples[:16])) + (f" 等 {len(samples)} 个" if len(samples) > 16 else "")
+    if hasattr(run.train_ds, "source_lines"):
+        lines = sorted({line for sample in samples[:16] for line in run.train_ds.source_lines(sample)})
+        names += f"（源文件第 {'、'.join(map(str, lines[:16]))} 行{'等' if len(lines) > 16 else ''}）"
     what = "损失" if not math.isfinite(sums["loss"]) else "梯度范数"
     say(f"第 {step} 步的{what}不是有限数，这一步不更新权重；涉及的样本：{names}。")
     if state.nonfinite_in_row >= MAX_NONFINITE_IN_ROW:
