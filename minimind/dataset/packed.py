@@ -69,6 +69,11 @@ class CachedDataset(Dataset):
         pad_id = tokenizer.pad_token_id
         self.pad_id: int = tokenizer.eos_token_id if pad_id is None else pad_id
 
+    @property
+    def fingerprint(self) -> str:
+        """数据的身份：内容、分词器与选行方式都相同，第 i 行才是同一行；续训据此核对。"""
+        return f"{self.cache.folder.name}/{self.split}/{self.max_length}/{self.seed}/{self.val_ratio}"
+
     def nothing_left(self, dropped: int) -> UserError:
         return UserError(
             f"{self.cache.source} 里没有可用的样本（{dropped:,} 条的目标都在第 {self.max_length} 个 token 之后）",

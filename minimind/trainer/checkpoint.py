@@ -91,8 +91,9 @@ def load_file(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch 对坏文件抛的类型五花八门（RuntimeError、UnpicklingError、EOFError…）
+        reason = f"{type(error).__name__} {error}".splitlines()[0][:120].strip()
         raise UserError(
-            f"读不了这个文件（{str(error).splitlines()[0][:120]}）",
+            f"读不了这个文件（{reason}）",
             where=str(path),
             expected="torch.save 存的权重或续训存档",
             fix="文件可能下载不全或不是权重，重新下载或重新训练得到它",

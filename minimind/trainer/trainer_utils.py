@@ -87,7 +87,7 @@ def init_model(
     from_weight: str = "pretrain",
     tokenizer_path: str | None = None,
     save_dir: str | Path = "out",
-    device: str | torch.device = "cuda",
+    device: str | torch.device = "auto",
 ) -> tuple[MiniMindForCausalLM, Any]:
     """配置 + 权重 + 分词器。
 

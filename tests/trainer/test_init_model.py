@@ -1,0 +1,112 @@
+"""init_model：缺权重、尺寸不符、分词器不配套，都是一句带修复办法的话。"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from trainer_helpers import tiny_args
+
+from minimind.errors import UserError
+from minimind.model import MiniMindConfig, MiniMindForCausalLM, count_parameters
+from minimind.tokenizer import load_tokenizer, tokenizer_fingerprint
+from minimind.trainer.checkpoint import config_dict, save_weights, weights_path
+from minimind.trainer.loop import language_model_loss
+from minimind.trainer.trainer_utils import init_model, model_config, start_run
+
+
+def small(**changes) -> MiniMindConfig:
+    return MiniMindConfig(**{"hidden_size": 64, "num_hidden_layers": 2, **changes})
+
+
+def store(folder, name="pretrain", sidecar=True, **changes) -> MiniMindForCausalLM:
+    config = small(**changes)
+    model = MiniMindForCausalLM(config)
+    path = weights_path(config, name, folder)
+    about = {"config": config_dict(config), "tokenizer_hash": tokenizer_fingerprint(load_tokenizer())}
+    save_weights(model, path, about)
+    if not sidecar:
+        path.with_suffix(".json").unlink()
+    return model
+
+
+def test_从头与从权重(tmp_path):
+    model, tokenizer = init_model(small(), "none", save_dir=tmp_path, device="cpu")
+    assert len(tokenizer) == 6400 and all(p.dtype == torch.float32 for p in model.parameters())
+    for sidecar in (True, False):
+        saved = store(tmp_path, sidecar=sidecar)
+        model, _ = init_model(small(), "pretrain", save_dir=tmp_path, device="cpu")
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, saved.state_dict()[key].half().float())
+
+
+def test_缺权重_说出文件与命令以及目录里有什么(tmp_path):
+    store(tmp_path, hidden_size=128)
+    with pytest.raises(UserError) as error:
+        init_model(small(), "pretrain", save_dir=tmp_path, device="cpu")
+    message = str(error.value)
+    assert str(tmp_path / "pretrain_64.pth") in message and "pretrain_128.pth" in message
+    assert "python trainer/train_pretrain.py --hidden_size 64" in message
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"num_hidden_layers": 3}, "num_hidden_layers 存档里是 2、现在是 3"),
+        ({"arch": "v3"}, "arch 存档里是 'v2'、现在是 'v3'"),
+        ({"num_attention_heads": 4}, "num_attention_heads"),
+    ],
+)
+def test_尺寸与旁注不符_说出哪一项(tmp_path, changes, words):
+    store(tmp_path)
+    with pytest.raises(UserError, match=words):
+        init_model(small(**changes), "pretrain", save_dir=tmp_path, device="cpu")
+
+
+def test_没有旁注时尺寸不符_说出键与两边的形状(tmp_path):
+    store(tmp_path, sidecar=False)
+    with pytest.raises(UserError, match=r"gate_proj.weight 的形状是 \(192, 64\).*\(320, 64\)"):
+        init_model(small(intermediate_size=320), "pretrain", save_dir=tmp_path, device="cpu")
+
+
+def test_与训练无关的设置可以不同(tmp_path):
+    store(tmp_path)
+    init_model(small(dropout=0.1, flash_attn=False), "pretrain", save_dir=tmp_path, device="cpu")
+
+
+def test_分词器不配套报错(tmp_path):
+    config = small()
+    path = weights_path(config, "pretrain", tmp_path)
+    save_weights(MiniMindForCausalLM(config), path, {"config": config_dict(config), "tokenizer_hash": "别的"})
+    with pytest.raises(UserError, match="--tokenizer_path"):
+        init_model(small(), "pretrain", save_dir=tmp_path, device="cpu")
+
+
+def test_预设与尺寸参数(tmp_path):
+    assert model_config(tiny_args(tmp_path)).hidden_size == 64
+    assert model_config(tiny_args(tmp_path, preset="base")).num_hidden_layers == 16
+    with pytest.raises(UserError, match="尺寸"):
+        model_config(tiny_args(tmp_path, preset="huge"))
+    with pytest.raises(UserError, match="旋转位置编码"):
+        model_config(tiny_args(tmp_path, hidden_size=24))
+
+
+def test_初始损失接近均匀分布(tmp_path):
+    start_run(tiny_args(tmp_path))
+    for changes in ({}, {"arch": "v3"}, {"use_moe": True}):
+        model, _ = init_model(small(**changes), "none", device="cpu")
+        ids = torch.randint(10, 6400, (4, 64))
+        loss, count, metrics = language_model_loss(model.train(), {"input_ids": ids, "labels": ids})
+        ce = metrics.get("ce", loss)
+        assert abs((ce / count).item() - math.log(6400)) < 0.1
+
+
+def test_同一个种子得到同样的初始权重(tmp_path):
+    models = []
+    for seed in (1, 1, 2):
+        start_run(tiny_args(tmp_path, seed=seed))
+        models.append(init_model(small(), "none", device="cpu")[0])
+    a, b, c = (m.model.embed_tokens.weight for m in models)
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert count_parameters(models[0]) == sum(p.numel() for p in models[0].parameters())
