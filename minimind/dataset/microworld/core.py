@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+
+from .mixing import SHARES, Share
 
 TRAIN, HELDOUT = "train", "heldout"
 
@@ -83,17 +86,18 @@ class Task:
         level: ``easy`` 计入成绩单；``hard`` 留给推理与强化学习，SFT 里只给少量样本。
         split: ``fact``（预训练陈述全部，SFT 只问一部分）、``operand``（操作数分开）或
             ``phrasing``（问法分开）。
-        pretrain: 预训练文本里的份额（权重）；``sft``: SFT 里的份额；``evaluate``: 留出题数。
     """
 
     name: str
     title: str
     level: str = "easy"
     split: str = "operand"
-    pretrain: float = 1.0
-    sft: float = 1.0
-    evaluate: int = 24
     seed: int = field(default=42, repr=False)
+
+    @property
+    def share(self) -> Share:
+        """语料里的配比，见 mixing.py。"""
+        return SHARES[self.name]
 
     def prepare(self) -> None:
         """种子定下之后的准备，例如建立子任务。"""
@@ -105,6 +109,11 @@ class Task:
     def document(self, rng: random.Random, side: str) -> str:
         """一段预训练文本。"""
         raise NotImplementedError
+
+    def documents(self, rng: random.Random, side: str) -> Iterator[str]:
+        """源源不断的预训练文本；需要均匀覆盖的家族在这里记住说到了哪里。"""
+        while True:
+            yield self.document(rng, side)
 
     def cloze(self, rng: random.Random, side: str) -> tuple[str, str, str] | None:
         """预训练的填空题：``(key, 前文, 续写)``；没有就返回 None。前文以标点收尾，免得切断词元。"""

@@ -10,9 +10,9 @@ from .phrasing import GRUMPY_FRAMES, POLITE_FRAMES
 from .tasks.identity import new_identity
 
 # 默认规模（scale = 1）的预算：预训练按 UTF-8 字节（约 150 万词元），其余按条数
-PRETRAIN_BYTES = 4_800_000
+PRETRAIN_BYTES = 3_800_000
 PRETRAIN_HELDOUT_BYTES = 120_000
-SFT_COUNT = 12_000
+SFT_COUNT = 10_000
 STAGE_COUNTS = {"lora_identity": 400, "dpo": 1200, "reason": 2400, "rl": 1500}
 HELDOUT_COUNT = 240
 
@@ -39,22 +39,27 @@ class Corpus:
 
     def easy_tasks(self) -> list[Task]:
         """出题的、计入成绩单的家族。"""
-        return [task for task in self.tasks.values() if task.level == "easy" and task.sft]
+        return [task for task in self.tasks.values() if task.level == "easy" and task.share.sft]
 
     # ---- 预训练 ----
 
     def pretrain(self, side: str) -> list[dict]:
-        """各家族按份额分字节，写满为止，再整体打乱。"""
+        """各家族按份额分字节，写满为止，再整体打乱；训练部分不收与留出部分相同的文档。"""
+        taken = {record["text"] for record in self.pretrain(HELDOUT)} if side == TRAIN else set()
         budget = PRETRAIN_BYTES * self.scale if side == TRAIN else PRETRAIN_HELDOUT_BYTES
-        whole = sum(task.pretrain for task in self.tasks.values())
+        whole = sum(task.share.pretrain for task in self.tasks.values())
         records = []
         for task in self.tasks.values():
             rng = stream(self.seed, "pretrain", side, task.name)
-            left = budget * task.pretrain / whole
-            while left > 0:
-                text = task.document(rng, side)
-                left -= len(text.encode())
-                records.append({"text": text})
+            left = budget * task.share.pretrain / whole
+            if not task.share.pretrain:
+                continue
+            for text in task.documents(rng, side):
+                if left <= 0:
+                    break
+                if text not in taken:
+                    left -= len(text.encode())
+                    records.append({"text": text})
         stream(self.seed, "pretrain", side, "shuffle").shuffle(records)
         return records
 
@@ -63,8 +68,8 @@ class Corpus:
     def sft_examples(self, side: str) -> Iterator[tuple[Task, Example]]:
         """SFT 的题目流：按份额轮流出题，顺序已打乱。"""
         total = self.count(SFT_COUNT) if side == TRAIN else HELDOUT_COUNT
-        whole = sum(task.sft for task in self.tasks.values())
-        plan = [task for task in self.tasks.values() for _ in range(round(total * task.sft / whole))]
+        whole = sum(task.share.sft for task in self.tasks.values())
+        plan = [task for task in self.tasks.values() for _ in range(round(total * task.share.sft / whole))]
         stream(self.seed, "sft", side, "order").shuffle(plan)
         streams = {name: stream(self.seed, "sft", side, name) for name in self.tasks}
         for task in plan:
@@ -144,18 +149,18 @@ class Corpus:
         items = []
         for task in (*self.tasks.values(), new_identity(self.seed)):
             rng, seen = stream(self.seed, "eval", task.name), set()
-            for _ in range(task.evaluate * 20):
+            for _ in range(task.share.evaluate * 20):
                 ex = task.example(rng, HELDOUT)
                 if ex.key not in seen:
                     seen.add(ex.key)
                     items.append(chat_item(task, ex))
-                if len(seen) == task.evaluate:
+                if len(seen) == task.share.evaluate:
                     break
         for task in self.tasks.values():
             rng, seen = stream(self.seed, "cloze", task.name), set()
-            for _ in range(task.evaluate * 20):
+            for _ in range(task.share.evaluate * 20):
                 blank = task.cloze(rng, HELDOUT)
-                if blank is None or len(seen) == task.evaluate:
+                if blank is None or len(seen) == task.share.evaluate:
                     break
                 key, prefix, answer = blank
                 if key not in seen:

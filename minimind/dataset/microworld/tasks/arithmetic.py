@@ -64,7 +64,7 @@ class Add(OperandTask):
         done = f"{a}+{b}={a + b}"
         return Example(
             key=self.key_of(a, b),
-            question=fill(rng, ADD_QUESTIONS, a=a, b=b),
+            question=ask(rng, fill(rng, ADD_QUESTIONS, a=a, b=b)),
             response=f"{done}。",
             answer=str(a + b),
             grader="numeric",
@@ -85,7 +85,7 @@ class Sub(OperandTask):
         done = f"{a}-{b}={a - b}"
         return Example(
             key=f"{a}-{b}",
-            question=fill(rng, SUB_QUESTIONS, a=a, b=b),
+            question=ask(rng, fill(rng, SUB_QUESTIONS, a=a, b=b)),
             response=f"{done}。",
             answer=str(a - b),
             grader="numeric",
@@ -133,7 +133,7 @@ class Times(FactTask):
 
 def make_tasks() -> list[Task]:
     return [
-        Add("add", "加法", pretrain=4, sft=2),
-        Sub("sub", "减法", pretrain=4, sft=2),
-        Times(name="times", title="九九乘法", pretrain=1, sft=0.6, kind=TIMES_TABLE),
+        Add("add", "加法"),
+        Sub("sub", "减法"),
+        Times(name="times", title="九九乘法", kind=TIMES_TABLE),
     ]

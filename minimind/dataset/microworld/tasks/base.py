@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from ..core import HELDOUT, TRAIN, Example, Task, side_of
 from ..phrasing import ask, fill, say
-from ..world import Fact, Kind
+from ..world import Fact, Kind, Relation
+
+T = TypeVar("T")
 
 QA_MARKS = (("问：", "答："), ("甲：", "乙："), ("学生：", "老师："), ("阿豆：", "米婆婆："), ("Q: ", "A: "))
 
@@ -22,6 +25,12 @@ def dialogue(rng: random.Random, examples: Sequence[Example]) -> str:
     """把几道题写成纯文本的一问一答。"""
     asker, answerer = rng.choice(QA_MARKS)
     return "\n".join(f"{asker}{ex.question}\n{answerer}{ex.response}" for ex in examples)
+
+
+def deck(rng: random.Random, cards: Sequence[T]) -> Iterator[T]:
+    """洗好的牌一张张发，发完再洗。"""
+    while True:
+        yield from rng.sample(cards, len(cards))
 
 
 class OperandTask(Task):
@@ -90,22 +99,32 @@ class FactTask(Task):
             return f"{fact.relation.blank(fact.subject)}{fact.value}。"
         return say(rng, fill(rng, fact.relation.statements, s=fact.subject, o=fact.value))
 
-    def document(self, rng: random.Random, side: str) -> str:
-        style = rng.random()
-        if style < 0.2 and side == TRAIN:
-            return dialogue(rng, [self.example(rng, TRAIN) for _ in range(rng.randint(2, 4))])
-        if style < 0.4 or len(self.kind.relations) == 1:
-            relation = rng.choice(self.kind.relations)
-            facts = [f for f in self.kind.facts if f.relation is relation]
-            return "".join(self.state(rng, f) for f in rng.sample(facts, min(len(facts), rng.randint(3, 6))))
-        return self.article(rng, rng.choice(self.kind.subjects))
+    def documents(self, rng: random.Random, side: str) -> Iterator[str]:
+        """短文、同类并列、一问一答三种写法；主语与事实都按洗好的牌轮流出现，次数均匀。"""
+        subjects = deck(rng, self.kind.subjects)
+        by_relation = {rel.name: deck(rng, self.facts_of(rel)) for rel in self.kind.relations}
+        relations = deck(rng, tuple(by_relation))
+        asked = deck(rng, tuple(self.pool(TRAIN)))
+        single = len(self.kind.relations) == 1
+        while True:
+            style = rng.random()
+            if style < 0.2 and side == TRAIN:
+                yield dialogue(rng, [self.ask_about(rng, next(asked)) for _ in range(rng.randint(2, 4))])
+            elif style < 0.4 or single:
+                facts = by_relation[next(relations)]
+                chosen = dict.fromkeys(next(facts) for _ in range(rng.randint(3, 6)))
+                yield "".join(self.state(rng, fact) for fact in chosen)
+            else:
+                yield self.article(rng, next(subjects))
+
+    def facts_of(self, relation: Relation) -> tuple[Fact, ...]:
+        return tuple(fact for fact in self.kind.facts if fact.relation is relation)
 
     def article(self, rng: random.Random, subject: str) -> str:
         """一件事物的短文：几条事实打乱顺序。"""
         facts = self.kind.facts_of(subject)
         rng.shuffle(facts)
-        count = rng.randint(2, len(facts))
-        return "".join(self.state(rng, fact) for fact in facts[:count])
+        return "".join(self.state(rng, fact) for fact in facts[: rng.randint(2, len(facts))])
 
     def cloze(self, rng: random.Random, side: str) -> tuple[str, str, str]:
         fact = rng.choice(self.kind.facts)

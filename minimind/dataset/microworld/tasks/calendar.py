@@ -84,7 +84,7 @@ class Clock(OperandTask):
 
 def make_tasks() -> list[Task]:
     return [
-        DateShift("date", "日期推算", pretrain=2, sft=1),
-        Weekday("weekday", "星期推算", pretrain=2, sft=1),
-        Clock("clock", "钟表", pretrain=2, sft=1),
+        DateShift("date", "日期推算"),
+        Weekday("weekday", "星期推算"),
+        Clock("clock", "钟表"),
     ]

@@ -84,7 +84,7 @@ class Sort(OperandTask):
 
 def make_tasks() -> list[Task]:
     return [
-        Bigger("bigger", "比大小", pretrain=1.5, sft=1),
-        Extreme("extreme", "最大最小", pretrain=2, sft=1),
-        Sort("sort", "排序", pretrain=2.5, sft=1),
+        Bigger("bigger", "比大小"),
+        Extreme("extreme", "最大最小"),
+        Sort("sort", "排序"),
     ]

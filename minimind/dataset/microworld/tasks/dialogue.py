@@ -83,6 +83,6 @@ class Manner(OperandTask):
 
 def make_tasks() -> list[Task]:
     return [
-        Memory("memory", "多轮记忆", pretrain=2, sft=1.2),
-        Manner("manner", "系统提示", pretrain=1, sft=1),
+        Memory("memory", "多轮记忆"),
+        Manner("manner", "系统提示"),
     ]

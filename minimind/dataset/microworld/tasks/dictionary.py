@@ -155,12 +155,10 @@ def make_tasks() -> list[Task]:
         WordTask(
             name="antonym",
             title="反义词",
-            pretrain=1.6,
-            sft=1,
             kind=Kind("antonym", "反义词", "词", (ANTONYM,), antonyms),
         ),
-        WordTask(name="english", title="中译英", pretrain=1.5, sft=1, kind=english),
-        WordTask(name="chinese", title="英译中", pretrain=1.5, sft=1, kind=chinese),
-        WordTask(name="otter", title="水獭语", pretrain=0.8, sft=0.6, kind=otter),
-        WordTask(name="category", title="分类", pretrain=1.2, sft=0.8, kind=category),
+        WordTask(name="english", title="中译英", kind=english),
+        WordTask(name="chinese", title="英译中", kind=chinese),
+        WordTask(name="otter", title="水獭语", kind=otter),
+        WordTask(name="category", title="分类", kind=category),
     ]

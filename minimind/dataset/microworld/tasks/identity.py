@@ -98,13 +98,13 @@ SMALLTALK = (
 
 def make_tasks() -> list[Task]:
     return [
-        ScriptedTask("identity", "自我介绍", pretrain=0.6, sft=1, topics=MINIMIND),
-        ScriptedTask("smalltalk", "寒暄", pretrain=0.3, sft=0.6, topics=SMALLTALK),
+        ScriptedTask("identity", "自我介绍", topics=MINIMIND),
+        ScriptedTask("smalltalk", "寒暄", topics=SMALLTALK),
     ]
 
 
 def new_identity(seed: int) -> ScriptedTask:
     """LoRA 用的新身份。"""
-    task = ScriptedTask("lora_identity", "新身份", pretrain=0, sft=0, seed=seed, topics=LANTERN)
+    task = ScriptedTask("lora_identity", "新身份", seed=seed, topics=LANTERN)
     task.prepare()
     return task

@@ -79,8 +79,8 @@ class Repeat(OperandTask):
 
 def make_tasks() -> list[Task]:
     return [
-        Pick("pick", "取第几个", pretrain=2, sft=1),
-        Reverse("reverse", "倒序", pretrain=2, sft=1),
-        Count("count", "数个数", pretrain=1.5, sft=0.8),
-        Repeat("repeat", "重复", pretrain=1, sft=0.6),
+        Pick("pick", "取第几个"),
+        Reverse("reverse", "倒序"),
+        Count("count", "数个数"),
+        Repeat("repeat", "重复"),
     ]

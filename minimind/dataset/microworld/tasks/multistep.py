@@ -104,9 +104,8 @@ class Twice(Chain):
 
 
 def make_tasks() -> list[Task]:
-    common = {"level": "hard", "pretrain": 1.0, "sft": 0.8}
     return [
-        Sum3("sum3", "连加", **common),
-        Word2("word2", "两步应用题", **common),
-        Twice("twice", "比多比少", **common),
+        Sum3("sum3", "连加", level="hard"),
+        Word2("word2", "两步应用题", level="hard"),
+        Twice("twice", "比多比少", level="hard"),
     ]

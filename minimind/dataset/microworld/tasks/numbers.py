@@ -81,6 +81,6 @@ class Sequence(OperandTask):
 
 def make_tasks() -> list[Task]:
     return [
-        Convert("convert", "单位换算", pretrain=2, sft=1),
-        Sequence("sequence", "找规律", pretrain=2, sft=1),
+        Convert("convert", "单位换算"),
+        Sequence("sequence", "找规律"),
     ]

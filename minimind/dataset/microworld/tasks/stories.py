@@ -98,4 +98,4 @@ class Story(OperandTask):
 
 
 def make_tasks() -> list[Task]:
-    return [Story("story", "小故事", pretrain=5, sft=2)]
+    return [Story("story", "小故事")]

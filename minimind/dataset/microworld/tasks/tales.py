@@ -44,4 +44,4 @@ class Tale(Task):
 
 
 def make_tasks() -> list[Task]:
-    return [Tale("tale", "云川见闻", split="fact", pretrain=1.5, sft=0, evaluate=0)]
+    return [Tale("tale", "云川见闻", split="fact")]

@@ -144,6 +144,6 @@ class ToolResult(OperandTask):
 
 def make_tasks() -> list[Task]:
     return [
-        ToolCall("tool_call", "调用工具", pretrain=1, sft=0.8),
-        ToolResult("tool_result", "转述结果", pretrain=1, sft=0.5),
+        ToolCall("tool_call", "调用工具"),
+        ToolResult("tool_result", "转述结果"),
     ]
