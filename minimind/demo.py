@@ -36,7 +36,8 @@ class DemoArguments:
     sft_lr: float = arg(2e-3, "微调的最高学习率")
     max_steps: int = arg(0, "每个阶段至多多少步；0 表示由轮数决定")
     items_per_task: int = arg(0, "每个任务至多考几题；0 表示全部")
-    fast: int = arg(0, "只看流程通不通：百分之一的数据、每阶段 8 步、每个任务 1 题", (0, 1))
+    batch_size: int = arg(ROWS, f"每步多少行，每行 {ROW_LENGTH} 个词元")
+    fast: int = arg(0, "只看流程通不通：百分之一的数据、每阶段 4 小步、每个任务 1 题", (0, 1))
     chat: int = arg(1, "结束后打开对话（仅当在终端里运行）", (0, 1))
     device: str = arg("auto", "设备：auto、cpu、cuda:0、npu:0、mps")
     seed: int = arg(42, "随机种子")
@@ -78,7 +79,7 @@ def stage_arguments(args: DemoArguments, world: Path, dtype: str):
         "checkpoint_dir": f"{args.out_dir}/checkpoints",
         "preset": args.preset,
         "max_seq_len": ROW_LENGTH,
-        "batch_size": ROWS,
+        "batch_size": args.batch_size,
         "max_steps": args.max_steps,
         "log_interval": 20,
         "save_interval": 0,
@@ -105,8 +106,8 @@ def stage_arguments(args: DemoArguments, world: Path, dtype: str):
     return pretrain, sft
 
 
-def probe_speed(model, dataset) -> tuple[str, float]:
-    """选精度并测速：用真数据走几个完整的训练步。
+def probe_speed(model, dataset, rows: int) -> tuple[str, float]:
+    """选精度并测速：用真数据走几个完整的训练步，每步 ``rows`` 行。
 
     Returns:
         ``(精度的名字, 每秒多少个词元)``。
@@ -121,9 +122,11 @@ def probe_speed(model, dataset) -> tuple[str, float]:
     from minimind.trainer.validation import to_device
 
     device = next(model.parameters()).device
-    batch = to_device(collate_packed([dataset[i % len(dataset)] for i in range(ROWS)]), device)
 
-    def step(dtype: torch.dtype, optimizer=None) -> None:
+    def take(count: int) -> dict:
+        return to_device(collate_packed([dataset[i % len(dataset)] for i in range(count)]), device)
+
+    def step(dtype: torch.dtype, batch: dict, optimizer=None) -> None:
         with autocast_context(device, dtype):
             loss, count, _ = language_model_loss(model, batch)
         (loss / count).backward()
@@ -132,11 +135,12 @@ def probe_speed(model, dataset) -> tuple[str, float]:
         model.zero_grad(set_to_none=True)
         synchronize(device)
 
-    dtype = choose_dtype("auto", device, step)
+    few, full = take(max(rows // 4, 1)), take(rows)
+    dtype = choose_dtype("auto", device, lambda dtype: step(dtype, few))
     name = str(dtype).removeprefix("torch.")
     precision = name if dtype == torch.bfloat16 else "float32"
     optimizer = build_optimizer(model, TrainArguments(), newton_schulz_dtype=precision)
-    return name, ROWS * ROW_LENGTH / time_call(lambda: step(dtype, optimizer))
+    return name, rows * ROW_LENGTH / time_call(lambda: step(dtype, full, optimizer))
 
 
 def pick_items(items: list[dict], kind: str, per_task: int) -> list[dict]:
@@ -151,9 +155,10 @@ def pick_items(items: list[dict], kind: str, per_task: int) -> list[dict]:
     return chosen
 
 
-def rows_to_train(dataset, epochs: int, max_steps: int) -> int:
+def rows_to_train(dataset, epochs: int, args: DemoArguments) -> int:
+    """一个阶段要训练多少行。"""
     rows = len(dataset) * epochs
-    return min(rows, max_steps * ROWS) if max_steps else rows
+    return min(rows, args.max_steps * args.batch_size) if args.max_steps else rows
 
 
 def open_weights(args: DemoArguments, weight: str):
@@ -178,7 +183,7 @@ def run(args: DemoArguments) -> Path:
 
     start = time.perf_counter()
     if args.fast:
-        args.scale, args.max_steps, args.items_per_task = 0.01, 8, 1
+        args.scale, args.max_steps, args.batch_size, args.items_per_task = 0.01, 4, 4, 1
     out_dir = resolve_path(args.out_dir)
     say(f"写微世界语料到 {out_dir / 'microworld'}……")
     world = ensure_microworld(args.scale, args.seed, out_dir / "microworld")
@@ -199,7 +204,7 @@ def run(args: DemoArguments) -> Path:
 
     untrained_bpb = measure_bpb(model)
     say("测速……")
-    dtype, speed = probe_speed(model, pre_rows)
+    dtype, speed = probe_speed(model, pre_rows, args.batch_size)
     del model
     pre_args.dtype = sft_args.dtype = dtype
     share = {"cloze": len(cloze) / 330, "chat": len(chats) / 880}
@@ -207,9 +212,9 @@ def run(args: DemoArguments) -> Path:
     row_seconds = ROW_LENGTH / speed
     clock = Clock(
         {
-            "pretrain": rows_to_train(pre_rows, args.pretrain_epochs, args.max_steps) * row_seconds,
+            "pretrain": rows_to_train(pre_rows, args.pretrain_epochs, args) * row_seconds,
             "exam1": exam["cloze"] + exam["chat"],
-            "sft": rows_to_train(sft_rows, args.sft_epochs, args.max_steps) * row_seconds,
+            "sft": rows_to_train(sft_rows, args.sft_epochs, args) * row_seconds,
             "exam2": exam["chat"],
         },
         start,
