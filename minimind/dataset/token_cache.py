@@ -48,6 +48,7 @@ class TokenCache:
         for name, dtype in FILES.items():
             setattr(self, name, self._map(name, dtype))
         self.spans = self.spans.reshape(-1, 2)
+        self._check_size("ids")
         self.dtype = np.dtype(self.meta["dtype"])
         self._handle: int | None = None
 
@@ -89,10 +90,15 @@ class TokenCache:
             file.seek(int(self.positions[i]))
             return parse_line(file.readline())
 
-    def _map(self, name: str, dtype) -> np.ndarray:
+    def _check_size(self, name: str) -> Path:
+        """断电可能留下截短的文件；打开时就发现，而不是训练到一半。"""
         file = self.folder / f"{name}.bin"
         if file.stat().st_size != self.meta["files"][name]:
             raise ValueError(f"{file} 的大小与记录不符")
+        return file
+
+    def _map(self, name: str, dtype) -> np.ndarray:
+        file = self._check_size(name)
         if not self.meta["files"][name]:  # 空文件不能映射
             return np.zeros(0, dtype)
         # 退回普通数组的外壳：memmap 子类取一个标量要多花一微秒

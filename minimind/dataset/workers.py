@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import pickle
 import signal
@@ -79,7 +80,8 @@ class WorkerPool:
         for process in self.processes:
             process.wait()
             for stream in (process.stdin, process.stdout):
-                stream.close()
+                with contextlib.suppress(BrokenPipeError):  # 没送完的任务不要了
+                    stream.close()
 
     def map(self, tasks: Iterable[tuple]) -> Iterator[Any]:
         """按次序给出每个任务的结果；同时在途的任务不超过子进程数的两倍，内存因此有上限。
