@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -174,7 +175,9 @@ def save_weights(model: nn.Module, path: Path, sidecar: dict[str, Any]) -> None:
 
 
 def write_sidecar(weights: Path, sidecar: dict[str, Any]) -> None:
-    text = json.dumps({"format_version": FORMAT_VERSION, **sidecar}, ensure_ascii=False, indent=2) + "\n"
+    metrics = {k: v if math.isfinite(v) else None for k, v in sidecar.get("metrics", {}).items()}
+    sidecar = {"format_version": FORMAT_VERSION, **sidecar, "metrics": metrics}
+    text = json.dumps(sidecar, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
     atomic_write(sidecar_path(weights), lambda file: file.write(text.encode()))
 
 

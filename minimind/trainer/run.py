@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from minimind.tokenizer import token_byte_lengths, tokenizer_fingerprint
 from minimind.trainer import checkpoint, device, distributed
 from minimind.trainer.meter import Meter
 from minimind.trainer.optim import build_optimizer
-from minimind.trainer.schedule import lr_at
+from minimind.trainer.progress import Progress, TrainState
 from minimind.trainer.tracking import RunLog, Tracker, start_tracker
 from minimind.trainer.validation import to_device
 
@@ -36,28 +36,10 @@ NOTED_ARGS = (
 IGNORED_CONFIG = ("dtype", "torch_dtype", "architectures", "_name_or_path", "flash_attn", "use_cache")
 
 
-@dataclass
-class TrainState:
-    """训练走到哪里了；整个存进续训存档。
-
-    epoch: 正在第几轮（从 0 数）；samples: 本轮已用的全局样本数；step: 完成的优化步数；
-    seconds: 累计用时；tokens: 累计有效（非填充）词元；nonfinite_in_row: 连续多少步不是有限数；
-    interval: 上一行日志以来的各项之和，存下来才能让续训后的日志与没中断时一样。
-    """
-
-    epoch: int = 0
-    samples: int = 0
-    step: int = 0
-    seconds: float = 0.0
-    tokens: float = 0.0
-    nonfinite_in_row: int = 0
-    interval: dict[str, float] = field(default_factory=dict)
-
-
 class Run:
     """建好训练所需的一切；``args.from_resume`` 时从存档还原。
 
-    Args 同 :func:`minimind.trainer.loop.train`。
+    参数同 :func:`minimind.trainer.loop.train`；``evaluates`` 是“期间有没有验证要做”。
 
     Raises:
         UserError: 存档与当前设置不符，数据为空，没装记录工具……
@@ -70,10 +52,12 @@ class Run:
         tokenizer: Any,
         train_ds: Any,
         compute_loss: Callable[..., Any],
+        *,
         val_ds: Any,
         recipe: str,
         collate: Callable[[list[Any]], dict[str, Any]],
         extra_state: dict[str, Any],
+        evaluates: bool,
     ):
         if len(train_ds) == 0:
             raise UserError(
@@ -87,7 +71,7 @@ class Run:
         self.tokenizer_hash = tokenizer_fingerprint(tokenizer) if tokenizer is not None else None
         self.weights = checkpoint.weights_path(self.config, args.save_weight, args.save_dir)
         self.state, self.metrics, self.train_loss = TrainState(), {}, math.nan
-        self.evaluates, self.announced_total = val_ds is not None, False
+        self.evaluates, self.announced_total = evaluates, False
         # 卡上训练一步只有几十毫秒，取数要放到子进程里；CPU 上子进程只会抢算力
         self.num_workers = (
             (0 if self.device.type == "cpu" else 2) if args.num_workers is None else args.num_workers
@@ -101,23 +85,22 @@ class Run:
         if saved:
             self._restore(saved)
         self.wrapped = self._wrap()
-        self.steps_per_epoch = self._steps(len(train_ds))
-        self.total_steps = self._total_steps()
+        self.progress = Progress(args, len(train_ds), self.world_size, self.state)
         self._open_log(saved)
         self._seed(saved)
         eval_rows = min(len(val_ds), args.val_max_rows or len(val_ds)) if val_ds is not None else 0
         # 验证只有前向，约为训练的三分之一
-        self.meter = Meter(eval_guess_steps=eval_rows / (self.global_batch * args.accumulation_steps) / 3)
+        self.meter = Meter(
+            eval_guess_steps=eval_rows / (self.progress.global_batch * args.accumulation_steps) / 3
+        )
         self.saved_step = self.state.step if saved else -1
 
     # ------------------------------------------------------------ 建立
 
     def _load(self) -> dict[str, Any] | None:
         """读续训存档并核对：结构、数据、种子、优化器必须相同。"""
-        args, path = (
-            self.args,
-            checkpoint.resume_path(self.config, self.args.save_weight, self.args.checkpoint_dir),
-        )
+        args = self.args
+        path = checkpoint.resume_path(self.config, args.save_weight, args.checkpoint_dir)
         saved = checkpoint.lm_checkpoint(self.config, args.save_weight, save_dir=args.checkpoint_dir)
         if saved is None:
             say(f"没有续训存档 {path}，从头开始。")
@@ -226,62 +209,10 @@ class Run:
         else:
             device.seed_all(device.mix_seeds(self.args.seed, self.state.step, self.rank))
 
-    # ------------------------------------------------------------ 进度
-
-    @property
-    def global_batch(self) -> int:
-        """一个全局微批次的样本数。"""
-        return self.args.batch_size * self.world_size
-
-    def _steps(self, samples: int) -> int:
-        """这么多样本要走多少个优化步；末尾不满的窗口也算一步。"""
-        return math.ceil(math.ceil(samples / self.global_batch) / self.args.accumulation_steps)
-
-    def _total_steps(self) -> int:
-        epochs_left = self.args.epochs - self.state.epoch
-        left = self._steps(len(self.train_ds) - self.state.samples) + (epochs_left - 1) * self.steps_per_epoch
-        total = self.state.step + (left if epochs_left > 0 else 0)
-        return min(total, self.args.max_steps) if self.args.max_steps else total
-
-    def window_size(self) -> tuple[int, int]:
-        """下一个优化步的（微批次数，全局样本数）；一轮的末尾可能不满。"""
-        left = len(self.train_ds) - self.state.samples
-        micro = min(self.args.accumulation_steps, math.ceil(left / self.global_batch))
-        return micro, min(left, micro * self.global_batch)
-
-    def learning_rate(self, samples: int) -> float:
-        """即将走的这一步的学习率：按样本进度（换了进程数也不跳），由 ``--max_steps`` 截断时按步数进度。"""
-        args, state = self.args, self.state
-        if args.max_steps and self.total_steps == args.max_steps:
-            position = (state.step + 0.5, args.max_steps)
-        else:
-            rows = len(self.train_ds)
-            position = (state.epoch * rows + state.samples + samples / 2, args.epochs * rows)
-        return lr_at(
-            *position,
-            peak=args.learning_rate,
-            schedule=args.schedule,
-            warmup_ratio=args.warmup_ratio,
-            decay_ratio=args.decay_ratio,
-        )
-
-    def advance(self, samples: int) -> None:
-        """一步走完：样本位置前移，到头则进入下一轮。"""
-        state = self.state
-        state.step += 1
-        state.samples += samples
-        if state.samples >= len(self.train_ds):
-            state.epoch, state.samples = state.epoch + 1, 0
-
-    @property
-    def epoch_for_people(self) -> int:
-        """从 1 数的轮次；一轮刚走完时仍说是那一轮。"""
-        return self.state.epoch + (self.state.samples > 0 or self.state.step == 0)
-
     def owes_evaluation(self) -> bool:
         """续训点该有一次验证而日志里没有：上次停在存盘与验证之间，要补上。"""
         step, interval = self.state.step, self.args.eval_interval
-        due = step > 0 and (step == self.total_steps or (interval and step % interval == 0))
+        due = step > 0 and (step == self.progress.total_steps or (interval and step % interval == 0))
         owed = due and self.evaluates and self.log and step not in self.log.evaluated_steps
         return distributed.broadcast_object(bool(owed))
 
@@ -358,9 +289,9 @@ class Run:
             + (f"，{documents:,} 篇文档" if documents else "")
             + (f"；验证 {len(self.val_ds):,} 行" if self.val_ds is not None else "")
         )
-        rows = self.global_batch * args.accumulation_steps
+        rows = self.progress.global_batch * args.accumulation_steps
         say(
-            f"训练：{args.epochs} 轮，共 {self.total_steps:,} 步，每步 {rows} 行"
+            f"训练：{args.epochs} 轮，共 {self.progress.total_steps:,} 步，每步 {rows} 行"
             f"（{args.batch_size} × {args.accumulation_steps} 累积 × {self.world_size} 进程），"
             f"{args.optimizer}，学习率 {args.learning_rate:g}，{args.schedule}"
         )

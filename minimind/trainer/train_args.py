@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from minimind.arguments import arg
+from minimind.errors import UserError
 
 ON_OFF = (0, 1)
 
@@ -80,3 +81,17 @@ class TrainArguments:
     tracker: str = arg("none", "除 JSON 行之外的记录工具", ("none", "swanlab", "wandb", "tensorboard"))
     use_wandb: int = arg(0, "同 --tracker swanlab（沿用旧参数名；旧项目的这个开关用的就是 swanlab）", ON_OFF)
     wandb_project: str = arg("MiniMind", "记录工具里的项目名")
+
+    def __post_init__(self):
+        """取值明显不对的参数在动手之前就说。"""
+        at_least = {"epochs": 1, "batch_size": 1, "accumulation_steps": 1, "max_seq_len": 2}
+        at_least |= dict.fromkeys(
+            ("log_interval", "save_interval", "eval_interval", "max_steps", "val_max_rows"), 0
+        )
+        at_least |= dict.fromkeys(("learning_rate", "weight_decay", "grad_clip", "embed_lr_scale"), 0)
+        for name, low in at_least.items():
+            if not getattr(self, name) >= low:
+                raise UserError(f"值是 {getattr(self, name)}", where=f"--{name}", expected=f"不小于 {low}")
+        for name in ("warmup_ratio", "decay_ratio", "val_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"值是 {getattr(self, name)}", where=f"--{name}", expected="0 到 1 之间")

@@ -23,6 +23,7 @@ from trainer_helpers import (
 )
 
 from minimind.trainer import distributed
+from minimind.trainer.checkpoint import unwrap
 
 STEPS = 20
 
@@ -62,6 +63,28 @@ def test_累积时只归约一次且结果一致(tmp_path):
     assert codes == [0, 0], (tmp_path / "log").read_text()
     a, b = saved_model(one), saved_model(two)
     assert max((a[k] - b[k]).abs().max() for k in a) < 1e-5
+
+
+def test_混合专家两个进程权重一致(tmp_path):
+    """行很短，常有专家一个词元也分不到：它也得参加归约。"""
+    kwargs = {"folder": tmp_path, "batch_size": 1, "rows": 6, "log": tmp_path / "log"}
+    moe = {"use_moe": True, "n_routed_experts": 16, "num_experts_per_tok": 1}
+    assert in_processes(2, same_everywhere, model=moe, **kwargs) == [0, 0], (tmp_path / "log").read_text()
+
+
+def same_everywhere(**kwargs):
+    toy_train(**kwargs, loss=remember_model)
+    mine = {k: v.clone() for k, v in unwrap(remembered[0]).state_dict().items()}
+    first, second = distributed.gather_objects(mine)
+    assert_same_weights(first, second)
+
+
+remembered: list = []
+
+
+def remember_model(model, batch):
+    remembered.append(model)
+    return language_model_loss(model, batch)
 
 
 def dropout_differs(folder):

@@ -168,6 +168,23 @@ def test_坏步之后的权重等于没有那一步(tmp_path):
     assert_same_weights(saved_model(tmp_path / "a"), saved_model(tmp_path / "b"))
 
 
+def test_float16的溢出由缩放器处理不算坏步(tmp_path, capsys):
+    calls = {"n": 0}
+
+    def overflow_first(model, batch):
+        loss, count, metrics = language_model_loss(model, batch)
+        calls["n"] += 1
+        return loss * (1e5 if calls["n"] <= 4 else 1.0), count, metrics  # 前四步的梯度乘缩放系数后溢出
+
+    result = toy_train(tmp_path, dtype="float16", loss=overflow_first)
+    assert "不是有限数" not in capsys.readouterr().err
+    data = load_file(tmp_path / "checkpoints" / "toy_64_resume.pth")
+    assert data["scaler"]["scale"] < 65536
+    assert result.step == 11 and all(torch.isfinite(v).all() for v in data["model"].values())
+    initial = tiny_model().state_dict()
+    assert any(not torch.equal(v, initial[k]) for k, v in data["model"].items())
+
+
 def test_目标数数错了立刻报错(tmp_path):
     def wrong(model, batch):
         loss, count, metrics = language_model_loss(model, batch)

@@ -1,0 +1,148 @@
+"""一个优化步：数全局目标词元，逐个微批次前向反向，裁剪并更新；不是有限数的步一位权重也不动。"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from minimind.console import say
+from minimind.errors import UserError
+from minimind.trainer.device import autocast_context
+from minimind.trainer.distributed import all_reduce_sum, gather_objects, on_main
+from minimind.trainer.interrupt import StopSignal
+from minimind.trainer.loader import Batch
+from minimind.trainer.run import Run
+from minimind.trainer.validation import to_device
+
+# 连续这么多步不是有限数就停：偶尔一步可能是坏样本，接连三步说明训练已经发散
+MAX_NONFINITE_IN_ROW = 3
+
+Window = list[tuple[list[int], Batch]]
+
+
+def forward_backward(
+    run: Run, window: Window, compute_loss: Callable, count: Callable[[Batch], float], stop: StopSignal
+) -> tuple[dict[str, float], list[Tensor]]:
+    """一窗微批次的前向反向；梯度留在参数上，已按全局目标数归一并反缩放。
+
+    Returns:
+        各进程合起来的各项之和（``loss count tokens context stop`` 与 metrics，加上 ``grad_norm``），
+        以及本进程每个微批次的损失和。全程只与加速卡同步一次。
+    """
+    counts = [count(batch) if ids else 0.0 for ids, batch in window]
+    total = all_reduce_sum(torch.tensor(sum(counts), dtype=run.stat_dtype, device=run.device))
+    scale = (run.world_size / total.where(total > 0, 1.0)).float()
+
+    sums: dict[str, Any] = {"loss": 0.0, "count": sum(counts)}
+    sums["tokens"], sums["context"] = count_tokens(window)
+    micro_losses = []
+    for index, (ids, batch) in enumerate(window):
+        last = index == len(window) - 1
+        # 只在最后一个微批次归约梯度，前面的就地累加
+        distributed = isinstance(run.wrapped, DistributedDataParallel)
+        with run.wrapped.no_sync() if distributed and not last else contextlib.nullcontext():
+            with autocast_context(run.device, run.dtype):
+                loss_sum, n, metrics = compute_loss(run.wrapped, to_device(batch, run.device))
+            real = float(bool(ids))  # 凑数的批乘 0：梯度为零，但照样参加归约
+            run.scaler.scale(loss_sum * scale * real).backward()
+        if run.meter.seen == 0 and ids and abs(float(n) - counts[index]) > 1e-3 * max(counts[index], 1.0):
+            raise RuntimeError(
+                f"compute_loss 返回的个数 {float(n)} 与 count(batch) 数出的 {counts[index]} 不一致"
+            )
+        micro_losses.append(loss_sum.detach() * real)
+        sums["loss"] = sums["loss"] + micro_losses[-1]
+        add_metrics(sums, metrics, n, real)
+
+    sums["stop"] = float(stop.requested)  # 只要有一个进程收到信号，大家走完这一步一起停
+    run.scaler.unscale_(run.optimizer)  # 没启用时是空操作
+    grads = [p.grad for p in run.model.parameters() if p.grad is not None]
+    grad_norm = torch.nn.utils.get_total_norm(grads)
+    values = [torch.as_tensor(v, dtype=run.stat_dtype, device=run.device) for v in sums.values()]
+    reduced = all_reduce_sum(torch.stack(values))
+    numbers = torch.cat([reduced, grad_norm.to(reduced)[None]]).tolist()
+    return dict(zip([*sums, "grad_norm"], numbers)), micro_losses
+
+
+def add_metrics(sums: dict[str, Any], metrics: dict[str, Any], n: Any, real: float) -> None:
+    """把一个微批次的 metrics 加进 ``sums``：键 ``name/sum`` 与 ``name/count``。"""
+    for name, value in metrics.items():
+        total, number = value if isinstance(value, tuple) else (value, n)
+        for key, part in ((f"{name}/sum", total), (f"{name}/count", number)):
+            part = part.detach() if isinstance(part, Tensor) else part
+            sums[key] = sums.get(key, 0.0) + part * real
+
+
+def count_tokens(window: Window) -> tuple[float, float]:
+    """有效（非填充）词元数，以及各词元所在段长之和（算注意力代价用）。"""
+    tokens = context = 0.0
+    for ids, batch in window:
+        if not ids or "input_ids" not in batch:
+            continue
+        x = batch["input_ids"]
+        real = float(batch.get("num_tokens", x.numel()))
+        tokens += real
+        if "cu_seqlens" in batch:
+            lengths = batch["cu_seqlens"].diff().double()
+            context += real * float(lengths.square().sum() / lengths.sum())
+        else:
+            context += real * x.shape[-1]
+    return tokens, context
+
+
+def update_weights(run: Run, sums: dict[str, float]) -> bool:
+    """裁剪并走一步；损失或梯度不是有限数、或一个目标也没有时，权重一位也不动。
+
+    Returns:
+        这一步是否正常（float16 的梯度溢出由缩放器照例处理，算正常）。
+    """
+    finite_loss, finite_grad = math.isfinite(sums["loss"]), math.isfinite(sums["grad_norm"])
+    overflow = run.scaler.is_enabled() and finite_loss and not finite_grad and run.scaler.get_scale() > 1.0
+    healthy = sums["count"] > 0 and finite_loss and (finite_grad or overflow)
+    if healthy:
+        if run.args.grad_clip and finite_grad:
+            norm = torch.tensor(sums["grad_norm"], device=run.device)
+            torch.nn.utils.clip_grads_with_norm_(run.model.parameters(), run.args.grad_clip, norm)
+        run.scaler.step(run.optimizer)
+    if run.scaler.is_enabled():
+        run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    return healthy
+
+
+def report_nonfinite(run: Run, window: Window, micro_losses: list[Tensor], sums: dict[str, float]) -> None:
+    """不是有限数：说出步数与样本编号；连续三次就停，上一个好的存档还在。"""
+    state, step = run.state, run.state.step + 1
+    state.nonfinite_in_row += 1
+    everything_finite = math.isfinite(sums["loss"])  # 损失都好、只有梯度坏：整窗都有嫌疑
+    suspects = [
+        sample
+        for (ids, _), loss in zip(window, micro_losses)
+        for sample in ids
+        if everything_finite or not bool(torch.isfinite(loss))
+    ]
+    samples = sorted(sample for part in gather_objects(suspects) for sample in part)
+    names = "、".join(map(str, samples[:16])) + (f" 等 {len(samples)} 个" if len(samples) > 16 else "")
+    if hasattr(run.train_ds, "source_lines"):
+        lines = sorted({line for sample in samples[:16] for line in run.train_ds.source_lines(sample)})
+        names += f"（源文件第 {'、'.join(map(str, lines[:16]))} 行{'等' if len(lines) > 16 else ''}）"
+    what = "损失" if not math.isfinite(sums["loss"]) else "梯度范数"
+    say(f"第 {step} 步的{what}不是有限数，这一步不更新权重；涉及的样本：{names}。")
+    if state.nonfinite_in_row >= MAX_NONFINITE_IN_ROW:
+        rescue = f"；第 {run.saved_step} 步的存档完好，可加 --from_resume 1 从那里继续"
+        rescue = rescue if run.saved_step > 0 else ""
+        stopped = UserError(
+            f"连续 {MAX_NONFINITE_IN_ROW} 步的{what}不是有限数，训练停止",
+            where=f"第 {step} 步，样本 {names}",
+            fix=f"降低 --learning_rate 或检查这些样本{rescue}",
+        )
+
+        def stop_all() -> None:
+            raise stopped
+
+        on_main(stop_all)
