@@ -1,0 +1,253 @@
+"""注意力的几条路必须算同一件事；打包不泄漏；补齐不产生 NaN。"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import DynamicCache
+
+from minimind.model import MiniMindConfig, MiniMindForCausalLM
+from minimind.model.model_minimind import _SegmentAttentionCPU, attention, plain_attention
+
+
+def make(seed: int = 0, **extra) -> MiniMindForCausalLM:
+    torch.manual_seed(seed)
+    sizes = dict(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=97
+    )
+    model = MiniMindForCausalLM(MiniMindConfig(**(sizes | extra)))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3.0) if p.dim() > 1 else None
+    return model.eval()
+
+
+def pack(lengths, rows, row_length, vocab=97, seed=0):
+    """随机文档按次序填进 rows × row_length；返回输入、位置、边界、每篇的切片。"""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, vocab, (rows * row_length,), generator=generator)
+    edges, position = [0], torch.zeros(rows * row_length, dtype=torch.long)
+    for length in lengths:
+        start = edges[-1]
+        edges.append(start + length)
+        position[start : start + length] = torch.arange(length)
+    assert edges[-1] == rows * row_length
+    shape = (rows, row_length)
+    return ids.view(shape), position.view(shape), torch.tensor(edges, dtype=torch.int32)
+
+
+@st.composite
+def segment_lengths(draw):
+    return draw(st.lists(st.integers(1, 150), min_size=1, max_size=5))
+
+
+@settings(max_examples=25, deadline=None)
+@given(segment_lengths(), st.sampled_from([(4, 4), (4, 2), (6, 1)]), st.sampled_from([8, 32]))
+def test_分块注意力的值与梯度等于_SDPA(lengths, heads, dim):
+    generator = torch.Generator().manual_seed(sum(lengths))
+    total, (q_heads, kv_heads) = sum(lengths), heads
+    q, k, v = (
+        torch.randn(total, n, dim, generator=generator, requires_grad=True)
+        for n in (q_heads, kv_heads, kv_heads)
+    )
+    edges = torch.tensor([0] + lengths).cumsum(0).tolist()
+    segments = list(pairwise(edges))
+    ours = _SegmentAttentionCPU.apply(q, k, v, segments)
+    parts = [
+        F.scaled_dot_product_attention(
+            *(t[a:b].transpose(0, 1).unsqueeze(0) for t in (q, k, v)), is_causal=True, enable_gqa=True
+        )
+        for a, b in segments
+    ]
+    reference = torch.cat(parts, 2).squeeze(0).transpose(0, 1)
+    torch.testing.assert_close(ours, reference, rtol=0, atol=1e-5)
+    grad = torch.randn(ours.shape, generator=generator)
+    for a, b in zip(
+        torch.autograd.grad(ours, (q, k, v), grad), torch.autograd.grad(reference, (q, k, v), grad)
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
+
+
+def test_分块注意力通过数值梯度检查(monkeypatch):
+    monkeypatch.setattr(_SegmentAttentionCPU, "BLOCK", 3)
+    monkeypatch.setattr(torch.Tensor, "float", lambda t: t)  # 让内部保持双精度，数值微分才看得准
+    monkeypatch.setattr(
+        torch, "_softmax_backward_data", lambda g, p, dim, dtype: p * (g - (g * p).sum(dim, keepdim=True))
+    )
+    q, k, v = (torch.randn(9, n, 4, dtype=torch.float64, requires_grad=True) for n in (4, 2, 2))
+    assert torch.autograd.gradcheck(lambda *t: _SegmentAttentionCPU.apply(*t, [(0, 2), (2, 9)]), (q, k, v))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_写明白的注意力等于_SDPA(causal, masked):
+    q, k, v = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
+    mask = torch.rand(2, 1, 9, 9) > 0.4 if masked else None
+    if masked:
+        mask |= torch.eye(9, dtype=torch.bool)
+    torch.testing.assert_close(
+        attention(q, k, v, mask, causal), plain_attention(q, k, v, mask, causal), rtol=0, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("arch", ["v2", "v3"])
+def test_flash_开关不改变结果(arch):
+    fast, slow = make(arch=arch), make(arch=arch, flash_attn=False)
+    slow.load_state_dict(fast.state_dict())
+    ids = torch.randint(0, 97, (2, 140))
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0
+    with torch.no_grad():
+        torch.testing.assert_close(fast(ids).logits, slow(ids).logits, rtol=0, atol=1e-4)
+        a, b = fast(ids, attention_mask=mask).logits, slow(ids, attention_mask=mask).logits
+        torch.testing.assert_close(a[mask.bool()], b[mask.bool()], rtol=0, atol=1e-4)
+
+
+# ---------------------------------------------------------------- 打包
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("flash", [True, False])
+@pytest.mark.parametrize("arch", ["v2", "v3"])
+def test_打包不泄漏跨文档注意力(arch, flash):
+    """改动一篇文档，别的文档的 logits 一位都不变；被改的那篇之后的位置要变，证明不是什么都没算。"""
+    model = make(arch=arch, flash_attn=flash)
+    ids, position, edges = pack([70, 90, 40, 150, 50], 2, 200)
+    kw = dict(position_ids=position, cu_seqlens=edges, max_seqlen=150)
+    before = model(ids, **kw).logits.flatten(0, 1)
+    changed = ids.flatten().clone()
+    changed[70:80] = (changed[70:80] + 1) % 97
+    after = model(changed.view_as(ids), **kw).logits.flatten(0, 1)
+    same = (before == after).all(-1)
+    assert same[:70].all() and same[160:].all()
+    assert not same[70:160].any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("flash", [True, False])
+@pytest.mark.parametrize("use_moe", [True, False])
+def test_打包的_logits_等于单独送入(use_moe, flash):
+    model = make(use_moe=use_moe, flash_attn=flash)
+    ids, position, edges = pack([70, 130, 1, 139, 60], 2, 200)
+    packed = model(ids, position_ids=position, cu_seqlens=edges, max_seqlen=139).logits.flatten(0, 1)
+    for a, b in pairwise(edges.tolist()):
+        alone = model(ids.flatten()[a:b].unsqueeze(0)).logits[0]
+        torch.testing.assert_close(packed[a:b], alone, rtol=0, atol=1e-4)
+
+
+def test_打包的损失与梯度等于各篇单独之和():
+    model = make().train()
+    ids, position, edges = pack([70, 130, 1, 139, 60], 2, 200)
+    labels = ids.flatten().clone()
+    labels[edges[:-1].long()] = -100  # 每篇第一个词元不是目标
+    out = model(ids, position_ids=position, cu_seqlens=edges, max_seqlen=139, labels=labels.view_as(ids))
+    total, count = 0.0, 0
+    for a, b in pairwise(edges.tolist()):
+        one = ids.flatten()[a:b].unsqueeze(0)
+        alone = model(one, labels=one)
+        total, count = total + alone.loss_sum, count + alone.target_count
+    assert out.target_count == count == 400 - 5
+    torch.testing.assert_close(out.loss_sum, total, rtol=1e-5, atol=1e-3)
+    weights = list(model.parameters())
+    for a, b in zip(torch.autograd.grad(out.loss, weights), torch.autograd.grad(total / count, weights)):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_打包时的丢弃率走另一条路也不泄漏():
+    model = make(dropout=0.2).train()
+    ids, position, edges = pack([30, 70], 1, 100)
+    changed = ids.clone()
+    changed[0, :30] = (changed[0, :30] + 1) % 97
+    outs = []
+    for x in (ids, changed):
+        torch.manual_seed(7)
+        outs.append(model(x, position_ids=position, cu_seqlens=edges, max_seqlen=70).logits[0, 30:])
+    assert torch.equal(*outs)
+
+
+def test_打包不能与补齐_mask_或缓存混用():
+    model, ids = make(), torch.zeros(1, 8, dtype=torch.long)
+    edges = torch.tensor([0, 3, 8], dtype=torch.int32)
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        model(ids, cu_seqlens=edges, attention_mask=torch.ones_like(ids))
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        model(ids, cu_seqlens=edges, past_key_values=DynamicCache())
+
+
+# ---------------------------------------------------------------- 缓存、补齐、长度
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunks", [[140], [1] * 12, [5, 4, 3], [130, 1, 7]])
+@pytest.mark.parametrize("padded", [True, False])
+def test_带缓存分段送入等于一次送完(chunks, padded):
+    model, total = make(arch="v3"), sum(chunks)
+    ids = torch.randint(0, 97, (2, total))
+    mask = torch.ones(2, total, dtype=torch.long)
+    if padded:
+        mask[0, :2] = 0
+    whole = model(ids, attention_mask=mask).logits
+    cache, out, seen = DynamicCache(), [], 0
+    for n in chunks:
+        seen += n
+        part = ids[:, seen - n : seen]
+        out.append(model(part, attention_mask=mask[:, :seen], past_key_values=cache, use_cache=True).logits)
+    torch.testing.assert_close(torch.cat(out, 1)[mask.bool()], whole[mask.bool()], rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("flash", [True, False])
+def test_左补齐在半精度下没有_NaN_也不影响真词元(dtype, flash):
+    model = make(flash_attn=flash).to(dtype)
+    ids = torch.randint(0, 97, (2, 20))
+    mask = torch.ones_like(ids)
+    mask[0, :13] = 0
+    logits = model(ids, attention_mask=mask).logits
+    assert torch.isfinite(logits).all()
+    alone = model(ids[:1, 13:], position_ids=torch.arange(13, 20).unsqueeze(0)).logits
+    torch.testing.assert_close(logits[:1, 13:], alone, rtol=0, atol=1e-4 if dtype == torch.float32 else 0.1)
+
+
+@torch.no_grad()
+def test_全一的_mask_与没有_mask_同一结果():
+    model, ids = make(), torch.randint(0, 97, (2, 150))
+    assert torch.equal(model(ids).logits, model(ids, attention_mask=torch.ones_like(ids)).logits)
+
+
+@torch.no_grad()
+def test_绝对位置平移不改变结果():
+    """RoPE 只看相对位置：左补齐不重排位置编号是安全的。"""
+    model, ids = make(), torch.randint(0, 97, (1, 12))
+    moved = model(ids, position_ids=torch.arange(100, 112).unsqueeze(0)).logits
+    torch.testing.assert_close(model(ids).logits, moved, rtol=0, atol=1e-4)
+
+
+def test_超过最大位置给出说明而不是形状错误():
+    model, cache = make(max_position_embeddings=16), DynamicCache()
+    model(torch.zeros(1, 16, dtype=torch.long))
+    with pytest.raises(ValueError, match="max_position_embeddings=16"):
+        model(torch.zeros(1, 17, dtype=torch.long))
+    model(torch.zeros(1, 10, dtype=torch.long), past_key_values=cache, use_cache=True)
+    with pytest.raises(ValueError, match="已有 10 个"):
+        model(torch.zeros(1, 7, dtype=torch.long), past_key_values=cache, use_cache=True)
+
+
+def test_mask_形状不对时说明应有的形状():
+    with pytest.raises(ValueError, match=r"\(2, 8\)"):
+        make()(torch.zeros(2, 8, dtype=torch.long), attention_mask=torch.ones(2, 7))
+
+
+@torch.no_grad()
+def test_旋转编码在半精度模型里仍用_fp32():
+    """bf16 只有 8 位尾数，位置 5000 与 5001 用 bf16 算角度就分不开；两份模型在远处的相对差应与近处相当。"""
+    model = make(vocab_size=97)
+    cos32, _ = model.model._rope(torch.tensor([[5000, 5001]]))
+    half = model.to(torch.bfloat16)
+    cos16, _ = half.model._rope(torch.tensor([[5000, 5001]]))
+    assert cos16.dtype == torch.float32 and torch.equal(cos32, cos16)
