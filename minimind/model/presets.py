@@ -7,9 +7,8 @@ from typing import Any
 from minimind.model.model_minimind import MiniMindConfig
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": dict(
-        hidden_size=192, num_hidden_layers=6, num_attention_heads=6
-    ),  # 3.7M，演示与测试，CPU 上几分钟
+    # 3,590,592：演示与测试，CPU 上几分钟
+    "tiny": dict(hidden_size=192, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=2),
     "small": dict(hidden_size=512, num_hidden_layers=8),  # 25,829,888
     "base": dict(hidden_size=768, num_hidden_layers=16),  # 104,030,976
     "moe": dict(hidden_size=640, num_hidden_layers=8, use_moe=True),  # 145,029,760
