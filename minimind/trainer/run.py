@@ -179,9 +179,7 @@ class Run:
         if not torch.distributed.is_initialized():
             return wrapped
         ids = [self.device.index] if self.device.type in ("cuda", "npu") else None
-        return DistributedDataParallel(
-            wrapped, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        return DistributedDataParallel(wrapped, device_ids=ids, gradient_as_bucket_view=True)
 
     def _open_log(self, saved: dict[str, Any] | None) -> None:
         args, folder, name = self.args, resolve_path(self.args.save_dir) / "logs", self.weights.stem

@@ -102,6 +102,15 @@ class _TensorBoardTracker(Tracker):
         self.writer.close()
 
 
+def _logged_in(name: str) -> bool:
+    """有 API key，或用 ``wandb login`` / ``swanlab login`` 登录过。"""
+    if os.environ.get(f"{name.upper()}_API_KEY"):
+        return True
+    saved = {"wandb": [".netrc", "_netrc"], "swanlab": [".swanlab/.netrc"]}[name]
+    files = [Path.home() / file for file in saved]
+    return any(file.is_file() and name in file.read_text(errors="ignore") for file in files)
+
+
 def start_tracker(
     name: str, *, project: str, run_name: str, folder: Path, config: dict[str, Any], run_id: str | None = None
 ) -> Tracker:
@@ -128,10 +137,10 @@ def start_tracker(
     folder.mkdir(parents=True, exist_ok=True)
     common = {"project": project, "config": config, "id": run_id, "resume": "allow" if run_id else None}
     if name == "wandb":
-        mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+        mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in(name) else "offline")
         run = module.init(name=run_name, dir=str(folder), mode=mode, **common)
     else:
-        mode = os.environ.get("SWANLAB_MODE") or ("cloud" if os.environ.get("SWANLAB_API_KEY") else "local")
+        mode = os.environ.get("SWANLAB_MODE") or ("cloud" if _logged_in(name) else "local")
         run = module.init(experiment_name=run_name, logdir=str(folder / "swanlab"), mode=mode, **common)
     if mode in ("offline", "local"):
         say(f"{name} 没有登录，记录写在本地：{folder}")

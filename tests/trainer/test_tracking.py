@@ -62,6 +62,7 @@ def test_没登录时写在本地_续训接同一条曲线(tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, name, fake_module(name, calls))
     for key in ("WANDB_MODE", "WANDB_API_KEY", "SWANLAB_MODE", "SWANLAB_API_KEY"):
         monkeypatch.delenv(key, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
     toy_train(tmp_path, max_steps=2, val_rows=4, **flags)
     assert calls[0][1]["mode"] == mode and calls[0][1]["id"] is None
     logged = [(call[1], set(call[2])) for call in calls if call[0] == "log"]
@@ -70,6 +71,21 @@ def test_没登录时写在本地_续训接同一条曲线(tmp_path, monkeypatch
     calls.clear()
     toy_train(tmp_path, max_steps=3, val_rows=4, from_resume=1, **flags)
     assert calls[0][1]["id"] == "run-1"
+
+
+@pytest.mark.parametrize(
+    "name, file, mode", [("wandb", ".netrc", "online"), ("swanlab", ".swanlab/.netrc", "cloud")]
+)
+def test_登录过就联网(tmp_path, monkeypatch, name, file, mode):
+    calls: list = []
+    monkeypatch.setitem(sys.modules, name, fake_module(name, calls))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for key in ("WANDB_MODE", "WANDB_API_KEY", "SWANLAB_MODE", "SWANLAB_API_KEY"):
+        monkeypatch.delenv(key, raising=False)
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(f"machine api.{name}.example login user password x")
+    start_tracker(name, project="p", run_name="r", folder=tmp_path / "logs", config={})
+    assert calls[0][1]["mode"] == mode
 
 
 def test_tensorboard真写出文件(tmp_path):
