@@ -370,6 +370,11 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Te
     return varlen_attn(q, k, v, edges, edges, longest, longest, window_size=(-1, 0), enable_gqa=gqa)
 
 
+def _expand_heads(x: Tensor, q: Tensor) -> Tensor:
+    """键值头逐个重复到与查询头一样多：[B, kv_heads, S, D] → [B, heads, S, D]。"""
+    return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float = 0.0
 ) -> Tensor:
@@ -377,8 +382,7 @@ def attention(
     gqa = q.shape[1] != k.shape[1]
     if gqa and q.device.type != "cpu" and (mask is not None or q.dtype == torch.float32 or not q.is_cuda):
         # CUDA 上只有半精度、无 mask 的 flash 内核直接吃 GQA，否则退回全量 softmax，不如先展开头；NPU、MPS 同样展开
-        groups = q.shape[1] // k.shape[1]
-        k, v, gqa = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), False
+        k, v, gqa = _expand_heads(k, q), _expand_heads(v, q), False
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None, enable_gqa=gqa
     )
@@ -386,8 +390,7 @@ def attention(
 
 def plain_attention(q, k, v, mask: Tensor | None, causal: bool, dropout: float = 0.0) -> Tensor:
     """同 `attention`，公式写明白：softmax(q·kᵀ/√D + mask)·v。`flash_attn=False` 时用，供对照与教学。"""
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    k, v = _expand_heads(k, q), _expand_heads(v, q)
     score = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])
     if mask is None and causal:
         mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()

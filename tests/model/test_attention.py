@@ -243,11 +243,13 @@ def test_mask_形状不对时说明应有的形状():
         make()(torch.zeros(2, 8, dtype=torch.long), attention_mask=torch.ones(2, 7))
 
 
-@torch.no_grad()
 def test_旋转编码在半精度模型里仍用_fp32():
-    """bf16 只有 8 位尾数，位置 5000 与 5001 用 bf16 算角度就分不开；两份模型在远处的相对差应与近处相当。"""
-    model = make(vocab_size=97)
-    cos32, _ = model.model._rope(torch.tensor([[5000, 5001]]))
-    half = model.to(torch.bfloat16)
-    cos16, _ = half.model._rope(torch.tensor([[5000, 5001]]))
-    assert cos16.dtype == torch.float32 and torch.equal(cos32, cos16)
+    """bf16 只有 8 位尾数，位置 5000 与 5001 用它就分不开。"""
+    model = make().to(torch.bfloat16)
+    position = torch.tensor([[5000, 5001]])
+    cos, sin = model.model._rope(position)
+    frequency = 1e6 ** (-torch.arange(0, 16, 2, dtype=torch.float64) / 16)
+    exact = position.double().unsqueeze(-1) * frequency
+    assert cos.dtype == torch.float32
+    torch.testing.assert_close(cos[0, :, 0, :8].double(), exact[0].cos(), rtol=0, atol=2e-3)
+    torch.testing.assert_close(sin[0, :, 0, 8:].double(), exact[0].sin(), rtol=0, atol=2e-3)
