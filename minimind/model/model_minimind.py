@@ -9,6 +9,7 @@ V 词表、N = B·T、E 专家数、K 每个词元选中的专家数。
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,10 +22,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Generat
 from transformers.configuration_utils import PretrainedConfig
 from transformers.utils import ModelOutput
 
-try:  # torch>=2.10 才有公开的变长注意力
+try:  # torch>=2.10 才有公开的变长注意力；它的参数在 2.12 前后换过名字
     from torch.nn.attention.varlen import varlen_attn
+
+    _VARLEN_OPTIONS = inspect.signature(varlen_attn).parameters
 except ImportError:
-    varlen_attn = None
+    varlen_attn, _VARLEN_OPTIONS = None, {}
 
 IGNORE_INDEX = -100
 
@@ -366,12 +369,25 @@ def segment_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, drop
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
     """同 `segment_attention`，用 CUDA 的变长 flash 内核，不需要知道段数。"""
-    edges, longest, gqa = plan.cu_seqlens, plan.max_seqlen, q.shape[1] != k.shape[1]
-    return varlen_attn(q, k, v, edges, edges, longest, longest, window_size=(-1, 0), enable_gqa=gqa)
+    options: dict[str, Any] = (
+        {"window_size": (-1, 0)} if "window_size" in _VARLEN_OPTIONS else {"is_causal": True}
+    )
+    if "enable_gqa" in _VARLEN_OPTIONS:
+        options["enable_gqa"] = q.shape[1] != k.shape[1]
+    else:
+        k, v = _expand_heads(k, q), _expand_heads(v, q)
+    return varlen_attn(q, k, v, plan.cu_seqlens, plan.cu_seqlens, plan.max_seqlen, plan.max_seqlen, **options)
+
+
+def varlen_available(x: Tensor) -> bool:
+    """变长 flash 内核能不能用：CUDA、算力 8.0 以上、半精度。"""
+    if varlen_attn is None or not x.is_cuda or compute_dtype(x) == torch.float32:
+        return False
+    return torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def _expand_heads(x: Tensor, q: Tensor) -> Tensor:
-    """键值头逐个重复到与查询头一样多：[B, kv_heads, S, D] → [B, heads, S, D]。"""
+    """键值头（第 1 维）逐个重复到与查询头一样多：[…, kv_heads, …] → […, heads, …]。"""
     return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
 
 
@@ -670,7 +686,7 @@ class MiniMindModel(nn.Module):
                 raise ValueError("cu_seqlens（打包）不能与 attention_mask 或缓存同用：补齐处请作为单独的一段")
             if device.type != "cuda" and flash:
                 return AttentionPlan("segments", _segments(cu_seqlens))
-            if varlen_attn is not None and compute_dtype(x) != torch.float32 and flash and not dropout:
+            if flash and not dropout and varlen_available(x):
                 if max_seqlen is None or compiling:
                     max_seqlen = T  # 编译时用行长这个上界，免得每批的最长文档都触发重编译
                 return AttentionPlan("varlen", cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
@@ -724,6 +740,10 @@ class MiniMindOutput(ModelOutput):
     hidden_states: Tensor | None = None
 
 
+# transformers 的 generate 与 Trainer 会带上、对这个模型没有作用的参数；别的名字一律报错，不悄悄吞掉
+_HARMLESS_KWARGS = {"cache_position", "return_dict", "num_items_in_batch"}
+
+
 class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
     """带语言模型头的 MiniMind；权重名与公开版相同，词嵌入与输出头共享。"""
 
@@ -771,7 +791,13 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: 超过最大位置，或参数互相矛盾。
+            TypeError: 不认识的参数。
         """
+        unknown = [
+            k for k, v in kwargs.items() if v is not None and v is not False and k not in _HARMLESS_KWARGS
+        ]
+        if unknown:
+            raise TypeError(f"forward 不认识参数 {unknown}，请检查拼写")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         hidden, aux_loss = self.model(
@@ -809,8 +835,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """一块一块地算 logits、损失与两个梯度，整块 [N, V] 的 fp32 logits 从不存在。"""
 
     @staticmethod
-    def forward(ctx, hidden, weight, target, loss_weight, chunk):
-        need_grad = hidden.requires_grad or weight.requires_grad
+    def forward(ctx, hidden, weight, target, loss_weight, chunk, need_grad):
         dtype = compute_dtype(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             w = weight.to(dtype)
@@ -834,7 +859,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_out, (grad_weight * grad_out).to(ctx.weight_dtype), None, None, None
+        return grad_hidden * grad_out, (grad_weight * grad_out).to(ctx.weight_dtype), None, None, None, None
 
 
 def linear_cross_entropy(
@@ -849,7 +874,13 @@ def linear_cross_entropy(
     """
     if chunk is None:
         chunk = 512 if hidden.device.type == "cpu" else max(1024, 2**25 // weight.shape[0])
-    return _LinearCrossEntropy.apply(hidden, weight, target, loss_weight, chunk)
+    if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+        keep = loss_weight.nonzero().squeeze(1)  # 不是目标的位置不必算输出头；显卡上这一问要同步，不划算
+        if len(keep) < 0.9 * len(target):
+            hidden, target, loss_weight = hidden[keep], target[keep], loss_weight[keep]
+    # 反向要的梯度在前向里顺手算好；自定义函数内部看不到外面的 no_grad，所以在这里问
+    need_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _LinearCrossEntropy.apply(hidden, weight, target, loss_weight, chunk, need_grad)
 
 
 # ---------------------------------------------------------------- 统计

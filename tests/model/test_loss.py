@@ -137,6 +137,16 @@ def test_训练时不产生整块_logits():
     assert max(seen) <= 512 * 6400 < ids.numel() * 6400
 
 
+@torch.no_grad()
+def test_不求梯度时不算梯度(monkeypatch):
+    """验证集评估只要损失；若仍算梯度，输出头要多花两倍时间。"""
+    hidden, weight = torch.randn(9, 4), torch.nn.Parameter(torch.randn(5, 4))
+    made = []
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: made.append("梯度"))
+    linear_cross_entropy(hidden, weight, torch.zeros(9, dtype=torch.long), torch.ones(9))
+    assert not made
+
+
 def test_推理时默认给出_logits_且可以只要最后几个():
     model, ids = make().eval(), torch.randint(0, 97, (2, 9))
     full = model(ids, labels=ids)

@@ -77,6 +77,22 @@ def test_generate_遇到结束词元就停():
     assert out[0, -1] == stop and out.shape[1] <= 9
 
 
+def test_不认识的参数报错而不是吞掉():
+    model, ids = make(), torch.randint(3, 97, (1, 5))
+    with pytest.raises(TypeError, match="lables"):
+        model(ids, lables=ids)
+    with pytest.raises(ValueError, match="top_q"):
+        model.generate(ids, max_new_tokens=2, top_q=3)
+
+
+@pytest.mark.parametrize("extra", VARIANTS[:2])
+def test_generate_用_transformers_的静态缓存结果不变(extra):
+    model, ids = make(**extra), torch.randint(3, 97, (2, 6))
+    kw = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    out = model.generate(ids, cache_implementation="static", disable_compile=True, **kw)
+    assert torch.equal(out, naive(model, ids, 8))
+
+
 @pytest.mark.parametrize("extra", VARIANTS[:4])
 def test_存盘再读_结果逐位相同_共享权重仍共享(extra, tmp_path):
     model, ids = make(**extra), torch.randint(0, 97, (2, 9))
