@@ -37,11 +37,13 @@ from minimind.paths import base_dir, resolve_path
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# 一个任务读多少字节。分词的峰值内存约为它的十几倍，4 MiB 时每个子进程不到 150 MB
+# 一个任务读多少字节；1 GB 的文件两个子进程分词，全部进程合计的峰值 0.5 GB
 CHUNK_BYTES = 4 << 20
 # 小于这么大的文件在本进程里分词：两秒的活不值得等子进程启动
 INLINE_BYTES = 6 << 20
 MAX_WORKERS = 16
+# torchrun 的其余进程晚这么久才去抢锁，让会显示进度条的主进程来分词
+RANK_DELAY_SECONDS = 2.0
 
 
 def cache_root(cache_dir: str | Path | None = None) -> Path:
@@ -91,6 +93,8 @@ def build_cache(
     content = remembered_hash(root, path)
     cache = _open(root, content, identity, path) if content else None
     if cache is None:
+        if int(os.environ.get("LOCAL_RANK", "0")):
+            time.sleep(RANK_DELAY_SECONDS)
         with _translate_os_errors(root), _lock(root, path):
             content = remembered_hash(root, path)  # 等锁的时候别人可能已经建好
             stat = file_stat(path)

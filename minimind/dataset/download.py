@@ -265,8 +265,8 @@ def main_download(argv: list[str] | None = None) -> int:
     parser.add_argument("--endpoint", help="站点地址，例如镜像；默认为该站的官方地址")
     parser.add_argument("--repo", help="数据集仓库；默认为公共 MiniMind 的数据集")
     parser.add_argument("--dir", default="dataset", help="放在哪个目录")
-    parser.add_argument("--list", action="store_true", help="只列出远端的文件")
-    parser.add_argument("--force", action="store_true", help="覆盖内容不同的同名文件")
+    parser.add_argument("--list", action="store_true", default=None, help="只列出远端的文件")
+    parser.add_argument("--force", action="store_true", default=None, help="覆盖内容不同的同名文件")
     args = parser.parse_args(argv)
 
     hub = SOURCES[args.source](get_json, args.endpoint, args.repo)
@@ -278,7 +278,7 @@ def main_download(argv: list[str] | None = None) -> int:
     chosen = choose_files(files, args.names)
     folder = resolve_path(args.dir)
     for file in chosen:
-        if fetch(file, folder / file.name, args.force):
+        if fetch(file, folder / file.name, bool(args.force)):
             checked = "哈希一致" if file.sha256 or file.git_sha1 else "远端没有公布哈希，只核对了大小"
             say(f"{folder / file.name}：{file.size / 1e6:,.1f} MB，{checked}")
     return 0

@@ -70,8 +70,8 @@ class TokenCache:
     def tokens(self, begin: int, end: int) -> np.ndarray:
         """``ids[begin:end]`` 的一份拷贝。
 
-        用 pread 而不是内存映射：逐行随机读时，映射每次缺页带进 64 KB，一个轮次下来整个文件都算进
-        常驻内存（1 GB 的 jsonl 约 0.6 GB）；pread 一样快而不占。
+        用 pread 而不是内存映射：逐行随机读时，映射每次缺页带进 64 KB，不久整个文件都算进常驻内存。
+        1 GB 的 jsonl 随机读十万行，映射涨 578 MB，pread 涨 38 MB；每行 13 微秒对 10 微秒，差别看不出。
         """
         if not hasattr(os, "pread"):  # Windows
             return self.ids[begin:end]

@@ -201,9 +201,7 @@ def test_几倍的行长只改排法不改目标(write_jsonl, tokenizer):
 def test_数据集能送进DataLoader的子进程(sft_rows):
     copy = pickle.loads(pickle.dumps(sft_rows))
     assert torch.equal(copy[3]["input_ids"], sft_rows[3]["input_ids"])
-    loader = DataLoader(
-        sft_rows, batch_size=4, num_workers=2, collate_fn=collate_packed, multiprocessing_context="spawn"
-    )
+    loader = DataLoader(sft_rows, batch_size=4, num_workers=2, collate_fn=collate_packed)
     expected = DataLoader(sft_rows, batch_size=4, collate_fn=collate_packed)
     batches = list(zip(loader, expected, strict=True))
     assert len(batches) > 3
