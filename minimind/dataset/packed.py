@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from torch.utils.data import Dataset
 
 from minimind.dataset.cache import build_cache
 from minimind.dataset.collate import IGNORE, collate_packed, empty_batch
+from minimind.dataset.locking import file_lock
 from minimind.dataset.packing import Packing, pack_documents
 from minimind.dataset.splits import choose
 from minimind.dataset.token_cache import TokenCache
@@ -24,8 +26,8 @@ if TYPE_CHECKING:
 
 # 拼行、截断或划分的规则变了就加一，存着的方案随之作废
 PLAN_VERSION = 1
-# 段数多于此的方案存进缓存：少的现算只要几十毫秒，不值得占文件
-STORED_SEGMENTS = 100_000
+# 文档多于此的方案存进缓存：少的现算只要几十毫秒，不值得占文件
+STORED_DOCUMENTS = 100_000
 
 
 class CachedDataset(Dataset):
@@ -103,11 +105,7 @@ class PackedDataset(CachedDataset):
         self.row_length = row_length or self.max_length
         if self.row_length < self.max_length:
             raise UserError(f"行长 {self.row_length} 小于样本的最大长度 {self.max_length}")
-        plan = self._stored_plan()
-        if plan is None:
-            plan = self._make_plan()
-            self._store_plan(*plan)
-        self.packing, self.stats = plan
+        self.packing, self.stats = self._load_or_make_plan()
         self.num_documents: int = self.stats["documents"]
         self._positions = np.arange(self.row_length)
 
@@ -211,6 +209,22 @@ class PackedDataset(CachedDataset):
 
     # ---- 方案存在缓存旁边：语料再大，第二次启动也不用重算 ----
 
+    def _load_or_make_plan(self) -> tuple[Packing, dict[str, Any]]:
+        if len(self.cache) < STORED_DOCUMENTS:
+            return self._make_plan()
+        plan = self._stored_plan()
+        if plan is not None:
+            return plan
+        # 同一台机器上的进程只算一次：一千万篇要十几秒、1 GB 内存，八个进程一起算会撑爆
+        lock = self._plan_folder().with_name(f"{self._plan_folder().name}.lock")
+        writable = os.access(self.cache.folder, os.W_OK)
+        with file_lock(lock) if writable else nullcontext():
+            plan = self._stored_plan()
+            if plan is None:
+                plan = self._make_plan()
+                self._store_plan(*plan)
+        return plan
+
     def _plan_folder(self) -> Path:
         name = (
             f"v{PLAN_VERSION}-{self.max_length}-{self.row_length}-{self.split}-{self.val_ratio:g}-{self.seed}"
@@ -227,8 +241,6 @@ class PackedDataset(CachedDataset):
         return Packing(*(array.view(np.ndarray) for array in arrays)), stats
 
     def _store_plan(self, packing: Packing, stats: dict[str, Any]) -> None:
-        if len(packing.doc) < STORED_SEGMENTS:
-            return
         folder = self._plan_folder()
         temporary = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -92,15 +93,22 @@ def test_多进程与单进程逐字节相同(write_jsonl, tokenizer, tmp_path, 
     assert [c.meta["bad"][0]["line"] for c in caches] == [101, 101]
 
 
-def test_没有main保护的脚本也能用(write_jsonl):
+@pytest.fixture
+def pickled_tokenizer(tokenizer, tmp_path):
+    """另一个进程里打开分词器的表达式；反序列化不导入 torch，比 load_tokenizer 快几秒。"""
+    file = tmp_path / "tokenizer.pickle"
+    file.write_bytes(pickle.dumps(tokenizer))
+    return f"__import__('pickle').load(open({str(file)!r}, 'rb'))"
+
+
+def test_没有main保护的脚本也能用(write_jsonl, pickled_tokenizer):
     """子进程不重新导入主脚本。"""
     path = write_jsonl([{"text": "文本" * 200}] * 200)
     script = f"""
 import minimind.dataset.cache as c
-from minimind.tokenizer import load_tokenizer
 print("主程序只跑一次")
 c.INLINE_BYTES = 0; c.CHUNK_BYTES = 1 << 15
-cache = c.build_cache({str(path)!r}, "pretrain", load_tokenizer(), num_workers=2)
+cache = c.build_cache({str(path)!r}, "pretrain", {pickled_tokenizer}, num_workers=2)
 print(len(cache))
 """
     result = subprocess.run([sys.executable, "-"], input=script, capture_output=True, text=True, timeout=120)
@@ -223,17 +231,16 @@ def test_被杀掉的进程的残留会清掉(old_file, tokenizer):
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
 
 
-def test_两个进程同时要同一份缓存只建一次(write_jsonl, own_cache):
+def test_两个进程同时要同一份缓存只建一次(write_jsonl, own_cache, pickled_tokenizer):
     path = write_jsonl([{"text": f"{i} 这是一段文字" * 20} for i in range(3000)])
     script = f"""
 import minimind.dataset.cache as c
-from minimind.tokenizer import load_tokenizer
 original = c._build
 def counted(*args):
     print("建")
     return original(*args)
 c._build = counted
-print(len(c.build_cache({str(path)!r}, "pretrain", load_tokenizer())))
+print(len(c.build_cache({str(path)!r}, "pretrain", {pickled_tokenizer})))
 """
     processes = [
         subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(2)

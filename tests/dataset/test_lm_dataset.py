@@ -222,7 +222,7 @@ def test_行说得出来自源文件的哪几行(write_jsonl, tokenizer):
 def test_方案存下来再读回完全相同(write_jsonl, tokenizer, monkeypatch):
     path = write_jsonl([{"text": f"{i} 文本" * (i % 30 + 1)} for i in range(300)])
     fresh = PretrainDataset(path, tokenizer, 64, split="train")
-    monkeypatch.setattr(packed, "STORED_SEGMENTS", 0)
+    monkeypatch.setattr(packed, "STORED_DOCUMENTS", 0)
     PretrainDataset(path, tokenizer, 64, split="train")  # 存下
     monkeypatch.setattr(PretrainDataset, "_make_plan", lambda self: pytest.fail("不该重算"))
     stored = PretrainDataset(path, tokenizer, 64, split="train")
