@@ -87,3 +87,23 @@ def test_每个任务取几题_跳过身份题():
     items.append({"kind": "cloze", "task": "add"})
     assert [i["task"] for i in demo.pick_items(items, "chat", 1)] == ["add", "sub"]
     assert len(demo.pick_items(items, "chat", 0)) == 3
+
+
+def test_线程数_多了反而慢就退回去(monkeypatch):
+    import torch
+
+    from minimind.trainer import device
+
+    seconds = {1: 8.0, 2: 4.5, 4: 4.4}
+    monkeypatch.setattr(device, "time_call", lambda call: seconds[torch.get_num_threads()])
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        assert demo.pick_threads(lambda: None) == torch.get_num_threads() == 2
+        seconds[4] = 2.5
+        torch.set_num_threads(4)
+        assert demo.pick_threads(lambda: None) == 4
+        torch.set_num_threads(1)
+        assert demo.pick_threads(lambda: None) == 1
+    finally:
+        torch.set_num_threads(before)
