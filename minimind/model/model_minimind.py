@@ -58,6 +58,8 @@ class MiniMindConfig(PretrainedConfig):
             beta_fast、beta_slow、attention_factor）。
         flash_attn: True 走 SDPA；False 走写明白的 softmax，供对照与教学。
         initializer_range: 线性层与词嵌入的初始标准差。
+        zero_init_residual: 从头训练用的初始化：每层写回残差的两个投影（o_proj、down_proj）从零开始，词嵌入标准差
+            减到 1/4（残差为零时，词嵌入若大，初始预测就是“重复自己”，损失高于 ln V）。只影响初始化，不影响计算。
         use_moe 及以下: 专家数（别名 num_experts）、每词元专家数、共享专家数、负载均衡系数
             （别名 router_aux_loss_coef）、按序列还是按全批统计、top-k 权重是否归一、专家宽度。
 
@@ -69,40 +71,20 @@ class MiniMindConfig(PretrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {"num_experts": "n_routed_experts", "router_aux_loss_coef": "aux_loss_alpha"}
 
+    # fmt: off
     def __init__(
-        self,
-        arch: str = "v2",
-        hidden_size: int = 512,
-        num_hidden_layers: int = 8,
-        vocab_size: int = 6400,
-        num_attention_heads: int = 8,
-        num_key_value_heads: int | None = None,
-        head_dim: int | None = None,
-        intermediate_size: int | None = None,
-        hidden_act: str = "silu",
-        max_position_embeddings: int = 32768,
-        rope_theta: float = 1e6,
-        inference_rope_scaling: bool = False,
-        rope_scaling: dict | None = None,
-        rms_norm_eps: float | None = None,
-        dropout: float = 0.0,
-        flash_attn: bool = True,
-        initializer_range: float = 0.02,
-        use_moe: bool = False,
-        n_routed_experts: int | None = None,
-        num_experts_per_tok: int | None = None,
-        n_shared_experts: int | None = None,
-        moe_intermediate_size: int | None = None,
-        scoring_func: str = "softmax",
-        norm_topk_prob: bool = True,
-        aux_loss_alpha: float | None = None,
-        seq_aux: bool | None = None,
-        bos_token_id: int = 1,
-        eos_token_id: int = 2,
-        pad_token_id: int = 0,
-        tie_word_embeddings: bool = True,
-        **kwargs: Any,
+        self, arch: str = "v2", hidden_size: int = 512, num_hidden_layers: int = 8, vocab_size: int = 6400,
+        num_attention_heads: int = 8, num_key_value_heads: int | None = None, head_dim: int | None = None,
+        intermediate_size: int | None = None, hidden_act: str = "silu", max_position_embeddings: int = 32768,
+        rope_theta: float = 1e6, inference_rope_scaling: bool = False, rope_scaling: dict | None = None,
+        rms_norm_eps: float | None = None, dropout: float = 0.0, flash_attn: bool = True,
+        initializer_range: float = 0.02, zero_init_residual: bool = False, use_moe: bool = False, n_routed_experts: int | None = None,
+        num_experts_per_tok: int | None = None, n_shared_experts: int | None = None,
+        moe_intermediate_size: int | None = None, scoring_func: str = "softmax", norm_topk_prob: bool = True,
+        aux_loss_alpha: float | None = None, seq_aux: bool | None = None, bos_token_id: int = 1,
+        eos_token_id: int = 2, pad_token_id: int = 0, tie_word_embeddings: bool = True, **kwargs: Any,
     ):
+        # fmt: on
         if arch not in _LAYOUT_DEFAULTS:
             raise ValueError(f"arch 只能是 {sorted(_LAYOUT_DEFAULTS)} 之一，得到 {arch!r}")
         layout = _LAYOUT_DEFAULTS[arch]
@@ -127,6 +109,7 @@ class MiniMindConfig(PretrainedConfig):
         self.dropout = dropout
         self.flash_attn = flash_attn
         self.initializer_range = initializer_range
+        self.zero_init_residual = zero_init_residual
         self.use_moe = bool(use_moe)
         alias = kwargs.pop("num_experts", None)
         self.n_routed_experts = n_routed_experts or alias or 4
@@ -232,9 +215,8 @@ def rope_frequencies(config: MiniMindConfig, device: torch.device | str = "cpu")
 
     low = max(math.floor(dim_of(yarn["beta_fast"])), 0)
     high = min(math.ceil(dim_of(yarn["beta_slow"])), dim // 2 - 1)
-    ramp = ((torch.arange(dim // 2, dtype=torch.float32, device=device) - low) / max(high - low, 1e-3)).clamp(
-        0, 1
-    )
+    index = torch.arange(dim // 2, dtype=torch.float32, device=device)
+    ramp = ((index - low) / max(high - low, 1e-3)).clamp(0, 1)
     return freq * (1 - ramp + ramp / yarn["factor"])
 
 
@@ -430,6 +412,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.o_proj.writes_residual = True
         self.q_norm = self.k_norm = None
         if config.arch == "v3":
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
@@ -468,6 +451,7 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.down_proj.writes_residual = True
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -759,6 +743,14 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
         self.post_init()
 
+    def _init_weights(self, module: nn.Module) -> None:
+        if self.config.zero_init_residual and getattr(module, "writes_residual", False):
+            nn.init.zeros_(module.weight)
+        elif self.config.zero_init_residual and isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range / 4)
+        else:
+            super()._init_weights(module)
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -775,6 +767,7 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> MiniMindOutput:
+        # fmt: on
         """一次前向。
 
         Args:
@@ -881,29 +874,6 @@ def linear_cross_entropy(
     # 反向要的梯度在前向里顺手算好；自定义函数内部看不到外面的 no_grad，所以在这里问
     need_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return _LinearCrossEntropy.apply(hidden, weight, target, loss_weight, chunk, need_grad)
-
-
-# ---------------------------------------------------------------- 统计
-
-
-def count_parameters(model: nn.Module) -> int:
-    """参数个数，共享的词嵌入只算一次。"""
-    return sum(p.numel() for p in model.parameters())
-
-
-def flops_per_token(config: MiniMindConfig, seq_len: int) -> float:
-    """训练一个词元的浮点运算（前向 + 反向 = 3 倍前向），只计矩阵乘：投影、注意力（因果取一半）、输出头；
-    混合专家只计被选中的与共享的。"""
-    H, D = config.hidden_size, config.head_dim
-    attn = 2 * H * D * (config.num_attention_heads + config.num_key_value_heads)  # q、o 与 k、v
-    if config.use_moe:
-        active = config.num_experts_per_tok + config.n_shared_experts
-        mlp = 3 * H * config.moe_intermediate_size * active + H * config.n_routed_experts
-    else:
-        mlp = 3 * H * config.intermediate_size
-    score = seq_len * D * config.num_attention_heads  # q·k 与 p·v 各 seq_len/2 个键
-    per_layer = attn + mlp + score
-    return 6.0 * (config.num_hidden_layers * per_layer + H * config.vocab_size)
 
 
 AutoConfig.register("minimind", MiniMindConfig, exist_ok=True)

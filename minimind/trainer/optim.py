@@ -174,8 +174,10 @@ def build_optimizer(
     groups = split_parameters(model)
     device = next(model.parameters()).device
     lr = args.learning_rate
+    # 倍数是配合 Muon 测出来的；全用 AdamW 时各类参数本来就同一个学习率
+    embed_scale = args.embed_lr_scale if args.optimizer == "muon" else 1.0
     adam_groups = [
-        {"params": groups["embedding"], "lr_scale": args.embed_lr_scale, "weight_decay": 0.0},
+        {"params": groups["embedding"], "lr_scale": embed_scale, "weight_decay": 0.0},
         {"params": groups["vector"], "lr_scale": 1.0, "weight_decay": 0.0},
     ]
     if args.optimizer == "adamw":

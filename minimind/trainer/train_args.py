@@ -32,15 +32,15 @@ class TrainArguments:
 
     # 优化
     optimizer: str = arg("muon", "优化器：muon（矩阵用 Muon，其余用 AdamW）或 adamw", ("muon", "adamw"))
-    learning_rate: float = arg(4e-3, "最高学习率，Muon 与 AdamW 共用")
-    embed_lr_scale: float = arg(1.0, "词嵌入的学习率倍数")
+    learning_rate: float = arg(6e-3, "最高学习率，Muon 与 AdamW 共用")
+    embed_lr_scale: float = arg(5.0, "词嵌入的学习率倍数（只对 muon 有意义；adamw 时按 1）")
     weight_decay: float = arg(0.1, "解耦权重衰减，只作用于隐层矩阵")
     muon_momentum: float = arg(0.95, "Muon 的动量")
     adam_beta2: float = arg(0.95, "AdamW 的二阶矩衰减")
     schedule: str = arg(
-        "wsd", "学习率日程：wsd（预热、平稳、衰减）或 cosine（余弦降到一成）", ("wsd", "cosine")
+        "cosine", "学习率日程：wsd（预热、平稳、衰减）或 cosine（余弦降到一成）", ("wsd", "cosine")
     )
-    warmup_ratio: float = arg(0.02, "预热占总步数的比例")
+    warmup_ratio: float = arg(0.05, "预热占总步数的比例")
     decay_ratio: float = arg(0.3, "wsd 末段衰减占总步数的比例")
     grad_clip: float = arg(1.0, "梯度范数上限；0 表示不裁剪")
 
