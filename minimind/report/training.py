@@ -1,0 +1,82 @@
+"""``minimind report``：把训练日志画成曲线，写成一份报告；训练途中也可以随时看。"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from minimind.arguments import arg, parse_args
+from minimind.console import format_duration, say
+from minimind.errors import UserError, guard
+from minimind.paths import resolve_path
+from minimind.report.curves import plot_stage
+from minimind.report.logs import read_log, series
+from minimind.report.report import Report
+
+
+@dataclass
+class ReportArguments:
+    """把训练日志画成曲线，写成 report.md。"""
+
+    save_dir: str = arg("out", "权重与日志的目录，读其中的 logs/*.jsonl")
+    weight: str | None = arg(None, "只看这个名字的日志，例如 pretrain；不给则全部")
+    report_dir: str = arg("out/report", "报告的目录")
+
+
+def summarize(records: list[dict]) -> str:
+    """一份日志的一句话：步数、词元、用时、首末损失、验证。"""
+    _, losses = series(records, "loss")
+    last = records[-1]
+    parts = [f"{last['step']:,} 步"]
+    for key, text in (
+        ("tokens", "{:,.0f} 词元"),
+        ("tokens_per_s", "{:,.0f} 词元/秒"),
+        ("mfu", "利用率 {:.0%}"),
+    ):
+        _, values = series(records, key)
+        if values:
+            parts.append(text.format(values[-1] if key == "tokens" else sorted(values)[len(values) // 2]))
+    _, seconds = series(records, "time")
+    if seconds:
+        parts.append(format_duration(seconds[-1]))
+    if losses:
+        parts.append(f"损失 {losses[0]:.3f} → {losses[-1]:.3f}")
+    _, bpb = series(records, "val_bpb")
+    if bpb:
+        parts.append(f"验证每字节比特 {bpb[0]:.3f} → {bpb[-1]:.3f}（最低 {min(bpb):.3f}）")
+    return "，".join(parts)
+
+
+def build(save_dir: Path, folder: Path, weight: str | None = None) -> Report:
+    """读日志、画图，返回还没写盘的报告。
+
+    Raises:
+        UserError: 没有日志。
+    """
+    logs = sorted((save_dir / "logs").glob(f"{weight}_*.jsonl" if weight else "*.jsonl"))
+    found = {path.stem: records for path in logs if (records := read_log(path))}
+    if not found:
+        raise UserError(
+            "没有训练日志",
+            where=str(save_dir / "logs"),
+            expected=f"{weight or '*'} 的 jsonl 日志",
+            fix="先运行一个训练命令，或用 --save_dir 指向它的输出目录",
+        )
+    report = Report(title="训练报告")
+    for name, records in found.items():
+        report.facts[name] = summarize(records)
+        if plot_stage(records, name, folder / f"{name}.png"):
+            report.figures[f"{name}.png"] = f"{name} 曲线"
+    return report
+
+
+@guard
+def main(argv: list[str] | None = None) -> None:
+    """命令行入口。"""
+    args = parse_args(ReportArguments, argv)
+    folder = resolve_path(args.report_dir)
+    report = build(resolve_path(args.save_dir), folder, args.weight)
+    path = report.write(folder)
+    for name, text in report.facts.items():
+        say(f"{name}：{text}")
+    say(f"报告：{path}")
