@@ -5,11 +5,9 @@ from minimind.model.model_minimind import (
     MiniMindConfig,
     MiniMindForCausalLM,
     MiniMindOutput,
-    count_parameters,
-    flops_per_token,
     linear_cross_entropy,
 )
-from minimind.model.presets import PRESETS, preset
+from minimind.model.presets import PRESETS, count_parameters, flops_per_token, preset
 
 __all__ = [
     "IGNORE_INDEX",

@@ -1,11 +1,14 @@
-"""有名字的尺寸。参数量见每行注释，测试里逐个核对。"""
+"""尺寸：有名字的几种，以及参数量与运算量怎么数。"""
 
 from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from minimind.model.model_minimind import MiniMindConfig
 
+# 行尾是参数个数，测试里逐个核对
 PRESETS: dict[str, dict[str, Any]] = {
     # 3,590,592：演示与测试，CPU 上几分钟
     "tiny": dict(hidden_size=192, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=2),
@@ -24,3 +27,23 @@ def preset(name: str, **overrides: Any) -> MiniMindConfig:
     if name not in PRESETS:
         raise ValueError(f"没有叫 {name!r} 的尺寸，可选：{'、'.join(PRESETS)}")
     return MiniMindConfig(**{**PRESETS[name], **overrides})
+
+
+def count_parameters(model: nn.Module) -> int:
+    """参数个数，共享的词嵌入只算一次。"""
+    return sum(p.numel() for p in model.parameters())
+
+
+def flops_per_token(config: MiniMindConfig, seq_len: int) -> float:
+    """训练一个词元的浮点运算（前向 + 反向 = 3 倍前向），只计矩阵乘：投影、注意力（因果取一半）、输出头；
+    混合专家只计被选中的与共享的。"""
+    H, D = config.hidden_size, config.head_dim
+    attn = 2 * H * D * (config.num_attention_heads + config.num_key_value_heads)  # q、o 与 k、v
+    if config.use_moe:
+        active = config.num_experts_per_tok + config.n_shared_experts
+        mlp = 3 * H * config.moe_intermediate_size * active + H * config.n_routed_experts
+    else:
+        mlp = 3 * H * config.intermediate_size
+    score = seq_len * D * config.num_attention_heads  # q·k 与 p·v 各 seq_len/2 个键
+    per_layer = attn + mlp + score
+    return 6.0 * (config.num_hidden_layers * per_layer + H * config.vocab_size)

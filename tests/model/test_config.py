@@ -99,3 +99,19 @@ def test_混合专家只计被选中的专家():
     dense = MiniMindConfig(hidden_size=640, num_hidden_layers=8, intermediate_size=1728)
     extra = 6 * 8 * (2 * expert + 640 * 4)  # 选 2 个加共享 1 个，比稠密多 2 个专家和一个门控
     assert flops_per_token(config, 512) == flops_per_token(dense, 512) + extra
+
+
+def test_残差零初始化时每层起步是恒等映射_词嵌入减到四分之一():
+    torch.manual_seed(0)
+    model = MiniMindForCausalLM(
+        MiniMindConfig(hidden_size=64, num_hidden_layers=2, use_moe=True, zero_init_residual=True)
+    )
+    for name, p in model.named_parameters():
+        if "o_proj" in name or "down_proj" in name:
+            assert p.abs().max() == 0, name
+    embed = model.model.embed_tokens.weight
+    assert embed.std().item() == pytest.approx(0.005, rel=0.05)
+    assert model.model.layers[0].mlp.experts[0].up_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    ids = torch.randint(0, 6400, (1, 8))
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(ids).hidden_states, model.model.norm(embed[ids]))
