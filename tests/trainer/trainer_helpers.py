@@ -14,12 +14,14 @@ import torch
 
 from minimind.errors import guard
 from minimind.model import MiniMindConfig, MiniMindForCausalLM
-from minimind.trainer import loop
+from minimind.trainer import device, loop
 from minimind.trainer.checkpoint import load_file
 from minimind.trainer.distributed import init_distributed_mode, shutdown_distributed
 from minimind.trainer.loop import TrainResult, language_model_loss, train
 from minimind.trainer.train_args import TrainArguments
 
+torch.set_num_threads(1)  # fork 之后 OpenMP 的线程池不可用
+device.PEAK_SECONDS = 0.0  # 测一次就够：这里训练上百回，不看利用率准不准
 VOCAB, LENGTH = 97, 12
 
 
