@@ -653,9 +653,12 @@ class MiniMindModel(nn.Module):
 
         频率不是 buffer：模型整体转半精度、或在 meta 设备上建起来，它都仍是正确的 fp32。
         """
-        if self._frequencies is None or self._frequencies.device != position_ids.device:
-            self._frequencies = rope_frequencies(self.config, position_ids.device)
-        angle = (position_ids.unsqueeze(-1).float() * self._frequencies).unsqueeze(2)
+        frequencies = self._frequencies
+        if frequencies is None or frequencies.device != position_ids.device:
+            frequencies = rope_frequencies(self.config, position_ids.device)
+            if not torch.compiler.is_compiling():  # 编译出的图（尤其 CUDA graph）的输出不能留到下一次用
+                self._frequencies = frequencies
+        angle = (position_ids.unsqueeze(-1).float() * frequencies).unsqueeze(2)
         factor = self.config.yarn["attention_factor"] if self.config.inference_rope_scaling else 1.0
         cos, sin = angle.cos() * factor, angle.sin() * factor
         return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
@@ -668,12 +671,12 @@ class MiniMindModel(nn.Module):
         if cu_seqlens is not None:
             if attention_mask is not None or cached:
                 raise ValueError("cu_seqlens（打包）不能与 attention_mask 或缓存同用：补齐处请作为单独的一段")
-            if device.type != "cuda" and flash:
-                return AttentionPlan("segments", _segments(cu_seqlens))
             if flash and not dropout and varlen_available(x):
                 if max_seqlen is None or compiling:
                     max_seqlen = T  # 编译时用行长这个上界，免得每批的最长文档都触发重编译
                 return AttentionPlan("varlen", cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+            if flash and device.type != "cuda":
+                return AttentionPlan("segments", _segments(cu_seqlens))
             document = torch.bucketize(torch.arange(B * T, device=device), cu_seqlens[1:], right=True).view(
                 B, T
             )

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from minimind.model import MiniMindConfig, MiniMindForCausalLM
+from minimind.model import MiniMindConfig, MiniMindForCausalLM, model_minimind
 from minimind.model.model_minimind import _SegmentAttentionCPU, attention, plain_attention
 
 
@@ -170,6 +170,27 @@ def test_打包时的丢弃率走另一条路也不泄漏():
     assert torch.equal(*outs)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{"window_size", "enable_gqa"}, {"window_size"}, {"is_causal"}])
+def test_变长内核分支用替身也不泄漏(monkeypatch, options):
+    """显卡上的分支：替身按内核的约定（[N, heads, D]、累计边界）照算，三种签名对应 torch 2.10 到 2.13。"""
+
+    def stand_in(q, k, v, edges_q, edges_k, longest_q, longest_k, **given):
+        assert given.keys() <= options and longest_q == longest_k == 150
+        assert given.get("window_size", (-1, 0)) == (-1, 0) and given.get("is_causal", True)
+        assert given.get("enable_gqa") or k.shape[1] == q.shape[1]
+        return _SegmentAttentionCPU.apply(q, k, v, list(pairwise(edges_q.tolist())))
+
+    monkeypatch.setattr(model_minimind, "varlen_attn", stand_in)
+    monkeypatch.setattr(model_minimind, "_VARLEN_OPTIONS", options)
+    model = make()
+    ids, position, edges = pack([70, 90, 40, 150, 50], 2, 200)
+    kw = dict(position_ids=position, cu_seqlens=edges, max_seqlen=150)
+    expected = model(ids, **kw).logits
+    monkeypatch.setattr(model_minimind, "varlen_available", lambda x: True)
+    torch.testing.assert_close(model(ids, **kw).logits, expected, rtol=0, atol=1e-5)
+
+
 def test_打包不能与补齐_mask_或缓存混用():
     model, ids = make(), torch.zeros(1, 8, dtype=torch.long)
     edges = torch.tensor([0, 3, 8], dtype=torch.int32)
@@ -253,3 +274,11 @@ def test_旋转编码在半精度模型里仍用_fp32():
     assert cos.dtype == torch.float32
     torch.testing.assert_close(cos[0, :, 0, :8].double(), exact[0].cos(), rtol=0, atol=2e-3)
     torch.testing.assert_close(sin[0, :, 0, 8:].double(), exact[0].sin(), rtol=0, atol=2e-3)
+
+
+def test_推理模式里用过的模型接着能训练():
+    model, ids = make(), torch.randint(0, 97, (2, 9))
+    with torch.inference_mode():
+        model(ids)
+    model.train()(ids, labels=ids).loss.backward()
+    assert model.model.layers[0].self_attn.k_proj.weight.grad.abs().max() > 0
