@@ -37,6 +37,7 @@ from minimind.trainer.loop import language_model_loss
 from minimind.trainer.optim import build_optimizer, set_learning_rate
 from minimind.trainer.schedule import lr_at
 from minimind.trainer.train_args import TrainArguments
+from minimind.trainer.trainer_utils import model_config
 from minimind.trainer.validation import count_targets, to_device, validate
 
 MICRO_ROWS = 16  # 一次前向的行数：整批一次做与分两次做，CPU 上一样快，内存减半
@@ -93,7 +94,8 @@ class Recipe:
     budget: float = 1.0
 
 
-PLAIN_INIT: dict[str, Any] = {}
+# 对照用普通的正态初始化（标准差 0.02），公开项目的默认
+PLAIN_INIT: dict[str, Any] = {"zero_init_residual": False}
 
 
 def adamw(lr: float) -> Recipe:
@@ -122,14 +124,11 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def model_config(args: QualityArguments, recipe: Recipe, vocab_size: int) -> MiniMindConfig:
-    """各配方结构相同，只有初始化可以不同。"""
-    return MiniMindConfig(
-        hidden_size=args.hidden_size,
-        num_hidden_layers=args.num_hidden_layers,
-        num_attention_heads=args.num_attention_heads,
-        vocab_size=vocab_size,
-        **recipe.config,
+def recipe_config(args: QualityArguments, recipe: Recipe, vocab_size: int) -> MiniMindConfig:
+    """各配方结构相同，只有初始化可以不同；不改就是项目从头训练的默认初始化。"""
+    sizes = TrainArguments(hidden_size=args.hidden_size, num_hidden_layers=args.num_hidden_layers)
+    return model_config(
+        sizes, num_attention_heads=args.num_attention_heads, vocab_size=vocab_size, **recipe.config
     )
 
 
@@ -139,7 +138,7 @@ def run_key(args: QualityArguments, recipe: Recipe, seed: int, fingerprint: str)
     parts = {
         "recipe": asdict(recipe),
         "train": {k: v for k, v in asdict(train_args).items() if k in TRAIN_FIELDS},
-        "init": model_config(args, recipe, 6400).to_dict(),
+        "init": recipe_config(args, recipe, 6400).to_dict(),
         "seed": seed,
         "data": fingerprint,
         "args": {k: getattr(args, k) for k in RUN_FIELDS},
@@ -164,7 +163,7 @@ def train_once(
     device, dtype = resolve_device(args.device), DTYPES[args.dtype]
     train_args = TrainArguments(**recipe.overrides)
     seed_all(seed)
-    model = MiniMindForCausalLM(model_config(args, recipe, len(tokenizer))).to(device).train()
+    model = MiniMindForCausalLM(recipe_config(args, recipe, len(tokenizer))).to(device).train()
     if recipe.plain_adamw:
         optimizer: Any = torch.optim.AdamW(model.parameters(), lr=train_args.learning_rate)
     else:
