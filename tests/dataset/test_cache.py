@@ -91,6 +91,9 @@ def test_多进程与单进程逐字节相同(write_jsonl, tokenizer, tmp_path, 
         a, b = ((c.folder / f"{name}.bin").read_bytes() for c in caches)
         assert a == b, name
     assert [c.meta["bad"][0]["line"] for c in caches] == [101, 101]
+    # 行号与字节位置跨段也对
+    assert caches[1].lines.tolist() == [line for line in range(1, 501) if line != 101]
+    assert all(caches[1].record(i) == records[caches[1].lines[i] - 1] for i in (0, 250, 498))
 
 
 @pytest.fixture

@@ -147,9 +147,17 @@ def sft_rows(write_jsonl, tokenizer):
     return SFTDataset(write_jsonl(records), tokenizer, 128)
 
 
-def test_每段位置从零起且第一个token不是目标(sft_rows):
-    for i in range(len(sft_rows)):
-        row = sft_rows[i]
+@pytest.fixture
+def pretrain_rows(write_jsonl, tokenizer):
+    texts = [{"text": f"第{i}篇，" + "一段文字。" * (i % 40 + 1)} for i in range(200)]
+    return PretrainDataset(write_jsonl(texts, "pretrain.jsonl"), tokenizer, 128)
+
+
+@pytest.mark.parametrize("name", ["sft_rows", "pretrain_rows"])
+def test_每段位置从零起且第一个token不是目标(name, request):
+    rows = request.getfixturevalue(name)
+    for i in range(len(rows)):
+        row = rows[i]
         assert sum(row["seg_lens"]) == 128
         for ids, labels, positions in segments_of(row):
             assert positions.tolist() == list(range(len(ids)))
@@ -157,7 +165,7 @@ def test_每段位置从零起且第一个token不是目标(sft_rows):
             assert ((labels == -100) | (labels == ids)).all()
         tail = slice(row["num_tokens"], 128)
         assert (row["labels"][tail] == -100).all()
-        assert (row["input_ids"][tail] == sft_rows.pad_id).all()
+        assert (row["input_ids"][tail] == rows.pad_id).all()
 
 
 def test_批的边界与各段一致(sft_rows):
