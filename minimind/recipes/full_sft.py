@@ -34,7 +34,7 @@ class SFTArguments(TrainArguments):
     from_weight: str = override(TrainArguments, "from_weight", "pretrain")
     epochs: int = override(TrainArguments, "epochs", 2)
     batch_size: int = override(TrainArguments, "batch_size", 16)
-    learning_rate: float = override(TrainArguments, "learning_rate", 1e-3)
+    learning_rate: float = override(TrainArguments, "learning_rate", 1.5e-3)
 
 
 def run(args: SFTArguments) -> TrainResult:
