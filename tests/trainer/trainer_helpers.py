@@ -80,7 +80,14 @@ def tiny_args(folder: Path | str, **changes) -> TrainArguments:
         "device": "cpu",
         "dtype": "float32",
         "num_workers": 0,
+        # 默认值会随测量改变，测试不跟着变
+        "optimizer": "muon",
         "learning_rate": 5e-3,
+        "embed_lr_scale": 1.0,
+        "weight_decay": 0.1,
+        "schedule": "wsd",
+        "warmup_ratio": 0.02,
+        "decay_ratio": 0.3,
     }
     return TrainArguments(**{**settings, **changes})
 
