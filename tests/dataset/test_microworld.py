@@ -166,7 +166,7 @@ def test_加减法_两种次序都没有在训练里算过(texts, items):
         for text in texts.values()
         for a, op, b in re.findall(r"(?<![\d+\-*×])(\d+)([+\-])(\d+)(?=[=等是])", text)
     }
-    assert len(seen) > 1000
+    assert len(seen) > 500
     for one in items:
         if one["task"] == "add":
             a, b = map(int, one["key"].split("+"))
@@ -225,7 +225,7 @@ def test_评测题都在留出一侧_且每题各不相同(items):
     for task_name, kind, _ in seen:
         per_task[task_name, kind] += 1
     for task in ASKING:
-        assert per_task[task.name, "chat"] >= 6, task.name
+        assert per_task[task.name, "chat"] >= 5, task.name
 
 
 def test_评测题的参考回答得满分(items):

@@ -1,4 +1,4 @@
-"""配比：每个家族在预训练文本、SFT 里各占多少，留出几道题。按实测的难学程度调，改这一处就够。"""
+"""配比：每个家族写多少预训练文本、多少段对话、几道留出题。按实测的难学程度调，改这一处就够。"""
 
 from __future__ import annotations
 
@@ -6,54 +6,56 @@ from typing import NamedTuple
 
 
 class Share(NamedTuple):
-    """``pretrain``、``sft`` 是份额（相对权重），``evaluate`` 是留出题数。"""
+    """规模为 1 时的量：``pretrain`` 是预训练文本的 KB 数，``sft`` 是对话段数，``evaluate`` 是留出题数。"""
 
-    pretrain: float
-    sft: float
+    pretrain: int
+    sft: int
     evaluate: int = 24
 
 
 SHARES: dict[str, Share] = {
-    # 记住再说出来
-    "fact_place": Share(5.0, 2.0),
-    "fact_person": Share(4.2, 1.8),
-    "fact_animal": Share(3.3, 1.4),
-    "fact_product": Share(2.6, 1.1),
-    "fact_festival": Share(2.0, 0.8),
-    "tale": Share(1.5, 0.0, 0),
-    "antonym": Share(3.0, 1.0),
-    "english": Share(3.0, 1.0),
-    "chinese": Share(3.0, 1.0),
-    "otter": Share(1.5, 0.6),
-    "category": Share(1.0, 0.5),
-    "times": Share(1.5, 0.6),
+    # 记住再说出来：每条事实在预训练里约说八十到一百遍，少于五十遍就记不牢
+    "fact_place": Share(400, 800),
+    "fact_person": Share(330, 660),
+    "fact_animal": Share(240, 500),
+    "fact_product": Share(170, 340),
+    "fact_festival": Share(140, 280),
+    "tale": Share(90, 0, 0),
+    "antonym": Share(170, 300),
+    "english": Share(130, 250),
+    "chinese": Share(130, 250),
+    "otter": Share(75, 140),
+    "category": Share(120, 250),
+    "weekday": Share(110, 240),
+    "times": Share(80, 200),
     # 算
-    "add": Share(5.0, 1.6),
-    "sub": Share(5.0, 1.6),
-    "bigger": Share(2.0, 1.0),
-    "extreme": Share(2.5, 1.0),
-    "sort": Share(2.5, 1.2),
-    "sequence": Share(3.0, 1.2),
-    "convert": Share(1.5, 0.7),
-    "date": Share(3.0, 1.2),
-    "weekday": Share(3.0, 1.2),
-    "clock": Share(3.0, 1.2),
+    "add": Share(110, 400),
+    "sub": Share(110, 400),
+    "bigger": Share(85, 300),
+    "extreme": Share(100, 300),
+    "convert": Share(85, 250),
+    "date": Share(120, 400),
     # 从上文里取
-    "pick": Share(2.5, 1.2),
-    "reverse": Share(2.5, 1.2),
-    "count": Share(1.5, 0.7),
-    "repeat": Share(1.2, 0.7),
-    "story": Share(6.0, 2.0),
-    "memory": Share(3.0, 1.4),
-    "manner": Share(1.5, 1.0),
-    "tool_call": Share(1.5, 0.8),
-    "tool_result": Share(1.5, 0.5),
+    "pick": Share(200, 450),
+    "reverse": Share(170, 450),
+    "count": Share(130, 250),
+    "repeat": Share(120, 250),
+    "story": Share(210, 500),
+    "memory": Share(250, 500),
+    "manner": Share(130, 300),
+    "tool_call": Share(100, 300),
+    "tool_result": Share(100, 200),
     # 固定的话
-    "identity": Share(0.6, 0.7),
-    "smalltalk": Share(0.3, 0.5),
-    "lora_identity": Share(0.0, 0.0),
-    # 多步题
-    "sum3": Share(1.0, 0.8),
-    "word2": Share(1.0, 0.8),
-    "twice": Share(1.0, 0.8),
+    "identity": Share(40, 250),
+    "smalltalk": Share(30, 200),
+    "lora_identity": Share(0, 0),
+    # hard：SFT 里只露个面，留给推理与强化学习
+    "sum3": Share(40, 160),
+    "word2": Share(45, 160),
+    "word3": Share(45, 160),
+    "carry": Share(20, 40),
+    "sort": Share(20, 40),
+    "sequence": Share(20, 40),
+    "clock": Share(20, 40),
+    "story_hard": Share(40, 40),
 }

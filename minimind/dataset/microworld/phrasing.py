@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-# 一半的问题不加客套；其余的套在问句前后，{q} 自带问号
+# 七成的问题不加客套；其余的套在问句前后，{q} 自带问号
 ASK_FRAMES = (
     "请问{q}",
     "你知道{q}",
@@ -59,7 +59,7 @@ GRUMPY_WORDS = ("烦", "真是的", "哼", "说来话长", "自己不会想", "�
 
 def ask(rng: random.Random, question: str) -> str:
     """给问句加上（或不加）客套。"""
-    if rng.random() < 0.5:
+    if rng.random() < 0.7:
         return question
     return rng.choice(ASK_FRAMES).format(q=question)
 

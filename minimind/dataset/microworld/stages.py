@@ -9,12 +9,10 @@ from .core import HELDOUT, TRAIN, Example, Task, stream
 from .phrasing import GRUMPY_FRAMES, POLITE_FRAMES
 from .tasks.identity import new_identity
 
-# 默认规模（scale = 1）的预算：预训练按 UTF-8 字节（约 150 万词元），其余按条数
-PRETRAIN_BYTES = 3_800_000
-PRETRAIN_HELDOUT_BYTES = 120_000
-SFT_COUNT = 10_000
+# 默认规模（scale = 1）各阶段的条数；预训练与 SFT 的量见 mixing.py
 STAGE_COUNTS = {"lora_identity": 400, "dpo": 1200, "reason": 2400, "rl": 1500}
 HELDOUT_COUNT = 240
+PRETRAIN_HELDOUT_SCALE, SFT_HELDOUT_SCALE = 0.03, 0.03
 
 # SFT 里带腔调的回答各占这么多：太少 DPO 无从强化，太多会冲淡正常回答
 STYLED_SHARE = 0.06
@@ -46,12 +44,11 @@ class Corpus:
     def pretrain(self, side: str) -> list[dict]:
         """各家族按份额分字节，写满为止，再整体打乱；训练部分不收与留出部分相同的文档。"""
         taken = {record["text"] for record in self.pretrain(HELDOUT)} if side == TRAIN else set()
-        budget = PRETRAIN_BYTES * self.scale if side == TRAIN else PRETRAIN_HELDOUT_BYTES
-        whole = sum(task.share.pretrain for task in self.tasks.values())
+        factor = 1000 * (self.scale if side == TRAIN else PRETRAIN_HELDOUT_SCALE)
         records = []
         for task in self.tasks.values():
             rng = stream(self.seed, "pretrain", side, task.name)
-            left = budget * task.share.pretrain / whole
+            left = factor * task.share.pretrain
             if not task.share.pretrain:
                 continue
             for text in task.documents(rng, side):
@@ -67,9 +64,8 @@ class Corpus:
 
     def sft_examples(self, side: str) -> Iterator[tuple[Task, Example]]:
         """SFT 的题目流：按份额轮流出题，顺序已打乱。"""
-        total = self.count(SFT_COUNT) if side == TRAIN else HELDOUT_COUNT
-        whole = sum(task.share.sft for task in self.tasks.values())
-        plan = [task for task in self.tasks.values() for _ in range(round(total * task.share.sft / whole))]
+        factor = self.scale if side == TRAIN else SFT_HELDOUT_SCALE
+        plan = [task for task in self.tasks.values() for _ in range(round(factor * task.share.sft))]
         stream(self.seed, "sft", side, "order").shuffle(plan)
         streams = {name: stream(self.seed, "sft", side, name) for name in self.tasks}
         for task in plan:

@@ -21,7 +21,7 @@ def draw_items(rng: random.Random, low: int, high: int) -> list[str]:
 
 class Pick(OperandTask):
     def propose(self, rng: random.Random) -> Example:
-        items = draw_items(rng, 3, 5)
+        items = draw_items(rng, 3, 4)
         place = rng.choice(ORDINALS)
         answer = items[-1] if place == "最后一个" else items[ORDINALS.index(place)]
         text = "、".join(items)
@@ -41,7 +41,7 @@ class Pick(OperandTask):
 
 class Reverse(OperandTask):
     def propose(self, rng: random.Random) -> Example:
-        items = draw_items(rng, 2, 4)
+        items = draw_items(rng, 2, 3)
         text, done = "、".join(items), "、".join(reversed(items))
         question = fill(
             rng, ("把{t}倒过来写。", "{t}倒过来是什么？", "倒着念{t}。", "{t}反过来怎么排？"), t=text
@@ -51,7 +51,7 @@ class Reverse(OperandTask):
 
 class Count(OperandTask):
     def propose(self, rng: random.Random) -> Example:
-        items = draw_items(rng, 2, 6)
+        items = draw_items(rng, 2, 5)
         text = "、".join(items)
         question = fill(
             rng,

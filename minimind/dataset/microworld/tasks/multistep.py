@@ -17,12 +17,8 @@ class Chain(OperandTask):
         self.add, self.sub = Add("add", "加法", seed=self.seed), Sub("sub", "减法", seed=self.seed)
 
     def steps_are_trainable(self, steps: list[tuple[int, str, int]]) -> bool:
-        for a, op, b in steps:
-            if op == "+" and self.add.side_of(self.add.key_of(a, b)) != TRAIN:
-                return False
-            if op == "-" and self.sub.side_of(f"{a}-{b}") != TRAIN:
-                return False
-        return True
+        judges = {"+": self.add, "-": self.sub}
+        return all(judges[sign].side_of(f"{a}{sign}{b}") == TRAIN for a, sign, b in steps)
 
     def draw(self, rng: random.Random) -> tuple[str, list[tuple[int, str, int]], str]:
         """``(key, 步骤, 问句)``。"""
@@ -33,7 +29,7 @@ class Chain(OperandTask):
             key, steps, question = self.draw(rng)
             if self.side_of(key) != side or (side == TRAIN and not self.steps_are_trainable(steps)):
                 continue
-            worked = [f"{a}{op}{b}={a + b if op == '+' else a - b}" for a, op, b in steps]
+            worked = [f"{a}{sign}{b}={a + b if sign == '+' else a - b}" for a, sign, b in steps]
             answer = worked[-1].split("=")[1]
             derivation = "，".join(worked)
             return Example(
@@ -50,19 +46,32 @@ class Chain(OperandTask):
         return "\n".join(self.example(rng, side).lines[0] for _ in range(rng.randint(2, 4)))
 
 
+def easy_add(rng: random.Random, total: int) -> int | None:
+    """不进位还能加多少；加不了就返回 None。"""
+    room = 9 - total % 10
+    return rng.randint(1, room) if room else None
+
+
+def easy_sub(rng: random.Random, total: int) -> int | None:
+    """不退位还能减多少；减不了就返回 None。"""
+    return rng.randint(1, total % 10) if total % 10 else None
+
+
 class Sum3(Chain):
-    """三到四个数连加。"""
+    """连加与加减混合的算式，三到四个数。"""
 
     def draw(self, rng: random.Random):
-        numbers = [rng.randint(2, 29) for _ in range(rng.choice((3, 3, 4)))]
-        steps, total = [], numbers[0]
-        for n in numbers[1:]:
-            steps.append((total, "+", n))
-            total += n
-        if total > 99:
-            return self.draw(rng)
-        text = "+".join(map(str, numbers))
-        return text, steps, fill(rng, ("{t}=？", "{t}等于多少？", "算一算{t}。", "连加：{t}"), t=text)
+        total, text, steps = rng.randint(10, 99), "", []
+        text = str(total)
+        for _ in range(rng.choice((2, 2, 3))):
+            sign = rng.choice("+-")
+            n = (easy_add if sign == "+" else easy_sub)(rng, total)
+            if n is None:
+                return self.draw(rng)
+            steps.append((total, sign, n))
+            text += f"{sign}{n}"
+            total += n if sign == "+" else -n
+        return text, steps, fill(rng, ("{t}=？", "{t}等于多少？", "算一算{t}。", "连着算：{t}"), t=text)
 
 
 STORIES = (
@@ -71,7 +80,7 @@ STORIES = (
     "渡船上有{a}人，上来{b}人，下去{c}人，船上还有多少人？",
     "米婆婆蒸了{a}块米糕，又蒸了{b}块，吃掉{c}块，还剩多少块？",
     "树上有{a}只鸟，飞来{b}只，飞走{c}只，还有多少只？",
-    "金爷爷有{a}支笔，买来{b}支，弄丢{c}支，还有多少支？",
+    "云姐有{a}个线团，买来{b}个，用掉{c}个，还有多少个？",
 )
 
 
@@ -79,33 +88,38 @@ class Word2(Chain):
     """先加后减的应用题。"""
 
     def draw(self, rng: random.Random):
-        a, b = rng.randint(5, 49), rng.randint(3, 40)
-        c = rng.randint(2, a + b - 1)
-        key = f"{a}+{b}-{c}"
-        return key, [(a, "+", b), (a + b, "-", c)], fill(rng, STORIES, a=a, b=b, c=c)
+        a = rng.randint(10, 99)
+        b = easy_add(rng, a)
+        if b is None:
+            return self.draw(rng)
+        c = rng.randint(1, (a + b) % 10)
+        return f"{a}+{b}-{c}", [(a, "+", b), (a + b, "-", c)], fill(rng, STORIES, a=a, b=b, c=c)
 
 
-class Twice(Chain):
-    """“比……多几个，一共几个”：两个数要用到同一个中间结果。"""
+DAYS = (
+    "邮差有{a}封信，上午送了{b}封，下午送了{c}封，晚上又收到{d}封，现在有多少封？",
+    "麦小姐烤了{a}个面包，卖掉{b}个，自己吃了{c}个，又烤了{d}个，现在有多少个？",
+    "羊圈里有{a}只羊，走丢了{b}只，借出{c}只，又生了{d}只，现在有多少只？",
+    "口袋里有{a}枚铜叶，买茶花了{b}枚，买糖花了{c}枚，又捡到{d}枚，现在有多少枚？",
+)
+
+
+class Word3(Chain):
+    """减、减、加的三步应用题。"""
 
     def draw(self, rng: random.Random):
-        a, d = rng.randint(5, 40), rng.randint(1, 18)
-        question = fill(
-            rng,
-            (
-                "左篮有{a}个梨，右篮比左篮多{d}个，两篮一共多少个？",
-                "阿豆送了{a}封信，苗苗比他多送{d}封，两人一共送了多少封？",
-                "白猫捉了{a}条鱼，花猫多捉{d}条，一共捉了多少条？",
-            ),
-            a=a,
-            d=d,
-        )
-        return f"{a}|{d}", [(a, "+", d), (a, "+", a + d)], question
+        a = 10 * rng.randint(1, 9) + rng.randint(2, 9)
+        b = rng.randint(1, a % 10 - 1)
+        c = rng.randint(1, (a - b) % 10)
+        rest = a - b - c
+        d = rng.randint(1, 9 - rest % 10)
+        steps = [(a, "-", b), (a - b, "-", c), (rest, "+", d)]
+        return f"{a}-{b}-{c}+{d}", steps, fill(rng, DAYS, a=a, b=b, c=c, d=d)
 
 
 def make_tasks() -> list[Task]:
     return [
-        Sum3("sum3", "连加", level="hard"),
+        Sum3("sum3", "连算", level="hard"),
         Word2("word2", "两步应用题", level="hard"),
-        Twice("twice", "比多比少", level="hard"),
+        Word3("word3", "三步应用题", level="hard"),
     ]

@@ -6,6 +6,7 @@ import random
 
 from ..core import Example, Task
 from ..phrasing import ask, fill
+from .arithmetic import Equation
 from .base import OperandTask
 
 # 后三行是云川自己的单位
@@ -22,7 +23,7 @@ UNITS = (
 )
 
 
-class Convert(OperandTask):
+class Convert(Equation):
     def propose(self, rng: random.Random) -> Example:
         big, small, factor = rng.choice(UNITS)
         n = rng.randint(1, 99)
@@ -47,11 +48,6 @@ class Convert(OperandTask):
     def side_of(self, key: str) -> str:
         # “1米=100厘米”这样的定义留给训练，否则推不出来
         return "train" if key[0] == "1" and not key[1].isdigit() else super().side_of(key)
-
-    def cloze(self, rng: random.Random, side: str) -> tuple[str, str, str]:
-        ex = self.example(rng, side)
-        left, right = ex.response.rstrip("。").split("=")
-        return ex.key, f"{left}=", right
 
 
 class Sequence(OperandTask):
@@ -82,5 +78,5 @@ class Sequence(OperandTask):
 def make_tasks() -> list[Task]:
     return [
         Convert("convert", "单位换算"),
-        Sequence("sequence", "找规律"),
+        Sequence("sequence", "找规律", level="hard"),
     ]

@@ -1,4 +1,4 @@
-"""小故事与一个问题：答案就在故事里，要找对人。"""
+"""小故事与一个问题：答案就在故事里；hard 的故事有两三个人，要找对人。"""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Line:
 
 class Story(OperandTask):
     def propose(self, rng: random.Random) -> Example:
-        count = rng.choice((2, 2, 3))
+        count = 1 if self.level == "easy" else rng.choice((2, 3))
         lines = [
             Line(*parts)
             for parts in zip(
@@ -98,4 +98,4 @@ class Story(OperandTask):
 
 
 def make_tasks() -> list[Task]:
-    return [Story("story", "小故事")]
+    return [Story("story", "小故事"), Story("story_hard", "几个人的小故事", level="hard")]

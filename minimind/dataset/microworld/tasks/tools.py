@@ -67,7 +67,7 @@ def draw_call(rng: random.Random) -> tuple[dict, str, dict]:
     """``(工具, 问句, 参数)``。"""
     which = rng.choice(TOOLS)
     if which is CALCULATOR:
-        expression = f"{rng.randint(100, 999)}{rng.choice(tuple(OPERATORS))}{rng.randint(10, 99)}"
+        expression = f"{rng.randint(10, 99)}{rng.choice(tuple(OPERATORS))}{rng.randint(2, 9)}"
         return which, fill(rng, MATH_ASKS, e=expression), {"expression": expression}
     city = draw_city(rng)
     asks = WEATHER_ASKS if which is WEATHER else TIME_ASKS
@@ -111,7 +111,7 @@ class ToolResult(OperandTask):
             result, response = {"result": value}, f"结果是{value}。"
             answer, grader = value, "numeric"
         elif which is WEATHER:
-            sky, degree = rng.choice(SKIES), rng.randint(-9, 35)
+            sky, degree = rng.choice(SKIES), rng.randint(1, 35)
             result = {"sky": sky, "degree": degree}
             answer, grader = f"{sky}，{degree}度", "contains"
             response = f"{arguments['city']}今天{answer}。"
