@@ -134,7 +134,7 @@ def recipe_config(args: QualityArguments, recipe: Recipe, vocab_size: int) -> Mi
 
 def run_key(args: QualityArguments, recipe: Recipe, seed: int, fingerprint: str) -> str:
     """一次训练的身份：凡影响结果的都算进去，改了任何一项就会重训。"""
-    train_args = TrainArguments(**recipe.overrides)
+    train_args = TrainArguments(hidden_size=args.hidden_size, **recipe.overrides)
     parts = {
         "recipe": asdict(recipe),
         "train": {k: v for k, v in asdict(train_args).items() if k in TRAIN_FIELDS},
@@ -161,7 +161,7 @@ def train_once(
 ) -> dict[str, Any]:
     """训练一次，返回曲线 ``[{step, tokens, seconds, train_loss, val_loss, val_bpb}]``；``seconds`` 只算训练。"""
     device, dtype = resolve_device(args.device), DTYPES[args.dtype]
-    train_args = TrainArguments(**recipe.overrides)
+    train_args = TrainArguments(hidden_size=args.hidden_size, **recipe.overrides)
     seed_all(seed)
     model = MiniMindForCausalLM(recipe_config(args, recipe, len(tokenizer))).to(device).train()
     if recipe.plain_adamw:

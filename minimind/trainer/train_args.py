@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from minimind.arguments import arg
 from minimind.errors import UserError
+from minimind.model.presets import PRESETS
 
 ON_OFF = (0, 1)
 
@@ -32,8 +34,10 @@ class TrainArguments:
 
     # 优化
     optimizer: str = arg("muon", "优化器：muon（矩阵用 Muon，其余用 AdamW）或 adamw", ("muon", "adamw"))
-    learning_rate: float = arg(6e-3, "最高学习率，Muon 与 AdamW 共用")
-    embed_lr_scale: float = arg(5.0, "词嵌入的学习率倍数（只对 muon 有意义；adamw 时按 1）")
+    learning_rate: float | None = arg(
+        None, "最高学习率，Muon 与 AdamW 共用；不给则按宽度：预训练 1.5 / 隐层宽度，微调 0.5 / 隐层宽度"
+    )
+    embed_lr_scale: float = arg(4.0, "词嵌入的学习率倍数（只对 muon 有意义；adamw 时按 1）")
     weight_decay: float = arg(0.1, "解耦权重衰减，只作用于隐层矩阵")
     muon_momentum: float = arg(0.95, "Muon 的动量")
     adam_beta2: float = arg(0.95, "AdamW 的二阶矩衰减")
@@ -82,8 +86,18 @@ class TrainArguments:
     use_wandb: int = arg(0, "同 --tracker swanlab（沿用旧参数名；旧项目的这个开关用的就是 swanlab）", ON_OFF)
     wandb_project: str = arg("MiniMind", "记录工具里的项目名")
 
+    # 学习率 × 隐层宽度。宽度 256 时 6e-3 最好，512 时 3e-3 好过 6e-3（docs/quality.md），所以按宽度反比
+    LEARNING_RATE_TIMES_WIDTH: ClassVar[float] = 1.5
+
+    @property
+    def width(self) -> int:
+        """隐层宽度；给了 ``--preset`` 就以它为准。"""
+        return PRESETS.get(self.preset, {}).get("hidden_size", self.hidden_size)
+
     def __post_init__(self):
-        """取值明显不对的参数在动手之前就说。"""
+        """填上随宽度而定的学习率；取值明显不对的参数在动手之前就说。"""
+        if self.learning_rate is None:
+            self.learning_rate = self.LEARNING_RATE_TIMES_WIDTH / self.width
         at_least = {"epochs": 1, "batch_size": 1, "accumulation_steps": 1, "max_seq_len": 2}
         at_least |= dict.fromkeys(
             ("log_interval", "save_interval", "eval_interval", "max_steps", "val_max_rows"), 0
