@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from minimind.arguments import arg, parse_args
 from minimind.console import console, format_duration, say
 from minimind.errors import guard
+from minimind.pace import Clock, probe_speed
 from minimind.paths import resolve_path
 
 # 一步 2,048 个位置：同样的词元数，步子小而多学得更好；微世界的文档与对话都不到 256 个词元
 ROW_LENGTH, ROWS = 256, 8
-# 各项评测花的时间折合多少个训练词元（实测：每道题生成的词元少，但逐词生成没有训练那样的大矩阵）
-EVAL_TOKENS = {"cloze": 60_000, "chat": 300_000}
+# 考一道题的时间折合多少个训练词元（实测 40 到 60：逐词生成没有训练那样的大矩阵，但一题只写十几个词）
+TOKENS_PER_ITEM = 60
 
 
 @dataclass
@@ -44,33 +44,7 @@ class DemoArguments:
     seed: int = arg(42, "随机种子")
 
 
-@dataclass
-class Clock:
-    """全程的预计用时：各步先给估计，走完一步就用实际用时换掉，并按快慢修正剩下的。"""
-
-    estimates: dict[str, float]
-    start: float = field(default_factory=time.perf_counter)
-    actual: dict[str, float] = field(default_factory=dict)
-
-    def left(self) -> float:
-        """还要多少秒。"""
-        done = sum(self.estimates[name] for name in self.actual)
-        ratio = sum(self.actual.values()) / done if done else 1.0
-        return ratio * sum(seconds for name, seconds in self.estimates.items() if name not in self.actual)
-
-    def begin(self, name: str, title: str) -> None:
-        number = list(self.estimates).index(name) + 1
-        say(f"\n[{number}/{len(self.estimates)}] {title}（全程剩余约 {format_duration(self.left())}）")
-        self._mark = time.perf_counter()
-
-    def end(self, name: str) -> None:
-        self.actual[name] = time.perf_counter() - self._mark
-
-    def elapsed(self) -> float:
-        return time.perf_counter() - self.start
-
-
-def stage_arguments(args: DemoArguments, world: Path, dtype: str):
+def stage_arguments(args: DemoArguments, world: Path):
     """两个阶段的训练参数；与命令行 ``minimind pretrain``、``minimind sft`` 是同一个 dataclass。"""
     from minimind.recipes.full_sft import SFTArguments
     from minimind.recipes.pretrain import PretrainArguments
@@ -90,7 +64,6 @@ def stage_arguments(args: DemoArguments, world: Path, dtype: str):
         "eval_interval": 100,
         "val_max_rows": 64,
         "device": args.device,
-        "dtype": dtype,
         "seed": args.seed,
     }
     pretrain = PretrainArguments(
@@ -108,70 +81,6 @@ def stage_arguments(args: DemoArguments, world: Path, dtype: str):
         **common,
     )
     return pretrain, sft
-
-
-def pick_threads(call: Callable[[], None]) -> int:
-    """CPU 上用几个线程最快：从 1 起翻倍，快不到一成半就停；设好并返回线程数。
-
-    机器正忙，或容器只给两个核却看得见几十个时，线程多了会在屏障前互相空等：四核机器负载到 15 时，
-    4 线程实测比 1 线程慢一百倍。上限是 torch 的默认值，所以 OMP_NUM_THREADS 仍然管用。
-    """
-    import torch
-
-    from minimind.trainer.device import time_call
-
-    most, best, threads = torch.get_num_threads(), float("inf"), 1
-    candidate = 1
-    while True:
-        torch.set_num_threads(candidate)
-        seconds = time_call(call)
-        if seconds > best / 1.15:
-            break
-        best, threads = seconds, candidate
-        if candidate == most:
-            break
-        candidate = min(2 * candidate, most)
-    torch.set_num_threads(threads)
-    return threads
-
-
-def probe_speed(model, dataset, rows: int) -> tuple[str, float]:
-    """选精度并测速：用真数据走几个完整的训练步，每步 ``rows`` 行。
-
-    Returns:
-        ``(精度的名字, 每秒多少个词元)``。
-    """
-    import torch
-
-    from minimind.dataset import collate_packed
-    from minimind.trainer.device import autocast_context, choose_dtype, synchronize, time_call
-    from minimind.trainer.loop import language_model_loss
-    from minimind.trainer.optim import build_optimizer
-    from minimind.trainer.train_args import TrainArguments
-    from minimind.trainer.validation import to_device
-
-    device = next(model.parameters()).device
-
-    def take(count: int) -> dict:
-        return to_device(collate_packed([dataset[i % len(dataset)] for i in range(count)]), device)
-
-    def step(dtype: torch.dtype, batch: dict, optimizer=None) -> None:
-        with autocast_context(device, dtype):
-            loss, count, _ = language_model_loss(model, batch)
-        (loss / count).backward()
-        if optimizer is not None:
-            optimizer.step()
-        model.zero_grad(set_to_none=True)
-        synchronize(device)
-
-    few, full = take(max(rows // 4, 1)), take(rows)
-    if device.type == "cpu":
-        pick_threads(lambda: step(torch.float32, few))
-    dtype = choose_dtype("auto", device, lambda dtype: step(dtype, few))
-    name = str(dtype).removeprefix("torch.")
-    precision = name if dtype == torch.bfloat16 else "float32"
-    optimizer = build_optimizer(model, TrainArguments(), newton_schulz_dtype=precision)
-    return name, rows * ROW_LENGTH / time_call(lambda: step(dtype, full, optimizer))
 
 
 def pick_items(items: list[dict], kind: str, per_task: int) -> list[dict]:
@@ -198,60 +107,78 @@ def open_weights(args: DemoArguments, weight: str):
     return load_for_inference(save_dir=args.out_dir, weight=weight, device=args.device)
 
 
+@dataclass
+class Exam:
+    """考卷与各次成绩。"""
+
+    cloze: list[dict]
+    chats: list[dict]
+    heldout: Path
+    bpb_rows: int
+
+    def bits_per_byte(self, model, tokenizer) -> float:
+        from minimind.evaluate.bpb import bits_per_byte
+
+        return bits_per_byte(model, tokenizer, self.heldout, max_length=ROW_LENGTH, max_rows=self.bpb_rows)
+
+
+def plan(args: DemoArguments, pre_args, sft_args, exam: Exam, start: float) -> tuple[Clock, float]:
+    """测速并排出时间表；选好的线程数与精度就地生效。
+
+    Args:
+        start: 全程开始的时刻（``time.perf_counter``）。
+
+    Returns:
+        ``(时钟, 没训练过的模型的每字节比特数)``。
+    """
+    from minimind.dataset import PretrainDataset, SFTDataset
+    from minimind.trainer.trainer_utils import init_model, model_config, start_run
+
+    device = start_run(pre_args)
+
+    def fresh_model():
+        return init_model(model_config(pre_args), "none", None, args.out_dir, device)
+
+    model, tokenizer = fresh_model()
+    pre_rows = PretrainDataset(pre_args.data_path, tokenizer, max_length=ROW_LENGTH)
+    sft_rows = SFTDataset(sft_args.data_path, tokenizer, max_length=ROW_LENGTH)
+    say("测速……")
+    dtype, speed = probe_speed(model, pre_rows, args.batch_size, ROW_LENGTH)
+    pre_args.dtype = sft_args.dtype = dtype
+    start_run(pre_args)  # 测速动过随机数与权重，重新开始
+    untrained_bpb = exam.bits_per_byte(fresh_model()[0], tokenizer)
+    tokens = {
+        "pretrain": rows_to_train(pre_rows, args.pretrain_epochs, args) * ROW_LENGTH,
+        "exam1": (len(exam.cloze) + len(exam.chats)) * TOKENS_PER_ITEM,
+        "sft": rows_to_train(sft_rows, args.sft_epochs, args) * ROW_LENGTH,
+        "exam2": len(exam.chats) * TOKENS_PER_ITEM,
+    }
+    clock = Clock({name: count / speed for name, count in tokens.items()}, start)
+    say(f"{speed:,.0f} 词元/秒（{dtype}）；全程预计 {format_duration(clock.expected)}。")
+    return clock, untrained_bpb
+
+
 def run(args: DemoArguments) -> Path:
     """走完全程，返回 report.md 的路径。"""
-    import torch
-
-    from minimind.dataset import PretrainDataset, SFTDataset
     from minimind.dataset.microworld import ensure_microworld
-    from minimind.evaluate.bpb import bits_per_byte
     from minimind.evaluate.microworld import evaluate_items, read_items
-    from minimind.model import count_parameters
     from minimind.recipes import full_sft, pretrain
     from minimind.report.build import build_report
-    from minimind.trainer.device import device_name
-    from minimind.trainer.trainer_utils import init_model, model_config, start_run
 
     start = time.perf_counter()
     if args.fast:
         args.scale, args.max_steps, args.batch_size, args.items_per_task = 0.01, 4, 4, 1
-    out_dir = resolve_path(args.out_dir)
+    out_dir, report_dir = resolve_path(args.out_dir), resolve_path(args.report_dir)
     say(f"写微世界语料到 {out_dir / 'microworld'}……")
     world = ensure_microworld(args.scale, args.seed, out_dir / "microworld")
-    pre_args, sft_args = stage_arguments(args, world, "auto")
-
-    device = start_run(pre_args)
-    model, tokenizer = init_model(model_config(pre_args), "none", None, args.out_dir, device)
-    pre_rows = PretrainDataset(pre_args.data_path, tokenizer, max_length=ROW_LENGTH)
-    sft_rows = SFTDataset(sft_args.data_path, tokenizer, max_length=ROW_LENGTH)
     items = read_items(world / "eval.jsonl")
-    cloze, chats = (pick_items(items, kind, args.items_per_task) for kind in ("cloze", "chat"))
-    heldout = str(world / "pretrain_heldout.jsonl")
-
-    def measure_bpb(model) -> float:
-        return bits_per_byte(
-            model, tokenizer, heldout, max_length=ROW_LENGTH, max_rows=32 if args.fast else 0
-        )
-
-    untrained_bpb = measure_bpb(model)
-    say("测速……")
-    dtype, speed = probe_speed(model, pre_rows, args.batch_size)
-    del model
-    pre_args.dtype = sft_args.dtype = dtype
-    share = {"cloze": len(cloze) / 330, "chat": len(chats) / 880}
-    exam = {kind: EVAL_TOKENS[kind] * share[kind] / speed for kind in share}
-    row_seconds = ROW_LENGTH / speed
-    clock = Clock(
-        {
-            "pretrain": rows_to_train(pre_rows, args.pretrain_epochs, args) * row_seconds,
-            "exam1": exam["cloze"] + exam["chat"],
-            "sft": rows_to_train(sft_rows, args.sft_epochs, args) * row_seconds,
-            "exam2": exam["chat"],
-        },
-        start,
+    exam = Exam(
+        *(pick_items(items, kind, args.items_per_task) for kind in ("cloze", "chat")),
+        world / "pretrain_heldout.jsonl",
+        32 if args.fast else 0,
     )
-    expected = clock.elapsed() + clock.left()
-    say(f"{speed:,.0f} 词元/秒（{dtype}）；全程预计 {format_duration(expected)}。")
+    pre_args, sft_args = stage_arguments(args, world)
+    clock, untrained_bpb = plan(args, pre_args, sft_args, exam, start)
 
     clock.begin("pretrain", "预训练：读百科、算式和故事，学会接着往下写")
     first = pretrain.run(pre_args)
@@ -259,9 +186,11 @@ def run(args: DemoArguments) -> Path:
 
     clock.begin("exam1", "评测预训练：留出文本的每字节比特、填空，以及微调前的对话")
     base = open_weights(args, "pretrain")
-    trained_bpb = measure_bpb(base.model)
-    cloze_results = evaluate_items(base.model, tokenizer, cloze, max_new_tokens=16, description="填空")
-    before = evaluate_items(base.model, tokenizer, chats, max_new_tokens=32, description="微调前的对话")
+    trained_bpb = exam.bits_per_byte(base.model, base.tokenizer)
+    cloze = evaluate_items(base.model, base.tokenizer, exam.cloze, max_new_tokens=16, description="填空")
+    before = evaluate_items(
+        base.model, base.tokenizer, exam.chats, max_new_tokens=32, description="微调前的对话"
+    )
     clock.end("exam1")
 
     clock.begin("sft", "监督微调：学会按问答的样子回答")
@@ -270,35 +199,45 @@ def run(args: DemoArguments) -> Path:
 
     clock.begin("exam2", "评测微调：没见过的题目")
     tuned = open_weights(args, "full_sft")
-    after = evaluate_items(tuned.model, tokenizer, chats, description="微调后的对话")
+    after = evaluate_items(tuned.model, tuned.tokenizer, exam.chats, description="微调后的对话")
     clock.end("exam2")
 
-    facts = {
-        "设备": f"{device_name(device)}，{dtype}",
-        "PyTorch": torch.__version__,
-        "模型": f"{args.preset}，{count_parameters(tuned.model) / 1e6:.2f}M 参数",
-        "预训练": f"{first.step} 步，{format_duration(clock.actual['pretrain'])}",
-        "微调": f"{second.step} 步，{format_duration(clock.actual['sft'])}",
-        "评测": format_duration(clock.actual["exam1"] + clock.actual["exam2"]),
-        "全程": f"{format_duration(clock.elapsed())}（开始时预计 {format_duration(expected)}）",
-        "种子与规模": f"{args.seed}，{args.scale:g}",
-    }
+    facts = run_facts(args, tuned.model, pre_args.dtype, clock, first.step, second.step)
     report = build_report(
-        resolve_path(args.report_dir),
+        report_dir,
         facts=facts,
         bpb=(untrained_bpb, trained_bpb),
-        cloze=cloze_results,
+        cloze=cloze,
         before=before,
         after=after,
         logs={"pretrain": first.log, "full_sft": second.log},
     )
-    path = report.write(resolve_path(args.report_dir))
+    path = report.write(report_dir)
     console.print()
     console.print(report.scoreboard())
     say(
         f"报告：{path}\n权重：{second.weights}\n再次对话：minimind chat --save_dir {args.out_dir} --temperature 0"
     )
     return path
+
+
+def run_facts(args: DemoArguments, model, dtype: str, clock: Clock, *steps: int) -> dict[str, str]:
+    """报告开头的说明：在什么机器上、多大的模型、各用了多久。"""
+    import torch
+
+    from minimind.model import count_parameters
+    from minimind.trainer.device import device_name
+
+    return {
+        "设备": f"{device_name(next(model.parameters()).device)}，{dtype}",
+        "PyTorch": torch.__version__,
+        "模型": f"{args.preset}，{count_parameters(model) / 1e6:.2f}M 参数",
+        "预训练": f"{steps[0]} 步，{format_duration(clock.actual['pretrain'])}",
+        "微调": f"{steps[1]} 步，{format_duration(clock.actual['sft'])}",
+        "评测": format_duration(clock.actual["exam1"] + clock.actual["exam2"]),
+        "全程": f"{format_duration(clock.elapsed())}（开始时预计 {format_duration(clock.expected)}）",
+        "种子与规模": f"{args.seed}，{args.scale:g}",
+    }
 
 
 def open_chat(args: DemoArguments) -> None:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from minimind import demo
+from minimind import demo, pace
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_没有终端不打开对话_开始时报预计用时(finished):
 
 
 def test_时钟_按已走完的快慢修正剩余():
-    clock = demo.Clock({"a": 10.0, "b": 20.0, "c": 30.0})
+    clock = pace.Clock({"a": 10.0, "b": 20.0, "c": 30.0})
     assert clock.left() == 60
     clock.actual["a"] = 15.0
     assert clock.left() == pytest.approx(75)
@@ -99,11 +99,11 @@ def test_线程数_多了反而慢就退回去(monkeypatch):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(4)
-        assert demo.pick_threads(lambda: None) == torch.get_num_threads() == 2
+        assert pace.pick_threads(lambda: None) == torch.get_num_threads() == 2
         seconds[4] = 2.5
         torch.set_num_threads(4)
-        assert demo.pick_threads(lambda: None) == 4
+        assert pace.pick_threads(lambda: None) == 4
         torch.set_num_threads(1)
-        assert demo.pick_threads(lambda: None) == 1
+        assert pace.pick_threads(lambda: None) == 1
     finally:
         torch.set_num_threads(before)

@@ -17,7 +17,7 @@ SAMPLES = 12
 
 
 def level(results: Sequence[Answered], name: str) -> list[Answered]:
-    """某个难度的题：``easy`` 计入总成绩，``hard`` 要多步推导，留给推理与强化学习。"""
+    """某个难度的题：``easy`` 计入总成绩，``hard`` 要多步推导或多位数，另列一行。"""
     return [answered for answered in results if answered.item["level"] == name]
 
 
@@ -91,7 +91,7 @@ def build_report(
         Metric("微调", f"对话答对（留出 {len(easy)} 题）", accuracy(old_easy), accuracy(easy)),
     ]
     if hard:
-        title = f"多步难题答对（留出 {len(hard)} 题，留给推理与强化学习）"
+        title = f"难题答对（多步、多位数，留出 {len(hard)} 题）"
         metrics.append(Metric("微调", title, accuracy(old_hard), accuracy(hard)))
 
     figures = {}

@@ -1,0 +1,104 @@
+"""演示的步调：几个线程最快、什么精度最快、全程要多久。"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from minimind.console import format_duration, say
+
+
+@dataclass
+class Clock:
+    """全程的预计用时：各步先给估计，走完一步就用实际用时换掉，并按快慢修正剩下的。"""
+
+    estimates: dict[str, float]
+    start: float = field(default_factory=time.perf_counter)
+    actual: dict[str, float] = field(default_factory=dict)
+    expected: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        #: 一开始给出的全程用时，含建立时钟之前已花的
+        self.expected = self.elapsed() + self.left()
+
+    def left(self) -> float:
+        """还要多少秒。"""
+        done = sum(self.estimates[name] for name in self.actual)
+        ratio = sum(self.actual.values()) / done if done else 1.0
+        return ratio * sum(seconds for name, seconds in self.estimates.items() if name not in self.actual)
+
+    def begin(self, name: str, title: str) -> None:
+        number = list(self.estimates).index(name) + 1
+        say(f"\n[{number}/{len(self.estimates)}] {title}（全程剩余约 {format_duration(self.left())}）")
+        self._mark = time.perf_counter()
+
+    def end(self, name: str) -> None:
+        self.actual[name] = time.perf_counter() - self._mark
+
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.start
+
+
+def pick_threads(call: Callable[[], None]) -> int:
+    """CPU 上用几个线程最快：从 1 起翻倍，快不到一成半就停；设好并返回线程数。
+
+    机器正忙，或容器只给两个核却看得见几十个时，线程多了会在屏障前互相空等：四核机器负载到 15 时，
+    4 线程实测比 1 线程慢一百倍。上限是 torch 的默认值，所以 OMP_NUM_THREADS 仍然管用。
+    """
+    import torch
+
+    from minimind.trainer.device import time_call
+
+    most, best, threads = torch.get_num_threads(), float("inf"), 1
+    candidate = 1
+    while True:
+        torch.set_num_threads(candidate)
+        seconds = time_call(call)
+        if seconds > best / 1.15:
+            break
+        best, threads = seconds, candidate
+        if candidate == most:
+            break
+        candidate = min(2 * candidate, most)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def probe_speed(model, dataset, rows: int, row_length: int) -> tuple[str, float]:
+    """选精度并测速：用真数据走几个完整的训练步，每步 ``rows`` 行。
+
+    Returns:
+        ``(精度的名字, 每秒多少个词元)``。
+    """
+    import torch
+
+    from minimind.dataset import collate_packed
+    from minimind.trainer.device import autocast_context, choose_dtype, synchronize, time_call
+    from minimind.trainer.loop import language_model_loss
+    from minimind.trainer.optim import build_optimizer
+    from minimind.trainer.train_args import TrainArguments
+    from minimind.trainer.validation import to_device
+
+    device = next(model.parameters()).device
+
+    def take(count: int) -> dict:
+        return to_device(collate_packed([dataset[i % len(dataset)] for i in range(count)]), device)
+
+    def step(dtype: torch.dtype, batch: dict, optimizer=None) -> None:
+        with autocast_context(device, dtype):
+            loss, count, _ = language_model_loss(model, batch)
+        (loss / count).backward()
+        if optimizer is not None:
+            optimizer.step()
+        model.zero_grad(set_to_none=True)
+        synchronize(device)
+
+    few, full = take(max(rows // 4, 1)), take(rows)
+    if device.type == "cpu":
+        pick_threads(lambda: step(torch.float32, few))
+    dtype = choose_dtype("auto", device, lambda dtype: step(dtype, few))
+    name = str(dtype).removeprefix("torch.")
+    precision = name if dtype == torch.bfloat16 else "float32"
+    optimizer = build_optimizer(model, TrainArguments(), newton_schulz_dtype=precision)
+    return name, rows * row_length / time_call(lambda: step(dtype, full, optimizer))
