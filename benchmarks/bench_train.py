@@ -19,7 +19,6 @@
 from __future__ import annotations
 
 import json
-import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -28,33 +27,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import (
-    SHARED,
-    alternate,
-    median,
-    need_file,
-    peak_memory,
-    print_table,
-    reset_peak_memory,
-    write_result,
+from common import SHARED, alternate, median, peak_memory, print_table, reset_peak_memory, write_result
+from train_peers import (
+    Batch,
+    Stepper,
+    batch_lengths,
+    build_ours,
+    build_peer,
+    encode_documents,
+    fill_share,
+    full_rows,
+    head_of,
+    packed_batches,
+    padded_batches,
 )
 
 from minimind.arguments import arg, parse_args
 from minimind.console import say
-from minimind.dataset import PretrainDataset, SFTDataset, collate_packed
+from minimind.dataset import PretrainDataset, SFTDataset
 from minimind.errors import guard
-from minimind.model import MiniMindConfig, MiniMindForCausalLM, count_parameters, flops_per_token, preset
-from minimind.tokenizer import encode_chat_batch, encode_plain_batch, load_tokenizer
+from minimind.model import MiniMindConfig, count_parameters, flops_per_token, preset
+from minimind.tokenizer import encode_plain_batch, load_tokenizer
 from minimind.trainer.device import (
     DTYPES,
-    autocast_context,
     peak_flops,
     resolve_device,
     synchronize,
 )
-from minimind.trainer.validation import to_device
 
-Batch = dict[str, Any]
 MODES = ("ours", "pad_max", "pad_longest")
 TITLES = {
     "ours": "本项目（打包）",
@@ -73,8 +73,8 @@ class TrainBenchArguments:
     pretrain_len: int = arg(340, "预训练的行长")
     sft_len: int = arg(1024, "微调的行长")
     batch_size: int = arg(8, "每步行数")
-    repeats: int = arg(5, "每种做法轮流测几次，取中位数")
-    batches: int = arg(2, "每次测几步（不同的真实批次）")
+    repeats: int = arg(3, "每种做法轮流测几次，取中位数")
+    batches: int = arg(1, "每次测几步（不同的真实批次）")
     documents: int = arg(4000, "取数据的前多少行；0 表示全部")
     device: str = arg("auto", "设备")
     dtype: str = arg("float32", "计算精度，两边相同", tuple(DTYPES))
@@ -86,118 +86,10 @@ class TrainBenchArguments:
     name: str = arg("", "结果文件名的后缀")
 
 
-# ---------------------------------------------------------------- 两边的模型
-
-
-def build_ours(config: MiniMindConfig, device: torch.device) -> MiniMindForCausalLM:
-    torch.manual_seed(0)
-    return MiniMindForCausalLM(config).to(device).train()
-
-
-def build_peer(config: MiniMindConfig, device: torch.device) -> Any:
-    """同尺寸的 ``LlamaForCausalLM``，权重从本项目的模型复制过来：两边算的是同一个函数。"""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    peer_config = LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        max_position_embeddings=config.max_position_embeddings,
-        rms_norm_eps=config.rms_norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        tie_word_embeddings=True,
-        attn_implementation="sdpa",
-        use_cache=False,
-    )
-    peer = LlamaForCausalLM(peer_config)
-    peer.load_state_dict(build_ours(config, torch.device("cpu")).state_dict(), strict=True)
-    return peer.to(device).train()
-
-
-class Stepper:
-    """一步训练：前向、反向、AdamW。"""
-
-    def __init__(
-        self, model: Any, device: torch.device, dtype: torch.dtype, ours: bool, compile: bool = False
-    ):
-        self.device, self.dtype, self.ours = device, dtype, ours
-        self.model = torch.compile(model) if compile else model
-        # 同一个优化器，两边的差别只在前向与反向
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type in ("cpu", "cuda"))
-
-    def __call__(self, batch: Batch) -> None:
-        batch = to_device(batch, self.device)
-        batch = {k: v for k, v in batch.items() if k != "num_tokens"}
-        with autocast_context(self.device, self.dtype):
-            loss = self.model(**batch).loss
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-
-# ---------------------------------------------------------------- 批次
-
-
-def head_of(path: str, lines: int, folder: Path) -> Path:
-    """数据的前 ``lines`` 行另存一份：基准只用到这么多，不必等整份分词。"""
-    source = need_file(path)
-    if not lines:
-        return source
-    target = folder / f"{source.stem}-{lines}.jsonl"
-    if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with source.open(encoding="utf-8") as file:
-            target.write_text("".join(line for _, line in zip(range(lines), file)), encoding="utf-8")
-    return target
-
-
-def encode_documents(path: Path, kind: str, tokenizer: Any) -> list[tuple[list[int], list[bool]]]:
-    """每篇的 id 与目标掩码，供对照使用；与本项目的数据集同一个分词器、同一种渲染。"""
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if kind == "pretrain":
-        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        encoded = encode_plain_batch(tokenizer, [r["text"] for r in records])
-        return [([bos, *ids, eos], [True] * (len(ids) + 2)) for ids in encoded]
-    return [(c.ids, c.target) for c in encode_chat_batch(tokenizer, [r["conversations"] for r in records])]
-
-
-def padded_batches(
-    documents: list[tuple[list[int], list[bool]]],
-    max_len: int,
-    batch_size: int,
-    to_longest: bool,
-    pad_id: int,
-) -> Iterator[Batch]:
-    """公开项目的做法：每篇截到 ``max_len``，补齐到最大长度（或本批最长），随机次序。"""
-    order = list(range(len(documents)))
-    random.Random(0).shuffle(order)
-    while True:
-        for start in range(0, len(order) - batch_size + 1, batch_size):
-            rows = [documents[i] for i in order[start : start + batch_size]]
-            lengths = [min(len(ids), max_len) for ids, _ in rows]
-            width = max(lengths) if to_longest else max_len
-            input_ids = torch.full((batch_size, width), pad_id)
-            labels = torch.full((batch_size, width), -100)
-            for r, ((ids, target), n) in enumerate(zip(rows, lengths)):
-                input_ids[r, :n] = torch.tensor(ids[:n])
-                mask = torch.tensor(target[:n])
-                labels[r, :n] = torch.where(mask, input_ids[r, :n], -100)
-            yield {"input_ids": input_ids, "labels": labels, "num_tokens": sum(lengths)}
-
-
-def packed_batches(dataset: Any, batch_size: int) -> Iterator[Batch]:
-    """本项目的打包行，随机次序。"""
-    while True:
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
-        for start in range(0, len(order) - batch_size + 1, batch_size):
-            rows = [dataset[i] for i in order[start : start + batch_size]]
-            yield {**collate_packed(rows), "num_tokens": sum(row["num_tokens"] for row in rows)}
-
-
-def make_batches(args: TrainBenchArguments, kind: str, mode: str, tokenizer: Any) -> Iterator[Batch]:
+def make_batches(
+    args: TrainBenchArguments, kind: str, mode: str, tokenizer: Any
+) -> tuple[Iterator[Batch], float]:
+    """这种做法的批次，与它在全部数据上的非填充占比。"""
     max_len = args.pretrain_len if kind == "pretrain" else args.sft_len
     path = head_of(
         args.pretrain_path if kind == "pretrain" else args.sft_path, args.documents, Path(args.cache_dir)
@@ -205,15 +97,11 @@ def make_batches(args: TrainBenchArguments, kind: str, mode: str, tokenizer: Any
     if mode == "ours":
         cls = PretrainDataset if kind == "pretrain" else SFTDataset
         dataset = cls(str(path), tokenizer, max_len, split="all", cache_dir=args.cache_dir)
-        return packed_batches(dataset, args.batch_size)
+        return packed_batches(dataset, args.batch_size), 1 - dataset.stats["padding_share"]
     documents = encode_documents(path, kind, tokenizer)
-    return padded_batches(documents, max_len, args.batch_size, mode == "pad_longest", tokenizer.pad_token_id)
-
-
-def full_rows(vocab: int, batch_size: int, length: int) -> Batch:
-    """没有填充的整行随机词元。"""
-    ids = torch.randint(3, vocab, (batch_size, length), generator=torch.Generator().manual_seed(0))
-    return {"input_ids": ids, "labels": ids.clone(), "num_tokens": ids.numel()}
+    to_longest = mode == "pad_longest"
+    fill = fill_share(batch_lengths(documents, max_len, args.batch_size), max_len, to_longest)
+    return padded_batches(documents, max_len, args.batch_size, to_longest, tokenizer.pad_token_id), fill
 
 
 # ---------------------------------------------------------------- 测量
@@ -253,9 +141,12 @@ def measure_full_rows(args: TrainBenchArguments, ours: Stepper, peer: Stepper, l
 def measure_real(
     args: TrainBenchArguments, ours: Stepper, peer: Stepper, kind: str, tokenizer: Any
 ) -> dict[str, Any]:
+    """有效词元/秒 = 实测的位置/秒（真实批次，含填充）× 整轮数据上的非填充占比。"""
+    fills: dict[str, float] = {}
+
     def step(mode: str) -> Callable[[], int]:
         stepper = ours if mode == "ours" else peer
-        source = make_batches(args, kind, mode, tokenizer)
+        source, fills[mode] = make_batches(args, kind, mode, tokenizer)
         prepared = [next(source) for _ in range((args.repeats + 1) * args.batches)]  # 取数不计时
         position = iter(range(len(prepared)))
 
@@ -264,12 +155,17 @@ def measure_real(
             for _ in range(args.batches):
                 batch = prepared[next(position)]
                 stepper(batch)
-                total += batch["num_tokens"]
+                total += batch["input_ids"].numel()
             return total
 
         return run
 
-    return speeds({mode: step(mode) for mode in MODES}, args.repeats, ours.device)
+    measured = speeds({mode: step(mode) for mode in MODES}, args.repeats, ours.device)
+    for mode, rates in measured.items():
+        positions = rates["tokens_per_second"]
+        rates.update({key: value * fills[mode] for key, value in rates.items()})
+        rates.update(fill=fills[mode], positions_per_second=positions)
+    return measured
 
 
 def lost_text(args: TrainBenchArguments, tokenizer: Any) -> dict[str, float]:
@@ -308,7 +204,7 @@ def memory_child(args: TrainBenchArguments) -> None:
     kind, mode = args.child.split(":")
     device, dtype = resolve_device(args.device), DTYPES[args.dtype]
     config, tokenizer = preset(args.preset), load_tokenizer()
-    source = make_batches(args, kind, mode, tokenizer)
+    source, _ = make_batches(args, kind, mode, tokenizer)
     prepared = [next(source) for _ in range(3)]
     build = build_ours if mode == "ours" else build_peer
     stepper = Stepper(build(config, device), device, dtype, mode == "ours")

@@ -42,7 +42,7 @@ def point(step: int, bpb: float) -> dict:
 
 
 def test_到达目标的时间按曲线插值():
-    quality = importlib.import_module("bench_quality")
+    quality = importlib.import_module("quality_table")
     curve = [point(10, 3.0), point(20, 2.0), point(30, 1.0)]
     assert quality.time_to(curve, 1.5, "step") == pytest.approx(25)
     assert quality.time_to(curve, 1.5) == pytest.approx(50)
@@ -51,7 +51,7 @@ def test_到达目标的时间按曲线插值():
 
 
 def test_质量汇总按种子配对再取中位数():
-    quality = importlib.import_module("bench_quality")
+    quality = importlib.import_module("quality_table")
 
     def run(end: float) -> dict:
         curve = [point(10, 4.0), point(20, end)]
@@ -131,6 +131,16 @@ def test_对照的批次截断并补齐():
         batch = next(bench.padded_batches(documents, max_len, 2, to_longest, 0))
         assert batch["input_ids"].shape == (2, width)
         assert batch["num_tokens"] == 3 + min(9, max_len) == int((batch["labels"] != -100).sum())
+
+
+def test_对照的填充占比按整轮算():
+    bench = importlib.import_module("bench_train")
+    documents = [([1] * n, [True] * n) for n in (2, 4, 6, 20)]
+    batches = bench.batch_lengths(documents, 8, 2)
+    assert sorted(n for batch in batches for n in batch) == [2, 4, 6, 8]
+    assert bench.fill_share(batches, 8, to_longest=False) == pytest.approx(20 / 32)
+    longest = sum(2 * max(batch) for batch in batches)
+    assert bench.fill_share(batches, 8, to_longest=True) == pytest.approx(20 / longest)
 
 
 def test_训练速度基准走通(corpus, tmp_path):
