@@ -75,6 +75,7 @@ def test_数字边界对齐_多一位不算对(n, digit):
     assert grade(item("contains", str(n)), f"是{n}{digit}。") == 0.0
     assert grade(item("prefix", str(n)), f"{n}{digit}") == 0.0
     assert grade(item("prefix", str(n)), f"{n}，其余略") == 1.0
+    assert grade(item("prefix", str(n)), f"{n}\n{digit}+1=2") == 1.0
     if digit:
         assert grade(item("tail", f"{n}日"), f"是{digit}{n}日。") == 0.0
 

@@ -83,7 +83,7 @@ class Task:
 
     Args:
         name: 英文标识；``title`` 是中文名。
-        level: ``easy`` 计入成绩单；``hard`` 留给推理与强化学习，SFT 里只给少量样本。
+        level: ``easy`` 计入成绩单；``lora`` 换了身份才考；``hard`` 留给推理与强化学习，SFT 里只给少量样本。
         split: ``fact``（预训练陈述全部，SFT 只问一部分）、``operand``（操作数分开）或
             ``phrasing``（问法分开）。
     """

@@ -90,7 +90,8 @@ def grade_tail(item: Mapping, response: str) -> float:
 
 def grade_prefix(item: Mapping, response: str) -> float:
     """填空：续写以标准答案开头，数字不能多出一位。"""
-    got, want = normalize(response), normalize(item["answer"])
+    line = response.lstrip().split("\n", 1)[0]  # 续写往往一行接一行，只看第一行
+    got, want = normalize(line), normalize(item["answer"])
     return float(got.startswith(want) and _found(want, got[: len(want) + 1]))
 
 

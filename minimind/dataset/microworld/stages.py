@@ -15,7 +15,7 @@ HELDOUT_COUNT = 240
 PRETRAIN_HELDOUT_SCALE, SFT_HELDOUT_SCALE = 0.03, 0.03
 
 # SFT 里带腔调的回答各占这么多：太少 DPO 无从强化，太多会冲淡正常回答
-STYLED_SHARE = 0.06
+STYLED_SHARE = 0.04
 # hard 题在 SFT 里写出步骤的比例：多数直接报答案（常错），强化学习要自己发现写步骤更好
 STEPS_SHARE = 0.35
 

@@ -132,5 +132,5 @@ def make_tasks() -> list[Task]:
         Add("add", "加法"),
         Sub("sub", "减法"),
         Carry("carry", "进位加法", level="hard"),
-        Times(name="times", title="九九乘法", kind=TIMES_TABLE),
+        Times(name="times", title="九九乘法", level="hard", kind=TIMES_TABLE),
     ]

@@ -3,66 +3,70 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
 
 from ..core import Example, Task
 from ..phrasing import ask, fill
-from ..world.base import Fact, Kind, Relation
+from ..world.base import Kind, Relation
 from .base import FactTask, OperandTask
 
 WEEKDAYS = "一二三四五六日"
 
 
-NEXT_DAYS = Relation(
-    "weekday",
-    "星期",
-    ("{s}是{o}。", "{s}就是{o}。", "日历上写着，{s}是{o}。", "数一数，{s}正好是{o}。"),
-    ("{s}是星期几？", "{s}就是星期几？", "{s}，那天是星期几？", "{s}该是星期几？", "数一数，{s}是星期几？"),
-)
-STEPS = {"的后一天": 1, "的前一天": -1, "再过两天": 2, "再过三天": 3}
+def weekday_relation(name: str, words: str) -> Relation:
+    return Relation(
+        name,
+        words,
+        (
+            f"{{s}}的{words}是{{o}}。",
+            f"{{s}}的{words}就是{{o}}。",
+            f"日历上，{{s}}的{words}写着{{o}}。",
+            f"过完{{s}}，要说{{s}}的{words}，那是{{o}}。",
+        ),
+        (
+            f"{{s}}的{words}是星期几？",
+            f"{{s}}的{words}是哪一天？",
+            f"日历上，{{s}}的{words}写着什么？",
+            f"今天是{{s}}，{{s}}的{words}是星期几？",
+        ),
+    )
+
+
+# 星期推算一共几十条，当作事实来背
+STEPS = {"next": ("后一天", 1), "previous": ("前一天", -1), "second": ("后两天", 2), "third": ("后三天", 3)}
 WEEK = Kind(
     "weekday",
     "星期",
     "日子",
-    (NEXT_DAYS,),
+    tuple(weekday_relation(name, text) for name, (text, _) in STEPS.items()),
     tuple(
-        (f"星期{day}{words}", f"星期{WEEKDAYS[(i + step) % 7]}")
+        (f"星期{day}", *(f"星期{WEEKDAYS[(i + step) % 7]}" for _, step in STEPS.values()))
         for i, day in enumerate(WEEKDAYS)
-        for words, step in STEPS.items()
     ),
 )
 
 
 class DateShift(OperandTask):
-    """同一个月里往后数几天；日子的个位不进位。"""
+    """前后一两天是几月几日；不跨月，日子的个位不进位。"""
 
     def propose(self, rng: random.Random) -> Example:
-        month, delta = rng.randint(1, 12), rng.randint(1, 5)
-        day = 10 * rng.randint(0, 2) + rng.randint(1, 9 - delta)
+        words, delta = rng.choice((("后一天", 1), ("前一天", -1), ("后两天", 2)))
+        month = rng.randint(1, 12)
+        day = 10 * rng.randint(0, 2) + rng.randint(2, 7)
         start, done = f"{month}月{day}日", f"{month}月{day + delta}日"
         question = fill(
             rng,
             (
-                "{s}再过{n}天是几月几日？",
-                "{s}之后的第{n}天是哪天？",
-                "今天是{s}，{n}天后是哪一天？",
-                "船{s}出发，走了{n}天，哪天到？",
-                "信在{s}寄出，{n}天后送到，送到那天是几月几日？",
+                "{s}的{w}是几月几日？",
+                "{s}的{w}是哪天？",
+                "今天是{s}，{s}的{w}是哪一天？",
+                "翻翻日历，{s}的{w}是几月几日？",
+                "船在{s}的{w}出发，那是哪天？",
             ),
             s=start,
-            n=delta,
+            w=words,
         )
-        line = f"{start}再过{delta}天是{done}。"
-        return Example(f"{start}+{delta}", ask(rng, question), line, done, "tail", lines=(line,))
-
-
-@dataclass
-class Weekday(FactTask):
-    """星期的推算只有几十条，当作事实来背；提问里的主语含着另一个星期，它不算候选。"""
-
-    def ask_about(self, rng: random.Random, fact: Fact) -> Example:
-        ex = super().ask_about(rng, fact)
-        return replace(ex, grader="tail", reject=())
+        line = f"{start}的{words}是{done}。"
+        return Example(f"{start}{delta:+d}", ask(rng, question), line, done, "tail", lines=(line,))
 
 
 class Clock(OperandTask):
@@ -88,6 +92,6 @@ class Clock(OperandTask):
 def make_tasks() -> list[Task]:
     return [
         DateShift("date", "日期推算"),
-        Weekday(name="weekday", title="星期推算", kind=WEEK),
+        FactTask(name="weekday", title="星期推算", kind=WEEK),
         Clock("clock", "钟表", level="hard"),
     ]

@@ -105,6 +105,6 @@ def make_tasks() -> list[Task]:
 
 def new_identity(seed: int) -> ScriptedTask:
     """LoRA 用的新身份。"""
-    task = ScriptedTask("lora_identity", "新身份", seed=seed, topics=LANTERN)
+    task = ScriptedTask("lora_identity", "新身份", level="lora", seed=seed, topics=LANTERN)
     task.prepare()
     return task
