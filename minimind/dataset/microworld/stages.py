@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from .core import HELDOUT, TRAIN, Example, Task, stream
 from .phrasing import GRUMPY_FRAMES, POLITE_FRAMES
 from .tasks.identity import new_identity
+from .tasks.multistep import Chain
 
 # 默认规模（scale = 1）各阶段的条数；预训练与 SFT 的量见 mixing.py
 STAGE_COUNTS = {"lora_identity": 400, "dpo": 1200, "reason": 2400, "rl": 1500}
@@ -114,9 +115,10 @@ class Corpus:
             records.append(pair)
         return records
 
-    def hard_examples(self, stage: str, side: str) -> Iterator[Example]:
+    def multistep_examples(self, stage: str, side: str) -> Iterator[Example]:
+        """有推导步骤的题，各家族轮流。"""
         rng = stream(self.seed, stage, side)
-        tasks = [t for t in self.tasks.values() if t.level == "hard"]
+        tasks = [task for task in self.tasks.values() if isinstance(task, Chain)]
         count = self.count(STAGE_COUNTS[stage]) if side == TRAIN else HELDOUT_COUNT
         for i in range(count):
             yield tasks[i % len(tasks)].example(rng, side)
@@ -124,7 +126,7 @@ class Corpus:
     def reason(self, side: str, direct: bool = False) -> list[dict]:
         """多步题；``direct`` 是同样的题不写思考、只写答案的对照。"""
         records = []
-        for ex in self.hard_examples("reason", side):
+        for ex in self.multistep_examples("reason", side):
             record = ex.with_response(f"<answer>{ex.answer}</answer>").conversation()
             if not direct:
                 record["conversations"][-1]["reasoning_content"] = ex.steps
@@ -135,13 +137,13 @@ class Corpus:
         """可验证的提示；最后一轮助手是参考答案，判分信息放在旁边的字段里。"""
         return [
             {**ex.with_response(ex.answer).conversation(), "grader": ex.grader, "answer": ex.answer}
-            for ex in self.hard_examples("rl", side)
+            for ex in self.multistep_examples("rl", side)
         ]
 
     # ---- 评测 ----
 
     def evaluation(self) -> list[dict]:
-        """每个家族的留出题，加预训练的填空题与 LoRA、DPO 的题。"""
+        """每个家族的留出题，LoRA 新身份的题，以及预训练的填空题。"""
         items = []
         for task in (*self.tasks.values(), new_identity(self.seed)):
             rng, seen = stream(self.seed, "eval", task.name), set()
