@@ -17,13 +17,12 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import SHARED, environment, need_file, write_result
+from common import SHARED, clock_for, environment, need_file, write_result
 from quality_table import show, summarize, thin
 
 from minimind.arguments import arg, parse_args
@@ -162,10 +161,10 @@ def train_once(
 ) -> dict[str, Any]:
     """训练一次，返回曲线 ``[{step, tokens, seconds, train_loss, val_loss, val_bpb}]``；``seconds`` 只算训练。
 
-    单线程 CPU 上 ``seconds`` 取处理器时间：它等于机器空闲时的墙钟时间，别的进程抢占也不影响比较。
+    单线程 CPU 上 ``seconds`` 取处理器时间：别的进程抢占不算在内；曲线里记着用的哪个时钟。
     """
     device, dtype = resolve_device(args.device), DTYPES[args.dtype]
-    clock = time.process_time if device.type == "cpu" and args.threads == 1 else time.perf_counter
+    clock = clock_for(device)
     train_args = TrainArguments(hidden_size=args.hidden_size, **recipe.overrides)
     seed_all(seed)
     model = MiniMindForCausalLM(recipe_config(args, recipe, len(tokenizer))).to(device).train()

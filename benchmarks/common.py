@@ -99,25 +99,41 @@ def need_file(path: str | Path) -> Path:
     return path
 
 
-def seconds_of(call: Callable[[], Any], synchronize: Callable[[], None] = lambda: None) -> float:
-    """``call`` 一次的墙钟时间。"""
+def clock_for(device: torch.device) -> Callable[[], float]:
+    """计时用的时钟：单线程 CPU 上是处理器时间，别的进程抢占不算在内；其余是墙钟。
+
+    处理器时间不等于墙钟：缓存与内存带宽被别的进程占用时它也会变长，所以只用来比较，结果里写明用的是哪个。
+    """
+    single = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time if single else time.perf_counter
+
+
+def seconds_of(
+    call: Callable[[], Any],
+    synchronize: Callable[[], None] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """``call`` 一次的用时。"""
     synchronize()
-    start = time.perf_counter()
+    start = clock()
     call()
     synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def alternate(
-    calls: dict[str, Callable[[], Any]], repeats: int, synchronize: Callable[[], None] = lambda: None
+    calls: dict[str, Callable[[], Any]],
+    repeats: int,
+    synchronize: Callable[[], None] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """几种做法轮流各测 ``repeats`` 次，先各预热一次：机器忙闲的起伏由各家平摊。"""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
-        seconds_of(call, synchronize)
+        seconds_of(call, synchronize, clock)
     for _ in range(repeats):
         for name, call in calls.items():
-            times[name].append(seconds_of(call, synchronize))
+            times[name].append(seconds_of(call, synchronize, clock))
     return times
 
 
