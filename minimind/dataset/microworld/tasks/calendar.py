@@ -31,15 +31,21 @@ def weekday_relation(name: str, words: str) -> Relation:
     )
 
 
-# 星期推算一共几十条，当作事实来背
-STEPS = {"next": ("后一天", 1), "previous": ("前一天", -1), "second": ("后两天", 2), "third": ("后三天", 3)}
+WEEKDAY_ENGLISH = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+ENGLISH_NAME = Relation(
+    "english",
+    "英文",
+    ("{s}的英文是{o}。", "{s}用英文说是{o}。", "英文日历上，{s}写作{o}。", "{s}翻译成英文是{o}。"),
+    ("{s}的英文是什么？", "{s}用英文怎么说？", "把{s}翻译成英文。", "英文日历上，{s}写作什么？"),
+)
+# 一共二十一条，当作事实来背
 WEEK = Kind(
     "weekday",
     "星期",
     "日子",
-    tuple(weekday_relation(name, text) for name, (text, _) in STEPS.items()),
+    (weekday_relation("next", "后一天"), weekday_relation("previous", "前一天"), ENGLISH_NAME),
     tuple(
-        (f"星期{day}", *(f"星期{WEEKDAYS[(i + step) % 7]}" for _, step in STEPS.values()))
+        (f"星期{day}", f"星期{WEEKDAYS[(i + 1) % 7]}", f"星期{WEEKDAYS[i - 1]}", WEEKDAY_ENGLISH[i])
         for i, day in enumerate(WEEKDAYS)
     ),
 )

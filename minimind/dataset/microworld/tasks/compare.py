@@ -47,8 +47,10 @@ class Bigger(OperandTask):
 
 
 class Extreme(OperandTask):
+    """两到四个一位数里最大或最小的。"""
+
     def propose(self, rng: random.Random) -> Example:
-        numbers = rng.sample(range(1, 100), 3)
+        numbers = rng.sample(range(1, 10), rng.randint(2, 4))
         text = "、".join(map(str, numbers))
         word = rng.choice(("大", "小"))
         best = max(numbers) if word == "大" else min(numbers)
@@ -72,7 +74,7 @@ class Extreme(OperandTask):
 
 class Sort(OperandTask):
     def propose(self, rng: random.Random) -> Example:
-        numbers = rng.sample(range(1, 100), 3)
+        numbers = rng.sample(range(1, 10), rng.randint(2, 4))
         up = rng.random() < 0.5
         word = "从小到大" if up else "从大到小"
         text, done = "、".join(map(str, numbers)), "、".join(map(str, sorted(numbers, reverse=not up)))
@@ -85,7 +87,7 @@ class Sort(OperandTask):
 
 def make_tasks() -> list[Task]:
     return [
-        Bigger("bigger", "比大小"),
+        Bigger("bigger", "两位数比大小", level="hard"),
         Extreme("extreme", "最大最小"),
         Sort("sort", "排序", level="hard"),
     ]
