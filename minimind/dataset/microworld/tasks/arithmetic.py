@@ -89,7 +89,7 @@ class Carry(Equation):
 
     def propose(self, rng: random.Random) -> Example:
         a, b = draw(rng), draw(rng)
-        while a + b > 99 or a % 10 + b % 10 < 10:
+        while a + b > 99 or max(a, b) < 10 or a % 10 + b % 10 < 10:
             a, b = draw(rng), draw(rng)
         return worked(rng, f"{min(a, b)}+{max(a, b)}", ADD_QUESTIONS, a, "+", b)
 

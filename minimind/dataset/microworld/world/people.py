@@ -64,7 +64,7 @@ PET = Relation(
 
 FOOD = Relation(
     "food",
-    "爱吃的东西",
+    "最爱",
     (
         "{s}最爱吃{o}。",
         "{s}最喜欢的食物是{o}。",
