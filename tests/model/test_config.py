@@ -17,7 +17,7 @@ from minimind.model import (
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("tiny", 4_458_752), ("small", 25_829_888), ("base", 104_030_976), ("moe", 145_029_760)],
+    [("tiny", 3_590_592), ("small", 25_829_888), ("base", 104_030_976), ("moe", 145_029_760)],
 )
 def test_各尺寸的参数量(name, expected):
     with torch.device("meta"):
