@@ -73,6 +73,11 @@ def write_result(name: str, device: torch.device, data: dict[str, Any], results:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".tmp")
     payload = {"environment": environment(device), **data}
+    if isinstance(payload.get("arguments"), dict):  # 路径只留文件名：各人的目录不一样，也不该写进仓库
+        payload["arguments"] = {
+            k: Path(v).name if isinstance(v, str) and os.sep in v else v
+            for k, v in payload["arguments"].items()
+        }
     partial.write_text(json.dumps(payload, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
     return path

@@ -99,8 +99,7 @@ def ensure_microworld(scale: float = 1.0, seed: int = 42, out_dir: str | Path | 
         out_dir = DEFAULT_DIR if default else f"{DEFAULT_DIR}_x{scale:g}_s{seed}"
     folder = resolve_path(out_dir)
     if not _is_current(folder, scale, seed):
-        # 几个进程可能同时来：各写各的临时文件夹，改名时先到先得
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        # 几个进程可能同时来：写的内容逐字节相同，各写临时文件再改名，meta.json 最后写，谁先谁后都一样
         make_microworld(folder, scale, seed)
     return folder
 
