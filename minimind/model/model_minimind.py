@@ -786,7 +786,8 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
             loss_weights: [B, T]，与 labels 对齐的每词元权重。
             cu_seqlens: int32 [n+1]，把 B·T 个位置切成文档的累计边界，首 0 末 B·T。
             max_seqlen: 最长的一篇（CUDA 变长内核要用）。
-            logits_to_keep: 只算最后几个位置的 logits；0 为全部，也可给位置下标。
+            logits_to_keep: 只算最后几个位置的 logits；0 为全部，也可给位置下标，
+                或 [B, T] 的 bool 掩码，此时 logits 是 [N, V]，按行优先的次序。
             return_logits: None 表示“训练且有 labels 时不返回”，此时损失分块算，不产生整块 logits。
 
         Raises:
@@ -808,7 +809,10 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
             return_logits = labels is None or not self.training
         if return_logits:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            kept = hidden if isinstance(keep, slice) and not logits_to_keep else hidden[:, keep]
+            if isinstance(keep, Tensor) and keep.dtype == torch.bool:
+                kept = hidden[keep]
+            else:
+                kept = hidden if isinstance(keep, slice) and not logits_to_keep else hidden[:, keep]
             out.logits = self.lm_head(kept)
         if labels is not None:
             target = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()

@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -155,11 +155,12 @@ def config_dict(lm_config: Any) -> dict[str, Any]:
 # ---------------------------------------------------------------- 权重与旁注
 
 
-def half_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """fp16、连续、在内存里的状态字典；共享的张量（词嵌入与输出层）转一次，文件里也只占一份。"""
+def half_state_dict(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """模型（或其中要存的那些张量）的 fp16、连续、在内存里的状态字典；共享的张量（词嵌入与输出层）转一次，文件里也只占一份。"""
+    state_dict = unwrap(model).state_dict() if isinstance(model, nn.Module) else model
     converted: dict[int, Tensor] = {}
     state = {}
-    for key, value in unwrap(model).state_dict().items():
+    for key, value in state_dict.items():
         if value.data_ptr() not in converted or value.data_ptr() == 0:
             half = value.detach().half() if value.is_floating_point() else value.detach()
             converted[value.data_ptr()] = half.cpu().contiguous()
@@ -167,8 +168,12 @@ def half_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def save_weights(model: nn.Module, path: Path, sidecar: dict[str, Any]) -> None:
-    """写 ``path``（普通 fp16 状态字典）与旁边的 JSON。先写权重，后写旁注。"""
+def save_weights(model: nn.Module | Mapping[str, Tensor], path: Path, sidecar: dict[str, Any]) -> None:
+    """写 ``path``（普通 fp16 状态字典）与旁边的 JSON。先写权重，后写旁注。
+
+    Args:
+        model: 模型，或只是其中要存的张量（键不带包装前缀）。
+    """
     state = half_state_dict(model)
     atomic_write(path, lambda file: torch.save(state, file))
     write_sidecar(path, sidecar)

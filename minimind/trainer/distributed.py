@@ -80,6 +80,13 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def any_process(flag: bool, device: torch.device) -> bool:
+    """只要有一个进程为真就都为真；单进程不通信。"""
+    if not dist.is_initialized():
+        return flag
+    return bool(all_reduce_sum(torch.tensor(float(flag), device=device)) > 0)
+
+
 def broadcast_object(value: Any) -> Any:
     """主进程的 ``value`` 发给所有进程（用于“只测一次”的决定，各进程必须一致）。"""
     if not dist.is_initialized():

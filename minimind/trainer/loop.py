@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -23,13 +23,13 @@ from minimind.console import format_duration, say
 from minimind.console import progress as progress_bar
 from minimind.trainer.checkpoint import write_sidecar
 from minimind.trainer.device import peak_memory_bytes, preserved_rng
-from minimind.trainer.distributed import barrier, is_main_process
+from minimind.trainer.distributed import any_process, barrier, is_main_process
 from minimind.trainer.interrupt import StopSignal
 from minimind.trainer.loader import Batch, training_batches
 from minimind.trainer.meter import events_left
 from minimind.trainer.optim import set_learning_rate
 from minimind.trainer.run import Run
-from minimind.trainer.step import forward_backward, report_nonfinite, update_weights
+from minimind.trainer.step import Window, forward_backward, report_nonfinite, update_weights
 from minimind.trainer.validation import count_targets, validate
 
 # 走过这么多步之后才估全程用时：头一步含预热，不作数
@@ -82,6 +82,11 @@ def train(
     count: Callable[[Batch], float] = count_targets,
     extra_state: dict[str, Any] | None = None,
     on_eval: Callable[[nn.Module, int], dict[str, float]] | None = None,
+    prepare: Callable[[Run, Window], Iterable[Window]] | None = None,
+    health: Callable[[dict[str, float]], list[str]] | None = None,
+    weights: Path | None = None,
+    weights_of: Callable[[nn.Module], Mapping[str, Tensor]] | None = None,
+    lr_scales: Mapping[str, float] | None = None,
 ) -> TrainResult:
     """训练 ``model`` 到 ``args`` 规定的步数，期间记录、存盘、验证；可从任意一次存盘逐位续上。
 
@@ -99,6 +104,13 @@ def train(
         count: 在 CPU 上数一个微批次的目标数，损失的归一化由它决定。
         extra_state: 配方自己要存进续训存档的对象，有 ``state_dict`` 与 ``load_state_dict``。
         on_eval: 每次验证后在主进程调用 ``on_eval(model, step)``，返回的指标一并记录。
+        prepare: ``prepare(run, window)`` 把取到的一窗微批次变成若干窗，每窗更新一次权重；强化学习在这里采样、打分，
+            一步之内可以更新几次。可以是生成器：下一窗开始时上一窗已经更新完。各进程给出的窗数必须相同；
+            过程中的指标用 :meth:`minimind.trainer.run.Run.record` 记下。默认就用取到的那一窗。
+        health: 每行日志之后调用 ``health(record)``，返回的每一句是发现的毛病，照样打印。
+        weights: 权重写到哪里，默认 ``{save_dir}/{save_weight}_{hidden_size}[_moe].pth``。
+        weights_of: ``weights_of(model)`` 给出要存为权重的张量（只存适配器、只存策略……），默认全部。
+        lr_scales: 参数名的前缀 → 学习率的倍数，例如 ``{"critic.": 2.0}``。
 
     Raises:
         UserError: 存档与设置不符、磁盘满、连续三步不是有限数……
@@ -115,6 +127,10 @@ def train(
         collate=collate or train_ds.collate,
         extra_state=extra_state or {},
         evaluates=val_ds is not None or on_eval is not None,
+        probes=prepare is None,
+        weights=weights,
+        weights_of=weights_of,
+        lr_scales=lr_scales,
     )
     state, progress = run.state, run.progress
     batches = training_batches(
@@ -141,19 +157,27 @@ def train(
             lr = progress.learning_rate(samples)
             set_learning_rate(run.optimizer, lr)
 
-            sums, micro_losses = forward_backward(run, window, compute_loss, count, stop)
-            if update_weights(run, sums):
-                state.nonfinite_in_row = 0
-            elif sums["count"]:
-                report_nonfinite(run, window, micro_losses, sums)
+            for update in prepare(run, window) if prepare else (window,):
+                sums, micro_losses = forward_backward(run, update, compute_loss, count)
+                if update_weights(run, sums):
+                    state.nonfinite_in_row = 0
+                elif sums["count"]:
+                    report_nonfinite(run, update, micro_losses, sums)
+                accumulate_interval(run, sums)
 
             epoch = state.epoch
             progress.advance(samples)
             bar.advance()
-            accumulate_interval(run, sums)
-            last, stopping = state.step == progress.total_steps, sums["stop"] > 0
+            seconds = run.meter.lap()
+            state.seconds += seconds
+            state.interval["seconds"] = state.interval.get("seconds", 0.0) + seconds
+            # 只要有一个进程收到信号，大家走完这一步一起停
+            stopping = any_process(stop.requested, run.device)
+            last = state.step == progress.total_steps
             if due(state.step, args.log_interval) or last:
-                log_interval(run, epoch, lr)
+                record = log_interval(run, epoch, lr)
+                for sentence in health(record) if health else ():
+                    say(f"留意：{sentence}")
             evaluating = run.evaluates and (due(state.step, args.eval_interval) or last)
             if due(state.step, args.save_interval) or last or evaluating or stopping:
                 with run.meter.pause("save"):
@@ -173,22 +197,19 @@ def due(step: int, interval: int) -> bool:
 
 
 def accumulate_interval(run: Run, sums: dict[str, float]) -> None:
-    """并入本记录区间；不是有限数的步不计入平均。"""
+    """一次更新并入本记录区间；不是有限数的更新不计入平均。"""
     interval, state = run.state.interval, run.state
-    seconds = run.meter.lap()
-    state.seconds += seconds
     good = math.isfinite(sums["loss"]) and math.isfinite(sums["grad_norm"])
     for key, value in sums.items():
-        if key != "stop" and good:
+        if good:
             interval[key] = interval.get(key, 0.0) + value
-    interval["seconds"] = interval.get("seconds", 0.0) + seconds
     interval["steps"] = interval.get("steps", 0.0) + good
     interval["skipped"] = interval.get("skipped", 0.0) + (not good)
     state.tokens += sums["tokens"]
 
 
-def log_interval(run: Run, epoch: int, lr: float) -> None:
-    """打印一行，写一行 JSON。"""
+def log_interval(run: Run, epoch: int, lr: float) -> dict[str, Any]:
+    """打印一行，写一行 JSON；返回写下的记录。"""
     args, state, progress, sums = run.args, run.state, run.progress, run.state.interval
     run.train_loss = sums["loss"] / sums["count"] if sums.get("count") else math.nan
     speed = sums.get("tokens", 0.0) / max(sums["seconds"], 1e-9)
@@ -197,13 +218,13 @@ def log_interval(run: Run, epoch: int, lr: float) -> None:
         "epoch": epoch + 1,
         "loss": run.train_loss,
         "lr": lr,
-        "grad_norm": sums.get("grad_norm", math.nan) / max(sums["steps"], 1.0),
+        "grad_norm": sums.get("grad_norm", math.nan) / max(sums.get("steps", 0.0), 1.0),
         "tokens": int(state.tokens),
         "tokens_per_s": speed,
         "time": state.seconds,
         **interval_metrics(sums),
     }
-    if sums["skipped"]:
+    if sums.get("skipped"):
         record["skipped_steps"] = int(sums["skipped"])
     flops = run.flops_per_second(speed, sums.get("context", 0.0) / max(sums.get("tokens", 0.0), 1.0))
     peak = run.numerics["peak_flops"]
@@ -227,6 +248,7 @@ def log_interval(run: Run, epoch: int, lr: float) -> None:
         + (f" 利用率 {record['mfu']:.0%}" if "mfu" in record else "")
         + f" 剩余 {format_duration(left)}"
     )
+    return record
 
 
 def interval_metrics(sums: dict[str, float]) -> dict[str, float]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from minimind.console import say
@@ -39,7 +40,8 @@ IGNORED_CONFIG = ("dtype", "torch_dtype", "architectures", "_name_or_path", "fla
 class Run:
     """建好训练所需的一切；``args.from_resume`` 时从存档还原。
 
-    参数同 :func:`minimind.trainer.loop.train`；``evaluates`` 是“期间有没有验证要做”。
+    参数同 :func:`minimind.trainer.loop.train`；``evaluates`` 是“期间有没有验证要做”，``probes`` 是“能不能直接拿训练样本
+    测速”：强化学习的样本只是提示，要先采样才有得训练，CPU 上就不测，用 float32（采样与训练的概率要对得上）。
 
     Raises:
         UserError: 存档与当前设置不符，数据为空，没装记录工具……
@@ -58,6 +60,10 @@ class Run:
         collate: Callable[[list[Any]], dict[str, Any]],
         extra_state: dict[str, Any],
         evaluates: bool,
+        probes: bool = True,
+        weights: Path | None = None,
+        weights_of: Callable[[nn.Module], Mapping[str, Tensor]] | None = None,
+        lr_scales: Mapping[str, float] | None = None,
     ):
         if len(train_ds) == 0:
             raise UserError(
@@ -69,7 +75,8 @@ class Run:
         self.device = next(model.parameters()).device
         self.stat_dtype = torch.float32 if self.device.type in ("mps", "npu") else torch.float64
         self.tokenizer_hash = tokenizer_fingerprint(tokenizer) if tokenizer is not None else None
-        self.weights = checkpoint.weights_path(self.config, args.save_weight, args.save_dir)
+        self.weights = weights or checkpoint.weights_path(self.config, args.save_weight, args.save_dir)
+        self.weights_of, self.lr_scales, self.probes = weights_of, lr_scales, probes
         self.state, self.metrics, self.train_loss = TrainState(), {}, math.nan
         self.evaluates, self.announced_total = evaluates, False
         # 卡上训练一步只有几十毫秒，取数要放到子进程里；CPU 上子进程只会抢算力
@@ -135,21 +142,23 @@ class Run:
         args, remembered = self.args, saved.get("numerics", {})
         decided = None
         if distributed.is_main_process():
-            automatic = args.dtype == "auto" and "dtype" in remembered
-            dtype = (
-                device.DTYPES[remembered["dtype"]]
-                if automatic
-                else device.choose_dtype(
+            if args.dtype == "auto" and "dtype" in remembered:
+                dtype = device.DTYPES[remembered["dtype"]]
+            elif args.dtype == "auto" and not self.probes and self.device.type == "cpu":
+                dtype = torch.float32
+            else:
+                dtype = device.choose_dtype(
                     args.dtype, self.device, lambda dtype: self._probe(compute_loss, dtype)
                 )
-            )
             decided = {
                 "dtype": str(dtype).removeprefix("torch."),
                 "peak_flops": device.peak_flops(self.device, dtype),
             }
         self.numerics = distributed.broadcast_object(decided)
         self.dtype = device.DTYPES[self.numerics["dtype"]]
-        self.optimizer = build_optimizer(self.model, args, newton_schulz_dtype=self.numerics["dtype"])
+        self.optimizer = build_optimizer(
+            self.model, args, newton_schulz_dtype=self.numerics["dtype"], lr_scales=self.lr_scales
+        )
 
     def _probe(self, compute_loss: Callable[..., Any], dtype: torch.dtype) -> None:
         """用真模型、真数据的两行做一次前向反向，供 CPU 上比较 fp32 与 bf16。"""
@@ -239,7 +248,8 @@ class Run:
         rng = distributed.gather_objects(device.rng_state(self.device))
 
         def write() -> None:
-            checkpoint.save_weights(self.model, self.weights, self.sidecar())
+            what = self.weights_of(self.model) if self.weights_of else self.model
+            checkpoint.save_weights(what, self.weights, self.sidecar())
             checkpoint.lm_checkpoint(
                 self.config,
                 args.save_weight,
@@ -263,6 +273,20 @@ class Run:
         distributed.on_main(write)
         self.saved_step = self.state.step
 
+    def record(self, **metrics: tuple[float, float]) -> None:
+        """记下这一步的指标，供配方的 ``prepare`` 用：``run.record(reward=(和, 个数))``。
+
+        各进程的和与个数分别相加，记录时是区间里的平均。每个进程都要调用，键与次序相同。
+        """
+        if not metrics:
+            return
+        values = torch.tensor([list(map(float, pair)) for pair in metrics.values()], dtype=self.stat_dtype)
+        totals = distributed.all_reduce_sum(values.to(self.device)).tolist()
+        interval = self.state.interval
+        for name, pair in zip(metrics, totals):
+            for part, value in zip(("sum", "count"), pair):
+                interval[f"{name}/{part}"] = interval.get(f"{name}/{part}", 0.0) + value
+
     def write_log(self, record: dict[str, Any]) -> None:
         """主进程写一行 JSON，同一份也交给记录工具。"""
         if self.log is not None:
@@ -277,14 +301,14 @@ class Run:
     def announce(self) -> None:
         """开始前的一段话：模型、数据、步数、精度、设备。"""
         args, peak = self.args, self.numerics["peak_flops"]
-        documents = getattr(self.train_ds, "num_documents", None)
+        row_length, documents = (getattr(self.train_ds, k, 0) for k in ("row_length", "num_documents"))
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         say(
             f"模型：{count_parameters(self.model) / 1e6:.2f}M 参数（训练 {trainable / 1e6:.2f}M），{self.weights.name}"
         )
         say(
-            f"数据：{len(self.train_ds):,} 行 × {args.max_seq_len} 词元"
-            + (f"，{documents:,} 篇文档" if documents else "")
+            f"数据：{len(self.train_ds):,} "
+            + (f"行 × {row_length} 词元，{documents:,} 篇文档" if row_length else "条")
             + (f"；验证 {len(self.val_ds):,} 行" if self.val_ds is not None else "")
         )
         rows = self.progress.global_batch * args.accumulation_steps
