@@ -547,7 +547,9 @@ class MoE(nn.Module):
         aligned = (
             x.shape[-1] % 8 == 0 and self.experts[0].gate_proj.out_features % 8 == 0
         )  # 内核要求 16 字节对齐
-        if x.is_cuda and dtype == torch.bfloat16 and aligned and hasattr(F, "grouped_mm"):  # torch>=2.10
+        # 分组乘法直接取 weight；专家的层被换过（加了 LoRA）时要走它们自己的 forward
+        plain = all(type(layer) is nn.Linear for layer in self.experts[0].children()) and aligned
+        if x.is_cuda and dtype == torch.bfloat16 and plain and hasattr(F, "grouped_mm"):  # torch>=2.10
             return self._experts_grouped(x.to(dtype), count)
         parts = x.split(count.tolist())
         return torch.cat([expert(part) for expert, part in zip(self.experts, parts)])
@@ -841,10 +843,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, target, loss_weight, chunk, need_grad):
         dtype = compute_dtype(hidden)
+        need_weight = need_grad and ctx.needs_input_grad[1]  # 输出头冻结（LoRA）时省一次矩阵乘
         with torch.autocast(hidden.device.type, enabled=False):
             w = weight.to(dtype)
             grad_hidden = torch.empty_like(hidden) if need_grad else None
-            grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_grad else None
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
             total = torch.zeros((), dtype=torch.float32, device=hidden.device)
             for start in range(0, hidden.shape[0], chunk):
                 rows = slice(start, start + chunk)
@@ -854,6 +857,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if need_grad:
                     grad = logp.exp_().scatter_add_(1, t, torch.full_like(lw, -1.0)).mul_(lw).to(dtype)
                     grad_hidden[rows] = grad @ w
+                if need_weight:
                     grad_weight += grad.t() @ h
         if need_grad:
             ctx.save_for_backward(grad_hidden, grad_weight)
@@ -863,7 +867,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_out, (grad_weight * grad_out).to(ctx.weight_dtype), None, None, None, None
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad_out).to(ctx.weight_dtype)
+        return grad_hidden * grad_out, grad_weight, None, None, None, None
 
 
 def linear_cross_entropy(
