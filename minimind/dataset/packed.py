@@ -99,7 +99,8 @@ class PackedDataset(CachedDataset):
         """
         Args:
             row_length: 行长 R，默认等于 ``max_length``。对话切不开，长度都略过半行时填充可达 7 %（例如
-                reason 数据在 340）；行长取 ``max_length`` 的 4 倍、批大小除以 4，位置数不变而填充不到 1 %。
+                reason 数据在 340）；行长取几倍、批大小除以同样的倍数，位置数不变而填充不到 2 %
+                （:func:`minimind.recipes.data.fill_rows` 自动这样做）。
         """
         super().__init__(*args, **kwargs)
         self.row_length = row_length or self.max_length

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from minimind.console import say
 from minimind.dataset.microworld import ensure_microworld
+from minimind.dataset.packed import PackedDataset
 from minimind.errors import UserError
 from minimind.paths import resolve_path
 
@@ -21,7 +23,14 @@ USUAL_FILES = {
         "sft_t2t_mini.jsonl",
         "sft_t2t.jsonl",
     ),
+    "lora_identity": ("lora_identity.jsonl",),
+    "dpo": ("dpo.jsonl",),
+    "reason": ("r1_mix_1024.jsonl",),
+    "rl": ("rlaif-mini.jsonl", "rlaif.jsonl"),
 }
+# 填充超过这个比例就换更长的行
+PADDING_LIMIT = 0.02
+LONGER_ROWS = (2, 4, 8)
 
 
 def training_files(
@@ -32,7 +41,7 @@ def training_files(
     没给 ``--data_path`` 时先找使用者放在 ``dataset/`` 下的惯用文件，再没有就用内置的微世界，并说一声。
 
     Args:
-        kind: 数据的种类，也是微世界里的文件名，例如 ``pretrain``、``sft``。
+        kind: 哪个阶段的数据，也是微世界里的文件名，例如 ``pretrain``、``sft``、``reason``。
         data_path, val_path: 命令行给的，可以没有。
 
     Raises:
@@ -59,18 +68,57 @@ def training_files(
     return world / f"{kind}.jsonl", validation or world / f"{kind}_heldout.jsonl"
 
 
-def open_datasets(cls: type, args: Any, tokenizer: Any) -> tuple[Any, Any]:
+def open_datasets(cls: type, args: Any, tokenizer: Any, stage: str | None = None) -> tuple[Any, Any]:
     """按参数打开 ``(训练集, 验证集)``；不验证（``--val_ratio 0``）或数据太少划不出时，验证集为 ``None``。
+
+    打包的数据填充太多时换更长的行，``args.batch_size`` 随之变小，每批的位置数不变。
 
     Args:
         cls: :mod:`minimind.dataset.lm_dataset` 里的数据集类。
+        stage: 哪个阶段的数据（见 :func:`training_files`），默认是 ``cls.kind``。
     """
-    data_path, val_path = training_files(cls.kind, args.data_path, args.val_path)
+    data_path, val_path = training_files(stage or cls.kind, args.data_path, args.val_path)
     common = {"max_length": args.max_seq_len, "seed": args.seed, "on_bad_line": args.on_bad_line}
+    whole = {} if val_path else {"split": "train", "val_ratio": args.val_ratio}
+    train_ds = cls(data_path, tokenizer, **common, **whole)
+    if issubclass(cls, PackedDataset):
+        train_ds, longer = fill_rows(
+            train_ds, args, lambda n: cls(data_path, tokenizer, row_length=n, **common, **whole)
+        )
+        common |= longer
     if val_path:
-        return cls(data_path, tokenizer, **common), cls(val_path, tokenizer, **common)
-    train_ds = cls(data_path, tokenizer, split="train", val_ratio=args.val_ratio, **common)
+        return train_ds, cls(val_path, tokenizer, **common)
     if not args.val_ratio:
         return train_ds, None
     val_ds = cls(data_path, tokenizer, split="val", val_ratio=args.val_ratio, **common)
     return train_ds, val_ds if len(val_ds) else None
+
+
+def fill_rows(dataset: Any, args: Any, reopen: Callable[[int], Any]) -> tuple[Any, dict[str, int]]:
+    """填充超过 2 % 就用更长的行重新拼：对话切不开，长度都略过半行时一行只装得下一段。
+
+    行长乘 f、``args.batch_size`` 除以 f（要能整除，取填充够少的最小的 f），一批的位置数与单段的最大长度都不变。
+
+    Args:
+        reopen: 用给定的行长重新打开同一份数据。
+
+    Returns:
+        ``(数据集, 验证集也该用的选项)``。
+    """
+    best, factor = dataset, 1
+    for candidate in LONGER_ROWS:
+        enough = best.stats["padding_share"] <= PADDING_LIMIT
+        # 行太少时，填充都在最后那一行，加长只会更多
+        if enough or args.batch_size % candidate or len(dataset) < candidate * args.batch_size:
+            continue
+        longer = reopen(args.max_seq_len * candidate)
+        if longer.stats["padding_share"] < best.stats["padding_share"]:
+            best, factor = longer, candidate
+    if factor == 1:
+        return dataset, {}
+    args.batch_size //= factor
+    say(
+        f"行长 {args.max_seq_len} 时填充占 {dataset.stats['padding_share']:.1%}；改为每行 {best.row_length}、"
+        f"每批 {args.batch_size} 行，填充降到 {best.stats['padding_share']:.1%}，每批的位置数不变。"
+    )
+    return best, {"row_length": best.row_length}
