@@ -1,0 +1,113 @@
+"""SPO 的记分牌：每个提示一个 Beta 分布，记住它大约有几成把握做对，充当这个提示的基线。
+
+来源：Xu & Ding 2025，Single-stream Policy Optimization，arXiv 2509.13232，3.1 与 3.3 节。
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# 记忆的保留率限制在这个区间：最快约每 8 次、最慢约每 25 次观察忘掉旧账
+RHO_MIN, RHO_MAX = 0.875, 0.96
+# 策略走过这么远（平均 |Δlogp|，单位 nat），旧观察的分量减半
+HALF_DIVERGENCE = 0.06
+# 抽提示时的底数：把握十足或毫无把握的也偶尔再看一眼
+EXPLORATION = 0.05
+
+
+class PromptTracker:
+    """每个提示的成功率估计 v = α / (α + β)，随策略变化而遗忘。
+
+    每看到一个得分 r ∈ [0, 1]::
+
+        α ← ρ·α + r，   β ← ρ·β + (1 − r)，   ρ = clip(2^(−D / D_half), 0.875, 0.96)
+
+    D 是这个提示上一条回答在现在与当时的策略下 |logp 之差| 的平均：策略变得多，旧账就忘得快；头一次见 D = 0。
+
+    Args:
+        size: 提示的个数。
+
+    Attributes:
+        alpha, beta: ``[size]`` fp64，开始都是 0.5（没有先验，v = 0.5）。
+        previous: 提示 → （上一条回答的词元 ``[n]`` int32，当时的对数概率 ``[n]`` fp32）。
+    """
+
+    def __init__(self, size: int, half_divergence: float = HALF_DIVERGENCE):
+        self.half_divergence = half_divergence
+        self.alpha = torch.full((size,), 0.5, dtype=torch.float64)
+        self.beta = torch.full((size,), 0.5, dtype=torch.float64)
+        self.previous: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def values(self, prompts: list[int]) -> Tensor:
+        """``[n]`` fp32，各提示的 v。"""
+        alpha, beta = self.alpha[prompts], self.beta[prompts]
+        return (alpha / (alpha + beta)).float()
+
+    def start(self, prompt: int, rewards: list[float]) -> None:
+        """用训练前的几条样本定起点：v₀ = (Σr + 0.5) / (n + 1)，分量 N₀ = 1 / (1 − 0.875) = 8 次观察。"""
+        count = 1 / (1 - RHO_MIN)
+        guess = (sum(rewards) + 0.5) / (len(rewards) + 1)
+        self.alpha[prompt], self.beta[prompt] = count * guess, count * (1 - guess)
+
+    def rho(self, divergence: float) -> float:
+        """保留率。"""
+        return min(max(2.0 ** (-divergence / self.half_divergence), RHO_MIN), RHO_MAX)
+
+    def update(self, prompt: int, reward: float, divergence: float, ids: Tensor, logp: Tensor) -> None:
+        """记下一次观察。
+
+        Args:
+            reward: [0, 1]。
+            divergence: D；头一次见给 0。
+            ids, logp: ``[n]``，这条回答与采样时的对数概率，下次见到这个提示时用来算 D。
+
+        Raises:
+            ValueError: 得分不在 [0, 1]。
+        """
+        if not 0 <= reward <= 1:
+            raise ValueError(f"得分 {reward} 不在 0 到 1 之间")
+        rho = self.rho(divergence)
+        self.alpha[prompt] = rho * self.alpha[prompt] + reward
+        self.beta[prompt] = rho * self.beta[prompt] + (1 - reward)
+        self.previous[prompt] = (ids.to(torch.int32), logp.float())
+
+    def sampling_weights(self) -> Tensor:
+        """``[size]``：抽到各提示的权重 sqrt(v(1 − v)) + 0.05，拿不准的多练。"""
+        v = self.alpha / (self.alpha + self.beta)
+        return (v * (1 - v)).clamp_min(0).sqrt() + EXPLORATION
+
+    def draw(self, count: int, seed: int) -> list[int]:
+        """按权重抽 ``count`` 个不同的提示（提示不够时一轮轮地抽）；同一种子各进程抽到的相同。"""
+        generator, weights, drawn = torch.Generator().manual_seed(seed), self.sampling_weights(), []
+        while len(drawn) < count:
+            n = min(count - len(drawn), len(weights))
+            drawn += torch.multinomial(weights, n, replacement=False, generator=generator).tolist()
+        return drawn
+
+    def state_dict(self) -> dict[str, Any]:
+        prompts = sorted(self.previous)
+        ids, logps = ([self.previous[p][k] for p in prompts] for k in (0, 1))
+        return {
+            "alpha": self.alpha.clone(),
+            "beta": self.beta.clone(),
+            "prompts": torch.tensor(prompts, dtype=torch.int64),
+            "lengths": torch.tensor([len(x) for x in ids], dtype=torch.int64),
+            "ids": torch.cat(ids) if ids else torch.empty(0, dtype=torch.int32),
+            "logps": torch.cat(logps) if logps else torch.empty(0),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """读回 :meth:`state_dict`。
+
+        Raises:
+            ValueError: 提示的个数不同。
+        """
+        if len(state["alpha"]) != len(self.alpha):
+            raise ValueError(f"存档里有 {len(state['alpha'])} 个提示，现在是 {len(self.alpha)} 个")
+        self.alpha, self.beta = state["alpha"].clone(), state["beta"].clone()
+        lengths = state["lengths"].tolist()
+        parts = zip(state["prompts"].tolist(), state["ids"].split(lengths), state["logps"].split(lengths))
+        self.previous = {prompt: (ids, logp) for prompt, ids, logp in parts}
