@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minimind.errors import UserError
+from minimind.inference.engine import context_length, room_for_prompt
 from minimind.inference.kv_cache import StaticKVCache
 from minimind.inference.sampling import GREEDY, SamplingParams, sample
 
@@ -31,28 +31,6 @@ class Completion:
 
     ids: list[int]
     finished: bool
-
-
-def context_length(model: torch.nn.Module) -> int:
-    """模型位置表的长度，即提示加回答最多多少个 token。"""
-    return int(model.config.max_position_embeddings)
-
-
-def room_for_prompt(prompt_length: int, max_new_tokens: int, context: int) -> int:
-    """还能生成多少个 token。
-
-    Raises:
-        UserError: 提示为空，或提示已占满上下文。
-    """
-    if prompt_length == 0:
-        raise UserError("提示里没有任何 token", expected="至少一个 token", fix="输入一些文字")
-    if prompt_length >= context:
-        raise UserError(
-            f"提示有 {prompt_length} 个 token，模型的上下文只有 {context} 个",
-            expected=f"提示不超过 {context - 1} 个 token，至少留一个给回答",
-            fix="缩短提示或减少 --historys 携带的历史",
-        )
-    return min(max_new_tokens, context - prompt_length)
 
 
 def new_cache(model: torch.nn.Module, batch_size: int, max_length: int):

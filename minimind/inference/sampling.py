@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -131,3 +133,84 @@ def sample(
     logits = filter_logits(logits / params.temperature, params.top_k, params.top_p, params.min_p)
     probs = torch.softmax(logits, dim=-1)
     return torch.multinomial(probs, num_samples=1, generator=generator).squeeze(-1)
+
+
+# ---------------------------------------------------------------- 各行各的参数与随机数（引擎用）
+
+
+def uniforms(seed: int, index: int, count: int) -> np.ndarray:
+    """第 ``index`` 个样本第 0…count−1 步的均匀随机数，``[count]`` fp32，取值 [0, 1)。
+
+    由计数器式发生器（Philox，Salmon 2011）按 ``(seed, index)`` 直接算出，与别的请求、批的大小、先来后到都无关。
+    """
+    key = np.array([seed % 2**64, index], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key)).random(count, dtype=np.float32)
+
+
+def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """逆分布函数抽样：累计概率第一个超过 ``uniform`` 的 token。
+
+    一次取最大、一次取指数、一次累加，归一化常数就是累计的末项；对数概率只算抽中的那一个。
+
+    Args:
+        logits: ``[B, V]`` fp32，会被改写；不许抽的是 ``-inf``。
+        temperature: 大于 0；等于 0 时取最大的，对数概率按温度 1。
+        uniform: ``[B]``，[0, 1)。
+
+    Returns:
+        token ``[B]`` int64 与它在抽样分布下的对数概率 ``[B]`` fp32。
+    """
+    if temperature not in (0.0, 1.0):
+        logits.div_(temperature)
+    top, best = logits.max(dim=-1, keepdim=True)
+    if temperature == 0:
+        return best[:, 0], -(logits - top).exp_().sum(-1).log_()
+    weight = (logits - top).exp_()
+    # 卡上并行累加次序不定，fp32 下末几位会乱；CPU 内部本来就用双精度累加
+    cumulative = weight.cumsum(-1, dtype=torch.float64 if weight.is_cuda else None)
+    total = cumulative[:, -1:]
+    # 乘积可能因舍入等于末项，那样就没有谁超过它了
+    target = torch.minimum(uniform[:, None].to(total.dtype) * total, total * (1 - 1e-6))
+    ids = torch.searchsorted(cumulative, target, right=True)
+    logp = logits.gather(1, ids) - top - total.log().float()
+    return ids[:, 0], logp[:, 0]
+
+
+def sample_rows(
+    logits: Tensor, params: Sequence[SamplingParams], uniform: Tensor, seen: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """每行按自己的参数抽下一个 token；参数相同的行一起算。
+
+    Args:
+        logits: ``[B, V]``。
+        params: 长 B。
+        uniform: ``[B]``，各行这一步的随机数。
+        seen: ``[B, V]`` bool，有重复惩罚时要。
+
+    Returns:
+        token ``[B]`` 与行为策略的对数概率 ``[B]``：惩罚、温度与截断之后真正抽样的那个分布；贪心时按温度 1。
+    """
+    logits = logits.float() if logits.dtype != torch.float32 else logits
+    groups: dict[SamplingParams, list[int]] = {}
+    for row, one in enumerate(params):
+        groups.setdefault(replace(one, seed=None) if one.seed is not None else one, []).append(row)
+    if len(groups) == 1:
+        return _sample_same(logits, next(iter(groups)), uniform, seen)
+    ids = torch.empty(len(params), dtype=torch.long, device=logits.device)
+    logp = torch.empty(len(params), device=logits.device)
+    for one, rows in groups.items():
+        index = torch.tensor(rows, device=logits.device)
+        part = _sample_same(logits[index], one, uniform[index], None if seen is None else seen[index])
+        ids[index], logp[index] = part
+    return ids, logp
+
+
+def _sample_same(
+    logits: Tensor, params: SamplingParams, uniform: Tensor, seen: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if seen is not None:
+        logits = apply_repetition_penalty(logits, seen, params.repetition_penalty)
+    if params.temperature and (params.top_k or params.top_p < 1 or params.min_p):
+        scaled = filter_logits(logits / params.temperature, params.top_k, params.top_p, params.min_p)
+        return draw(scaled, 1.0, uniform)
+    return draw(logits, params.temperature, uniform)
