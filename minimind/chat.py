@@ -41,7 +41,11 @@ class ChatArguments:
     load_from: str = arg("model", "model 表示本项目训练的 .pth 权重；也可以是 Hugging Face 格式的模型目录")
     save_dir: str = arg("out", "权重所在的目录")
     weight: str = arg("full_sft", "权重的名字：pretrain、full_sft、dpo、reason、ppo_actor、grpo、spo……")
-    lora_weight: str = arg("None", "叠加的 LoRA 权重名，例如 lora_identity；None 表示不用")
+    lora_weight: str = arg(
+        "None",
+        "叠加的 LoRA：{save_dir}/lora 下的名字（如 lora_identity）或 .pth 路径；逗号分隔几份，"
+        "各自的增量相加（a,b 与 b,a 相同）；None 表示不用",
+    )
     hidden_size: int | None = arg(None, "隐层宽度；不给则由权重文件决定")
     num_hidden_layers: int | None = arg(None, "层数；不给则由权重旁的 JSON 决定，没有 JSON 时为 8")
     use_moe: int | None = arg(None, "是否混合专家；不给则由权重文件决定", (0, 1))

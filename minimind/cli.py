@@ -25,6 +25,8 @@ COMMANDS = {
     "chat": Command("minimind.chat:main", "与训练好的模型对话（同 python eval_llm.py）", "先试试"),
     "pretrain": Command("minimind.recipes.pretrain:main", "预训练", "训练"),
     "sft": Command("minimind.recipes.full_sft:main", "全参数监督微调", "训练"),
+    "lora": Command("minimind.recipes.lora:main", "LoRA 微调：只训练低秩增量", "训练"),
+    "reason": Command("minimind.recipes.reason:main", "推理微调：先想再答", "训练"),
     "report": Command("minimind.report.training:main", "把训练日志画成曲线，写成报告", "训练"),
     "tokenizer train": Command("minimind.tokenizer.train:main_train", "训练分词器", "分词器"),
     "tokenizer eval": Command("minimind.tokenizer.eval:main_eval", "比较分词器的压缩率", "分词器"),

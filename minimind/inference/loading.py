@@ -16,6 +16,7 @@ from minimind.paths import resolve_path
 from minimind.tokenizer import load_tokenizer
 from minimind.tokenizer.loading import codec_of
 from minimind.tokenizer.special import IM_END
+from minimind.trainer.adapters import adapter_names, merge_adapters
 from minimind.trainer.checkpoint import file_stem, read_sidecar, sidecar_path
 from minimind.trainer.device import choose_dtype, device_name, resolve_device
 from minimind.trainer.trainer_utils import init_model
@@ -65,6 +66,8 @@ def load_for_inference(
 ) -> Loaded:
     """按 :mod:`eval_llm` 的参数打开模型；尺寸参数为 ``None`` 时由权重旁的 JSON 决定。
 
+    ``lora_weight`` 里的各份 LoRA 在 fp32 下依次合并进权重（W + Δ₁ + Δ₂ + …），之后再转成推理精度，生成时不多花计算。
+
     Raises:
         UserError: 设备不可用、权重不存在、尺寸不符、目录不是模型。
     """
@@ -77,7 +80,13 @@ def load_for_inference(
             "arch": arch,
         }
         loaded = _load_native(weight, save_dir, sizes, tokenizer_path, inference_rope_scaling)
-        _require_no_lora(lora_weight, loaded, save_dir)
+        merge_adapters(loaded.model, adapter_names(lora_weight), save_dir)
+    elif adapter_names(lora_weight):
+        raise UserError(
+            f"--lora_weight {lora_weight} 只能叠加在本项目的 .pth 权重上",
+            where=f"--load_from {load_from}",
+            fix="去掉 --load_from，或先用 minimind export merge 把 LoRA 合并进去",
+        )
     else:
         loaded = _load_folder(load_from, weight, tokenizer_path)
     precision = choose_dtype(dtype, target)
@@ -130,21 +139,6 @@ def find_weights(weight: str, save_dir: str, hidden_size: int | None, use_moe: b
             f"有 {len(found)} 个 {weight} 权重，用最新的 {newest.name}；用 --hidden_size、--use_moe 指定别的。"
         )
     return newest
-
-
-def _require_no_lora(lora_weight: str, loaded: Loaded, save_dir: str) -> None:
-    """LoRA 的加载随 LoRA 配方一起到来；在那之前给出清楚的答复，而不是悄悄忽略。"""
-    if lora_weight in ("None", "none", ""):
-        return
-    name = lora_weight.removeprefix("lora_")
-    path = resolve_path(save_dir) / "lora" / f"{file_stem(loaded.model.config, lora_weight)}.pth"
-    if not path.is_file():
-        raise UserError(
-            f"还没有训练过 LoRA 权重 {lora_weight}",
-            where=str(path),
-            fix=f"先运行 python trainer/train_lora.py --lora_name lora_{name}，或去掉 --lora_weight",
-        )
-    raise UserError("这个版本还不能加载 LoRA 权重", where=str(path), fix="去掉 --lora_weight")
 
 
 def _load_folder(folder: str, weight: str, tokenizer_path: str | None) -> Loaded:

@@ -1,0 +1,115 @@
+"""LoRA 微调：底座一位不动，只学一个几十分之一大的增量。
+
+每个选中的线性层 y = W·x 换成::
+
+    y = W·x + (alpha / r) · B·(A·x)，   A [r, in]，B [out, r]
+
+只有 A、B 受训练并保存。A 随机、B 为零，所以第 0 步的模型就是底座。目标与监督微调相同：助手的词元上的交叉熵。
+训练完得到 ``out/lora/{lora_name}_{hidden_size}[_moe].pth``，可以随时叠加、合并或去掉，底座只存一份。
+
+来源：Hu et al. 2021（LoRA，arXiv 2106.09685，式 3）。结构在 :mod:`minimind.model.model_lora`。
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from minimind.arguments import arg, override, parse_args
+from minimind.console import say
+from minimind.dataset import SFTDataset, collate_packed
+from minimind.errors import UserError, guard
+from minimind.model.model_lora import apply_lora, lora_state_dict
+from minimind.paths import resolve_path
+from minimind.recipes.data import open_datasets
+from minimind.trainer.adapters import adapter_path, base_fingerprint
+from minimind.trainer.loop import TrainResult, language_model_loss, train
+from minimind.trainer.train_args import TrainArguments
+from minimind.trainer.trainer_utils import init_model, model_config, shutdown_distributed, start_run
+
+
+@dataclass
+class LoRAArguments(TrainArguments):
+    """LoRA 微调：只训练低秩增量，换身份、换口吻、补一个领域。"""
+
+    lora_name: str = arg(
+        "lora_identity", "LoRA 的名字，写到 {save_dir}/lora/{lora_name}_{hidden_size}[_moe].pth"
+    )
+    lora_rank: int = arg(8, "秩 r：增量的自由度，越大能改得越多、文件越大")
+    lora_alpha: float = arg(16.0, "缩放：增量乘 alpha / r")
+    lora_targets: str = arg(
+        "all",
+        "加在哪些层上：all 注意力与前馈的全部线性层（含各专家），square 只要方阵（q_proj、o_proj，公共项目的选法），"
+        "或逗号分隔的层名，如 q_proj,v_proj",
+    )
+    save_weight: str = override(TrainArguments, "save_weight", "lora_identity")
+    from_weight: str = override(TrainArguments, "from_weight", "full_sft")
+    epochs: int = override(TrainArguments, "epochs", 50)
+    optimizer: str = override(TrainArguments, "optimizer", "adamw")
+    weight_decay: float = override(TrainArguments, "weight_decay", 0.0)
+
+    LEARNING_RATE_TIMES_WIDTH = 0.5
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.save_weight = self.lora_name  # 续训存档与日志也用 LoRA 的名字
+        for name in ("lora_rank", "lora_alpha"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"值是 {getattr(self, name)}", where=f"--{name}", expected="大于 0")
+
+
+def add_lora(model: nn.Module, args: LoRAArguments) -> None:
+    """按参数加上 LoRA、冻结底座；设置写进模型的配置，随旁注与续训存档走，续训时据此核对。"""
+    base = {"weight": args.from_weight, "fingerprint": base_fingerprint(model)}
+    try:
+        modules = apply_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets)
+    except ValueError as error:
+        raise UserError(str(error), where="--lora_targets") from error
+    model.config.lora = {
+        "rank": args.lora_rank,
+        "alpha": args.lora_alpha,
+        "targets": args.lora_targets,
+        "base": base,
+    }
+    trained = sum(value.numel() for value in lora_state_dict(model).values())
+    total = sum(p.numel() for p in model.parameters()) - trained
+    say(
+        f"LoRA：秩 {args.lora_rank}，alpha {args.lora_alpha:g}，加在 {len(modules)} 层上，"
+        f"{trained:,} 个参数，是底座的 {trained / total:.1%}。"
+    )
+
+
+def run(args: LoRAArguments) -> TrainResult:
+    """按参数训练一次；返回 LoRA 权重的位置与最后的指标。"""
+    device = start_run(args)
+    config = model_config(args)
+    model, tokenizer = init_model(config, args.from_weight, args.tokenizer_path, args.save_dir, device)
+    add_lora(model, args)
+    own = f"dataset/{args.lora_name}.jsonl"
+    if not args.data_path and resolve_path(own).is_file():
+        say(f"没有给 --data_path，用 {own}。")
+        args.data_path = own
+    train_ds, val_ds = open_datasets(SFTDataset, args, tokenizer, "lora_identity")
+    return train(
+        args,
+        model,
+        tokenizer,
+        train_ds,
+        language_model_loss,
+        collate=collate_packed,
+        val_ds=val_ds,
+        recipe="lora",
+        weights=adapter_path(config, args.lora_name, args.save_dir),
+        weights_of=lora_state_dict,
+    )
+
+
+@guard
+def main(argv: list[str] | None = None) -> None:
+    """命令行入口。"""
+    args = parse_args(LoRAArguments, argv)
+    try:
+        run(args)
+    finally:
+        shutdown_distributed()

@@ -1,0 +1,124 @@
+"""推理微调：先把过程写在 ``<think>`` 里，再把结论写在 ``<answer>`` 里。
+
+一步说出答案要求模型在一次前向里算完；把中间结果写出来，每一步都能看见前面写过的数（Wei et al. 2022，
+arXiv 2201.11903）。损失是助手词元上的加权交叉熵，四个标签各只有一个词元，却决定格式的成败，所以加重::
+
+    L = − Σ_t w_t · m_t · log p_θ(x_t | x_<t)  /  Σ_t w_t · m_t，   w_t = 10（x_t 是四个标签之一），否则 1
+
+m_t 同监督微调（含结束回合的 ``<|im_end|>``，模型由它学会停）。加权看的是 *单个词元的编号*，不是文字：使用者在问题里
+打出 ``<think>`` 只是普通字符，何况那里 m_t = 0。
+
+数据里推理可以写在 ``reasoning_content`` 字段，也可以直接写在 ``content`` 里（公共项目的写法）。
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minimind.arguments import arg, override, parse_args
+from minimind.console import say
+from minimind.dataset import SFTDataset, collate_packed
+from minimind.errors import UserError, guard
+from minimind.recipes.data import open_datasets
+from minimind.tokenizer.loading import codec_of
+from minimind.tokenizer.special import ANSWER, END_ANSWER, END_THINK, THINK
+from minimind.trainer.loop import TrainResult, language_model_loss, train
+from minimind.trainer.train_args import TrainArguments
+from minimind.trainer.trainer_utils import init_model, model_config, shutdown_distributed, start_run
+
+REASON_TAGS = (THINK, END_THINK, ANSWER, END_ANSWER)
+
+
+@dataclass
+class ReasonArguments(TrainArguments):
+    """推理微调：先想（<think>）再答（<answer>）。"""
+
+    tag_weight: float = arg(10.0, "四个标签词元的损失权重；1 表示与别的词元一样")
+    save_weight: str = override(TrainArguments, "save_weight", "reason")
+    from_weight: str = override(TrainArguments, "from_weight", "full_sft")
+    batch_size: int = override(TrainArguments, "batch_size", 8)
+
+    LEARNING_RATE_TIMES_WIDTH = 0.5
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.tag_weight > 0:
+            raise UserError(f"值是 {self.tag_weight}", where="--tag_weight", expected="大于 0")
+
+
+def tag_ids(tokenizer: Any) -> list[int]:
+    """四个标签的词元编号；分词器没有设成单个词元的标签不在其中。"""
+    controls = codec_of(tokenizer).controls
+    return [controls[tag] for tag in REASON_TAGS if tag in controls]
+
+
+def tag_weights(labels: Tensor, ids: list[int], weight: float) -> Tensor:
+    """每个目标的损失权重。
+
+    Args:
+        labels: ``[B, T]``，-100 不是目标。
+        ids: 要加重的词元编号。
+        weight: 它们的权重，其余为 1。
+
+    Returns:
+        ``[B, T]`` float32。
+    """
+    is_tag = torch.isin(labels, torch.tensor(ids, dtype=labels.dtype))
+    return torch.where(is_tag, weight, 1.0)
+
+
+def weighted(collate: Callable[[list[Any]], dict[str, Any]], ids: list[int], weight: float) -> Callable:
+    """给拼好的批加上 ``loss_weights``；损失的分母随之是权重之和。"""
+
+    def with_weights(rows: list[Any]) -> dict[str, Any]:
+        batch = collate(rows)
+        return {**batch, "loss_weights": tag_weights(batch["labels"], ids, weight)}
+
+    return with_weights
+
+
+def tag_words(dataset: Any, ids: list[int], rows: int = 64) -> str:
+    """开训前的一句话：目标里标签占多少；没有标签时说清加权不起作用。"""
+    labels = torch.cat([dataset[i]["labels"] for i in range(min(rows, len(dataset)))])
+    targets, tags = int((labels >= 0).sum()), int(torch.isin(labels, torch.tensor(ids)).sum())
+    if not tags:
+        return "留意：看过的目标里没有 <think>、<answer> 标签，加权不起作用；数据要有 reasoning_content 或在正文里写标签。"
+    return f"推理标签占目标的 {tags / targets:.1%}。"
+
+
+def run(args: ReasonArguments) -> TrainResult:
+    """按参数训练一次；返回权重位置与最后的指标。"""
+    device = start_run(args)
+    model, tokenizer = init_model(
+        model_config(args), args.from_weight, args.tokenizer_path, args.save_dir, device
+    )
+    ids = tag_ids(tokenizer)
+    if len(ids) < len(REASON_TAGS):
+        say("留意：这个分词器没有把 <think> 等标签都设成单个词元，缺的那些不加权。")
+    train_ds, val_ds = open_datasets(SFTDataset, args, tokenizer, "reason")
+    say(tag_words(train_ds, ids))
+    return train(
+        args,
+        model,
+        tokenizer,
+        train_ds,
+        language_model_loss,
+        collate=weighted(collate_packed, ids, args.tag_weight),
+        val_ds=val_ds,
+        recipe="reason",
+    )
+
+
+@guard
+def main(argv: list[str] | None = None) -> None:
+    """命令行入口。"""
+    args = parse_args(ReasonArguments, argv)
+    try:
+        run(args)
+    finally:
+        shutdown_distributed()

@@ -1,0 +1,10 @@
+"""LoRA 微调：``python trainer/train_lora.py --epochs 50 --batch_size 32``；正文在 minimind/recipes/lora.py。"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from minimind.recipes.lora import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,10 @@
+"""推理微调：``python trainer/train_reason.py --epochs 1 --batch_size 8``；正文在 minimind/recipes/reason.py。"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from minimind.recipes.reason import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())
