@@ -213,6 +213,7 @@ def log_interval(run: Run, epoch: int, lr: float) -> dict[str, Any]:
     args, state, progress, sums = run.args, run.state, run.progress, run.state.interval
     run.train_loss = sums["loss"] / sums["count"] if sums.get("count") else math.nan
     speed = sums.get("tokens", 0.0) / max(sums["seconds"], 1e-9)
+    extras = interval_metrics(sums)
     record: dict[str, Any] = {
         "step": state.step,
         "epoch": epoch + 1,
@@ -222,7 +223,7 @@ def log_interval(run: Run, epoch: int, lr: float) -> dict[str, Any]:
         "tokens": int(state.tokens),
         "tokens_per_s": speed,
         "time": state.seconds,
-        **interval_metrics(sums),
+        **extras,
     }
     if sums.get("skipped"):
         record["skipped_steps"] = int(sums["skipped"])
@@ -238,7 +239,7 @@ def log_interval(run: Run, epoch: int, lr: float) -> dict[str, Any]:
         events_left(state.step, progress.total_steps, args.eval_interval) if run.evaluates else 0,
         events_left(state.step, progress.total_steps, args.save_interval),
     )
-    metrics = "".join(f" {k} {record[k]:.4f}" for k in interval_metrics(sums))
+    metrics = "".join(f" {k} {v:.4f}" for k, v in extras.items())
     if run.meter.seen >= FIRST_STEPS and not run.announced_total:
         run.announced_total = True
         say(f"按现在的速度，本次全程约 {format_duration(run.meter.elapsed() + left)}（含验证与存盘）。")

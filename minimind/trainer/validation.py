@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from minimind.trainer.device import autocast_context, preserved_rng
-from minimind.trainer.distributed import all_reduce_sum, rank, world_size
+from minimind.trainer.distributed import all_reduce_sum, gather_objects, rank, world_size
 from minimind.trainer.sampler import epoch_order
 
 
@@ -51,7 +51,7 @@ def validate(
 
     每字节比特数 = Σ 负对数似然 / ln 2 / 目标文本的 UTF-8 字节数；文档结束符的代价计入分子，
     所以它是“把这些文本连同边界编码下来”每字节要多少比特。``compute_loss`` 的 metrics 里有 ``ce`` 时用它
-    （例如蒸馏的损失不是交叉熵），否则用 ``loss_sum``；目标带权重时没有这个量。
+    （例如蒸馏的损失不是交叉熵），否则用 ``loss_sum``；目标带权重、或损失不按词元计数（偏好对）时没有这个量。
 
     Args:
         byte_lengths: ``[V]`` 每个词元的字节数；``None`` 时不算每字节比特数。
@@ -59,12 +59,13 @@ def validate(
         should_stop: 返回 True 时立刻放弃（收到了退出信号）。
 
     Returns:
-        ``{"val_loss", "val_bpb"?}``；被放弃时返回 None。
+        ``{"val_loss", "val_bpb"?}``，以及 metrics 各项的平均 ``val_<名字>``；被放弃时返回 None。
     """
     was_training = model.training
     model.eval()
     rows = epoch_order(len(val_ds), 0, 0)[: max_rows or None].sort().values[rank() :: world_size()].tolist()
     sums = torch.zeros(5, dtype=torch.float64)  # 损失、目标数、负对数似然、字节数、放弃
+    extras: dict[str, list[float]] = {}  # 各项 metrics 的 [和, 个数]
     try:
         with preserved_rng(device), autocast_context(device, dtype):
             for start in range(0, len(rows), batch_size):
@@ -75,7 +76,10 @@ def validate(
                 loss_sum, count, metrics = compute_loss(model, to_device(batch, device))
                 sums[0] += float(loss_sum)
                 sums[1] += float(count)
-                if byte_lengths is not None and "labels" in batch and "loss_weights" not in batch:
+                for name, value in metrics.items():
+                    pair = value if isinstance(value, tuple) else (value, count)
+                    extras[name] = [a + float(b) for a, b in zip(extras.get(name, (0.0, 0.0)), pair)]
+                if byte_lengths is not None and per_token(batch, float(count)):
                     ce = metrics.get("ce", loss_sum)
                     sums[2] += float(ce[0] if isinstance(ce, tuple) else ce)
                     sums[3] += count_bytes(batch, byte_lengths)
@@ -88,4 +92,13 @@ def validate(
     result = {"val_loss": loss / max(count, 1.0)}
     if n_bytes:
         result["val_bpb"] = nll / math.log(2) / n_bytes
+    parts = gather_objects(extras)  # 行数少时有的进程一行也没分到，没有这些项
+    for name in dict.fromkeys(name for part in parts for name in part):
+        total, number = map(sum, zip(*(part[name] for part in parts if name in part)))
+        result[f"val_{name}"] = total / max(number, 1.0)
     return result
+
+
+def per_token(batch: dict[str, Any], count: float) -> bool:
+    """损失是不是目标词元上不带权重的和。"""
+    return "labels" in batch and "loss_weights" not in batch and count == count_targets(batch)

@@ -1,0 +1,146 @@
+"""直接偏好优化（DPO）：给同一个问题一好一坏两个回答，让模型更愿意说好的那个。
+
+RLHF 先训奖励模型，再拿它做强化学习。DPO 证明这两步可以合成一步：最优策略与奖励一一对应，
+r(x, y) = β·log(π(y|x) / μ(y|x)) + 与 y 无关的一项，于是“好的奖励高于坏的”直接就是一个分类损失::
+
+    h = [log π(y_w|x) − log μ(y_w|x)] − [log π(y_l|x) − log μ(y_l|x)]
+    L = − mean log σ(β·h)
+
+π 是正在训练的策略，μ 是不动的参考模型（从同一个权重出发，所以开头 h = 0、损失 ln 2 = 0.693），y_w、y_l 是好坏
+两个回答，log π(y|x) 在整个回答（含结束符）上求 *和*。β 大则离参考模型近。另有按词元平均的 ``ipo``、
+长度归一的 ``sigmoid_norm`` 与标签平滑，公式见 :mod:`minimind.trainer.preference`。
+
+参考模型不变，它的对数概率训练前算一遍存着（:mod:`minimind.trainer.reference`），显存里只有一个模型。
+
+来源：Rafailov et al. 2023，arXiv 2305.18290，式 7。
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from minimind.arguments import arg, override, parse_args
+from minimind.dataset import DPODataset
+from minimind.errors import UserError, guard
+from minimind.recipes.data import open_datasets
+from minimind.trainer.device import choose_dtype
+from minimind.trainer.loop import TrainResult, train
+from minimind.trainer.preference import LOSS_TYPES, preference_loss, sequence_logprobs
+from minimind.trainer.reference import PairsWithReference, cached_pair_logprobs, weights_hash
+from minimind.trainer.train_args import ON_OFF, TrainArguments
+from minimind.trainer.trainer_utils import init_model, model_config, shutdown_distributed, start_run
+
+
+@dataclass
+class DPOArguments(TrainArguments):
+    """直接偏好优化：让模型更愿意说好的那个回答。"""
+
+    save_weight: str = override(TrainArguments, "save_weight", "dpo")
+    from_weight: str = override(TrainArguments, "from_weight", "full_sft")
+    epochs: int = override(TrainArguments, "epochs", 1)
+    batch_size: int = override(TrainArguments, "batch_size", 4)
+    max_seq_len: int = override(TrainArguments, "max_seq_len", 1024)
+
+    beta: float = arg(0.1, "离参考模型多近，大则近；sigmoid_norm 用按词元平均的差，要大得多（约 2）")
+    loss_type: str = arg("sigmoid", "损失：sigmoid（标准）、sigmoid_norm（按长度归一）或 ipo", LOSS_TYPES)
+    label_smoothing: float = arg(0.0, "假定有这么大比例的偏好标反了（保守 DPO），0 到 0.5")
+    cache_reference: int = arg(
+        1, "参考模型的对数概率：1 训练前算一遍存着，0 训练时带着参考模型现算（多占一份权重）", ON_OFF
+    )
+
+    LEARNING_RATE_TIMES_WIDTH = 0.05
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.beta > 0:
+            raise UserError(f"值是 {self.beta}", where="--beta", expected="大于 0，通常 0.05 到 0.5")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise UserError(
+                f"值是 {self.label_smoothing}", where="--label_smoothing", expected="0 到 0.5（不含）"
+            )
+
+
+def dpo_loss(model: nn.Module, batch: dict[str, Any], args: DPOArguments, reference: nn.Module | None = None):
+    """训练循环要的 ``(损失和, 对数, metrics)``；``reference`` 为 ``None`` 时用批里带着的参考值。"""
+    policy = sequence_logprobs(model, batch)
+    if reference is None:
+        reference_logps = batch["reference_logps"]
+    else:
+        with torch.no_grad():
+            reference_logps = sequence_logprobs(reference, batch).logps
+    result = preference_loss(
+        policy.logps,
+        reference_logps,
+        policy.lengths,
+        beta=args.beta,
+        loss_type=args.loss_type,
+        label_smoothing=args.label_smoothing,
+    )
+    pairs = batch["num_pairs"]
+    return result.losses.sum() + policy.aux_loss * pairs, pairs, result.metrics()
+
+
+def health(record: dict[str, float]) -> list[str]:
+    """由一行日志看出的毛病。"""
+    found = []
+    if record["step"] >= 50 and record["accuracy"] < 0.55:
+        found.append(
+            "准确率还在 50 % 上下，模型没学到偏好：学习率太小，或 chosen 与 rejected 的差别不一致（标反了？）。"
+        )
+    if record["reward_chosen"] < -1 and record["reward_rejected"] < -1:
+        found.append(
+            "好坏两个回答的概率都在大跌，模型正在走样：加大 --beta、减小 --learning_rate 或少训几步。"
+        )
+    if record["margin"] > 10:
+        found.append("优势已经很大，偏好早就分开了，再训下去只会离参考模型越来越远：可以停了。")
+    return found
+
+
+def run(args: DPOArguments) -> TrainResult:
+    """按参数训练一次；返回权重位置与最后的指标。"""
+    device = start_run(args)
+    model, tokenizer = init_model(
+        model_config(args), args.from_weight, args.tokenizer_path, args.save_dir, device
+    )
+    key = weights_hash(model)
+    reference = None if args.cache_reference else copy.deepcopy(model).eval().requires_grad_(False)
+
+    def with_reference(pairs, name):
+        if pairs is None:
+            return None
+        logps = None
+        if reference is None:
+            dtype = choose_dtype(args.dtype, device)  # CPU 上的 auto 是 float32：只算一遍，不必为它测速
+            logps = cached_pair_logprobs(
+                model, pairs, key=key, batch_size=2 * args.batch_size, dtype=dtype, description=name
+            )
+        return PairsWithReference(pairs, logps, key)
+
+    train_ds, val_ds = open_datasets(DPODataset, args, tokenizer)
+    return train(
+        args,
+        model,
+        tokenizer,
+        with_reference(train_ds, "参考模型（训练集）"),
+        partial(dpo_loss, args=args, reference=reference),
+        val_ds=with_reference(val_ds, "参考模型（验证集）"),
+        recipe="dpo",
+        count=lambda batch: float(batch["num_pairs"]),
+        health=health,
+    )
+
+
+@guard
+def main(argv: list[str] | None = None) -> None:
+    """命令行入口。"""
+    args = parse_args(DPOArguments, argv)
+    try:
+        run(args)
+    finally:
+        shutdown_distributed()

@@ -1,0 +1,136 @@
+"""参考模型的对数概率：训练前算一遍存下来，训练时不必再带着第二个模型。
+
+缓存放在分词缓存旁边（``.cache/minimind/reference/``），键由数据指纹与参考权重的内容决定：换了数据、截断长度、
+分词器或参考权重都会重算；续训、换学习率再训一次都直接读。整个文件夹随时可以删。
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from minimind.console import progress, say
+from minimind.dataset.cache import cache_root
+from minimind.trainer import distributed
+from minimind.trainer.checkpoint import atomic_write, load_file
+from minimind.trainer.device import autocast_context, preserved_rng
+from minimind.trainer.preference import sequence_logprobs
+from minimind.trainer.validation import to_device
+
+# 按长度排好再切批，免得短的陪长的填充；一次只取这么多批来排，大数据也不必先全读一遍
+SORTED_BATCHES = 64
+
+
+def weights_hash(model: nn.Module) -> str:
+    """权重内容的指纹：键、形状与逐字节的值。"""
+    digest = hashlib.blake2b(digest_size=12)
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def pair_logprobs(
+    model: nn.Module, pairs: Dataset, *, batch_size: int, dtype: torch.dtype, description: str
+) -> Tensor:
+    """每一对的 ``[好, 坏]`` 对数概率之和，``[P, 2]`` fp32；多进程时各算一份再合起来。
+
+    Args:
+        model: 参考模型，已在设备上。
+        pairs: :class:`minimind.dataset.DPODataset`。
+        batch_size: 一次多少对。
+        dtype: 前向的精度。
+        description: 进度条上的字。
+    """
+    device, was_training = next(model.parameters()).device, model.training
+    rank, world = distributed.rank(), distributed.world_size()
+    mine, result = range(rank, len(pairs), world), torch.zeros(len(pairs), 2)
+    model.eval()
+    with (
+        preserved_rng(device),
+        autocast_context(device, dtype),
+        progress(description, total=len(mine), unit="对") as bar,
+    ):
+        for block in range(0, len(mine), batch_size * SORTED_BATCHES):
+            indices = mine[block : block + batch_size * SORTED_BATCHES]
+            items = sorted(((pairs[i], i) for i in indices), key=lambda pair: longest_side(pair[0]))
+            for start in range(0, len(items), batch_size):
+                batch, ids = zip(*items[start : start + batch_size])
+                logps = sequence_logprobs(model, to_device(pairs.collate(list(batch)), device)).logps
+                result[list(ids)] = logps.cpu().view(2, -1).T
+                bar.advance(len(ids))
+    model.train(was_training)
+    return sum(distributed.gather_objects(result)) if world > 1 else result
+
+
+def longest_side(item: dict[str, Tensor]) -> int:
+    return max(len(item["chosen"]), len(item["rejected"]))
+
+
+def cached_pair_logprobs(
+    model: nn.Module,
+    pairs: Any,
+    *,
+    key: str,
+    batch_size: int,
+    dtype: torch.dtype,
+    cache_dir: str | Path | None = None,
+    description: str = "参考模型",
+) -> Tensor:
+    """同 :func:`pair_logprobs`，算过就从缓存里读。
+
+    Args:
+        key: 参考权重的指纹（:func:`weights_hash`）。
+        cache_dir: 见 :func:`minimind.dataset.cache.cache_root`。
+    """
+    identity = f"{pairs.fingerprint} {key} {dtype}".encode()
+    name = hashlib.blake2b(identity, digest_size=12).hexdigest()
+    path = cache_root(cache_dir) / "reference" / f"{name}.pt"
+    # 只由主进程决定有没有，各进程才会一起算或一起读（各机器的缓存可以不同）
+    stored = distributed.on_main(lambda: load_file(path) if path.is_file() else None)
+    stored = distributed.broadcast_object(stored)
+    if stored is not None and stored.shape == (len(pairs), 2):
+        say(f"{description}的对数概率读自缓存 {path}。")
+        return stored
+    logps = pair_logprobs(model, pairs, batch_size=batch_size, dtype=dtype, description=description)
+    distributed.on_main(lambda: atomic_write(path, lambda file: torch.save(logps, file)))
+    return logps
+
+
+class PairsWithReference(Dataset):
+    """给每一对附上参考模型的对数概率；``logps`` 为 ``None`` 时原样（训练时现算）。
+
+    Args:
+        pairs: :class:`minimind.dataset.DPODataset`。
+        logps: ``[P, 2]``，见 :func:`pair_logprobs`。
+        key: 参考权重的指纹，并入数据指纹：续训时换了参考模型会被发现。
+    """
+
+    def __init__(self, pairs: Any, logps: Tensor | None, key: str):
+        self.pairs, self.logps = pairs, logps
+        self.num_documents, self.stats = pairs.num_documents, pairs.stats
+        self.fingerprint = f"{pairs.fingerprint}/参考 {key}"
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = self.pairs[index]
+        return item if self.logps is None else {**item, "reference": self.logps[index]}
+
+    def source_lines(self, index: int) -> list[int]:
+        """源文件里的行号，从 1 起。"""
+        return self.pairs.source_lines(index)
+
+    def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        """偏好对的批，另有 ``reference_logps`` ``[2B]``：前 B 个是好的，后 B 个是坏的。"""
+        batch = self.pairs.collate(items)
+        if self.logps is not None:
+            batch["reference_logps"] = torch.stack([item["reference"] for item in items]).T.flatten()
+        return batch
