@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from minimind.console import format_duration, say
+from minimind.cpus import available_cpus
 
 
 @dataclass
@@ -44,13 +45,13 @@ def pick_threads(call: Callable[[], None]) -> int:
     """CPU 上用几个线程最快：从 1 起翻倍，快不到一成半就停；设好并返回线程数。
 
     机器正忙，或容器只给两个核却看得见几十个时，线程多了会在屏障前互相空等：四核机器负载到 15 时，
-    4 线程实测比 1 线程慢一百倍。上限是 torch 的默认值，所以 OMP_NUM_THREADS 仍然管用。
+    4 线程实测比 1 线程慢一百倍。上限是 torch 的默认值（所以 OMP_NUM_THREADS 仍然管用）与容器的配额。
     """
     import torch
 
     from minimind.trainer.device import time_call
 
-    most, best, threads = torch.get_num_threads(), float("inf"), 1
+    most, best, threads = min(torch.get_num_threads(), available_cpus()), float("inf"), 1
     candidate = 1
     while True:
         torch.set_num_threads(candidate)

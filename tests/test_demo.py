@@ -95,6 +95,7 @@ def test_线程数_多了反而慢就退回去(monkeypatch):
     from minimind.trainer import device
 
     seconds = {1: 8.0, 2: 4.5, 4: 4.4}
+    monkeypatch.setattr(pace, "available_cpus", lambda: 4)
     monkeypatch.setattr(device, "time_call", lambda call: seconds[torch.get_num_threads()])
     before = torch.get_num_threads()
     try:

@@ -24,13 +24,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minimind.console import format_duration, progress, say
+from minimind.cpus import available_cpus
 from minimind.dataset.content_index import file_stat, hash_file, index_file, remember_hash, remembered_hash
 from minimind.dataset.encode import id_dtype
 from minimind.dataset.jsonl import DataError, check_readable, line_ranges
 from minimind.dataset.locking import file_lock
 from minimind.dataset.schema import KINDS
 from minimind.dataset.token_cache import FILES, FORMAT_VERSION, CacheWriter, TokenCache
-from minimind.dataset.workers import WorkerPool, available_cpus, run_inline
+from minimind.dataset.workers import WorkerPool, run_inline
 from minimind.errors import UserError
 from minimind.paths import base_dir, resolve_path
 
@@ -44,6 +45,8 @@ INLINE_BYTES = 6 << 20
 MAX_WORKERS = 16
 # torchrun 的其余进程晚这么久才去抢锁，让会显示进度条的主进程来分词
 RANK_DELAY_SECONDS = 2.0
+
+_reported: set[Path] = set()  # 本进程里已报告过坏行的缓存
 
 
 def cache_root(cache_dir: str | Path | None = None) -> Path:
@@ -116,7 +119,7 @@ def build_cache(
 
 
 def _apply_bad_lines(cache: TokenCache, on_bad_line: str) -> None:
-    """缓存里记着坏行：error 时照样报错（缓存可能是以 skip 建的），skip 时报告条数。"""
+    """缓存里记着坏行：error 时照样报错（缓存可能是以 skip 建的），skip 时报告条数，每份缓存只说一遍。"""
     count = cache.meta["bad_count"]
     if not count:
         return
@@ -124,6 +127,10 @@ def _apply_bad_lines(cache: TokenCache, on_bad_line: str) -> None:
     first = first.at(cache.source, first.line)
     if on_bad_line == "error":
         raise first
+    # 训练集与验证集、检查与统计各打开一次同一份缓存
+    if cache.folder in _reported:
+        return
+    _reported.add(cache.folder)
     say(f"{cache.source.name}：跳过了 {count:,} 条坏行（共 {cache.meta['num_lines']:,} 行），第一条：{first}")
 
 

@@ -28,13 +28,6 @@ from minimind.errors import UserError
 PACKAGE_PARENT = Path(__file__).resolve().parent.parent.parent
 
 
-def available_cpus() -> int:
-    """本进程能用的核数（遵守 taskset 与作业调度的限制）。"""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def _send(stream: BinaryIO, message: Any) -> None:
     data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
     stream.write(struct.pack("<Q", len(data)))

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from minimind.cpus import available_cpus
 from minimind.errors import UserError
 
 # 各卡稠密 bf16/fp16 矩阵乘峰值（TFLOPS，厂商公布值，不含稀疏加速）；按名字里的片段匹配，长的在前
@@ -109,12 +110,20 @@ def device_name(device: torch.device) -> str:
 
 
 def prepare_device(device: torch.device) -> None:
-    """一次性的后端设置：fp32 矩阵乘允许用 TF32（只影响 CUDA，fp32 训练快 2 到 8 倍，尾数 10 位够用）。"""
+    """一次性的后端设置。
+
+    CUDA：fp32 矩阵乘允许用 TF32（fp32 训练快 2 到 8 倍，尾数 10 位够用）。CPU：线程数不超过容器的配额，
+    torch 只看得见核数；使用者用 OMP_NUM_THREADS 定了就听他的。
+    """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.cuda.set_device(device)
     elif device.type == "npu":
         torch.npu.set_device(device)
+    elif device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        limit = available_cpus()
+        if limit < torch.get_num_threads():
+            torch.set_num_threads(limit)
 
 
 def synchronize(device: torch.device) -> None:

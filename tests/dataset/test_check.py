@@ -31,7 +31,8 @@ def test_报告计数长度与例子(write_jsonl, capsys):
 def test_有坏行时列出并返回非零(write_jsonl, capsys):
     path = write_jsonl([{"text": "好"}, "坏", {"text": ""}, {"text": "好"}])
     assert guard(main_check)([str(path)]) == 1
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert err.count("跳过了 2 条坏行") == 1
     assert "坏行 2 条" in out
     assert f"{path}:2" in out
     assert f"{path}:3 字段 text" in out
