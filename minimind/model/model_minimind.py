@@ -640,9 +640,13 @@ class MiniMindModel(nn.Module):
             position_ids = torch.arange(past, past + T, device=x.device).unsqueeze(0)
         rope = self._rope(position_ids)
         plan = self._plan(B, T, past, attention_mask, cu_seqlens, max_seqlen, x, cache is not None)
-        valid = None
-        if attention_mask is not None and attention_mask.dim() == 2 and self.config.use_moe:
-            valid = attention_mask[:, -T:].bool()
+        valid = None  # 哪些是真词元：补齐的位置不计入专家的负载均衡
+        if self.config.use_moe:
+            if attention_mask is not None and attention_mask.dim() == 2:
+                valid = attention_mask[:, -T:].bool()
+            elif cu_seqlens is not None and input_ids is not None:
+                # 打包行的尾巴没有 mask，靠补齐用的词元认出来
+                valid = input_ids != self.config.pad_token_id
         if self.config.dropout and self.training:
             x = F.dropout(x, self.config.dropout)
         aux_total = None

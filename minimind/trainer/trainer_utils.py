@@ -109,6 +109,7 @@ def init_model(
     tokenizer = load_tokenizer(tokenizer_path)
     if len(tokenizer) > lm_config.vocab_size:
         lm_config.vocab_size = len(tokenizer)
+    lm_config.pad_token_id = tokenizer.pad_token_id  # 模型靠它认出打包行的补齐
     path = None if from_weight == "none" else _find_weights(lm_config, from_weight, save_dir)
     if path is not None:
         _check_sidecar(path, lm_config, tokenizer)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -156,3 +158,24 @@ def test_系数为零时辅助损失为零且门控只从主损失得梯度():
     assert out.aux_loss == 0
     (out.loss + out.aux_loss).backward()
     assert model.model.layers[0].mlp.gate.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("seq_aux", [True, False])
+def test_打包行尾的补齐不计入辅助损失(seq_aux):
+    """一行 12 个词元补齐到 20：补齐自成一段，路由与真词元无关，不该拉偏均衡。"""
+    torch.manual_seed(0)
+    model = MiniMindForCausalLM(config(seq_aux=seq_aux)).train()
+    ids = torch.randint(3, 97, (2, 12))
+
+    def forward(width: int):
+        padded = F.pad(ids, (0, width - 12), value=model.config.pad_token_id)
+        starts = [0, 5, 12, *([width] if width > 12 else [])]  # 每行两篇，补齐另成一段
+        segments = [row * width + start for row in range(2) for start in starts[:-1]] + [2 * width]
+        position = torch.cat([torch.arange(b - a) for a, b in pairwise(starts)]).repeat(2, 1)
+        out = model(padded, position_ids=position, cu_seqlens=torch.tensor(segments, dtype=torch.int32))
+        return out.aux_loss, model.moe_load()
+
+    exact, load = forward(12)
+    padded, padded_load = forward(20)
+    torch.testing.assert_close(padded, exact)
+    torch.testing.assert_close(padded_load, load)
