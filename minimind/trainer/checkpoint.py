@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,12 @@ def weights_path(lm_config: Any, weight: str, save_dir: str | Path = "out") -> P
     return resolve_path(save_dir) / f"{file_stem(lm_config, weight)}.pth"
 
 
+def parse_stem(path: Path) -> tuple[str, int, bool] | None:
+    """:func:`file_stem` 的逆：文件名 → ``(weight, hidden_size, use_moe)``；不合规矩返回 None。"""
+    match = re.fullmatch(r"(.+)_(\d+)(_moe)?", path.stem)
+    return (match[1], int(match[2]), bool(match[3])) if match else None
+
+
 def resume_path(lm_config: Any, weight: str, save_dir: str | Path = "checkpoints") -> Path:
     return resolve_path(save_dir) / f"{file_stem(lm_config, weight)}_resume.pth"
 
@@ -205,18 +212,39 @@ def load_weights(model: nn.Module, path: Path) -> None:
     Raises:
         UserError: 指出文件、键、两边的形状。
     """
+    state = read_state(path)
+    check_state(model, state, path)
+    unwrap(model).load_state_dict(state, strict=False)
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """读一份普通的权重字典，去掉包装层的前缀。
+
+    Raises:
+        UserError: 文件损坏，或里面不是权重字典（例如续训存档）。
+    """
     state = load_file(path)
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError("里面不是普通的权重字典", where=str(path), fix="续训存档请用 --from_resume 1 读取")
-    state = strip_prefixes(state)
+    return strip_prefixes(state)
+
+
+FIX_SIZES = "让 --hidden_size、--num_hidden_layers、--use_moe、--arch 与训练这个权重时一致"
+
+
+def check_state(model: nn.Module, state: Mapping[str, Tensor], where: Path, fix: str = FIX_SIZES) -> None:
+    """``state`` 的键与形状必须与 ``model``（可以在 meta 设备上）一一对上；共享的输出层可以不在里面。
+
+    Raises:
+        UserError: 指出文件、键、两边的形状。
+    """
     own = unwrap(model).state_dict()
     tied = set(getattr(model, "_tied_weights_keys", None) or ())
-    fix = "让 --hidden_size、--num_hidden_layers、--use_moe、--arch 与训练这个权重时一致"
     for key, value in own.items():
         if key in state and state[key].shape != value.shape:
             raise UserError(
                 f"{key} 的形状是 {tuple(state[key].shape)}",
-                where=str(path),
+                where=str(where),
                 expected=f"当前模型要 {tuple(value.shape)}",
                 fix=fix,
             )
@@ -225,8 +253,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     if missing or extra:
         sides = [("缺少", missing), ("多出", extra)]
         what = "，".join(f"{word} {len(keys)} 个键（如 {keys[0]}）" for word, keys in sides if keys)
-        raise UserError(what, where=str(path), expected="键与当前模型一一对应", fix=fix)
-    unwrap(model).load_state_dict(state, strict=False)
+        raise UserError(what, where=str(where), expected="键与当前模型一一对应", fix=fix)
 
 
 # ---------------------------------------------------------------- 续训存档

@@ -1,0 +1,91 @@
+"""写出去的文件与目录：要么完整，要么没有；已有的东西不加 --force 不动。"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from minimind.errors import UserError
+
+
+def check_target(path: Path, force: bool) -> None:
+    """目标文件已存在而没有 ``--force`` 时报错。"""
+    if path.is_dir():
+        raise UserError("要写的是文件，这里是一个目录", where=str(path), fix="写出文件名")
+    if path.exists() and not force:
+        raise UserError("文件已存在", where=str(path), fix="换一个名字，或加 --force 覆盖")
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """给出同目录的临时路径，正常结束后刷盘并改名到 ``path``；出错就删掉，原有文件不动。"""
+    temporary = path.parent / f".{path.name}.tmp"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise _failed(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path, force: bool, own: frozenset[str]) -> Iterator[Path]:
+    """给出同级的临时目录，正常结束后改名成 ``folder``；出错就删掉，原有目录不动。
+
+    Args:
+        own: 这个命令会写的文件名；``--force`` 只替换全由这些文件组成的目录，别的东西绝不删除。
+
+    Raises:
+        UserError: 目录已有内容而没有 ``--force``，目录里有别的文件，或磁盘写不下。
+    """
+    if folder.is_file():
+        raise UserError("要写的是目录，这里是一个文件", where=str(folder), fix="换一个目录名")
+    names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    others = [name for name in names if name not in own]
+    if names and not force:
+        raise UserError(
+            f"目录已存在且不是空的（{len(names)} 个文件）",
+            where=str(folder),
+            fix="换一个目录，或加 --force 覆盖",
+        )
+    if others:
+        raise UserError(
+            f"目录里有不是这个命令写的文件（如 {others[0]}），覆盖会丢掉它们",
+            where=str(folder),
+            fix="换一个目录，或自己先移走它们",
+        )
+    temporary = folder.parent / f".{folder.name}.tmp"
+    old = folder.parent / f".{folder.name}.old"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)  # 上次被杀留下的
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.iterdir():
+            with open(file, "rb+") as handle:
+                os.fsync(handle.fileno())
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(folder, old)
+        os.replace(temporary, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        if old.exists() and not folder.exists():
+            os.replace(old, folder)
+        raise _failed(folder, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _failed(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"写不进去（{error.strerror or error}），原有的内容未动",
+        where=str(path),
+        fix="腾出磁盘空间，或换一个可写的位置",
+    )
