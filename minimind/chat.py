@@ -32,6 +32,13 @@ PLAIN_PROMPTS = (
     "学习编程的第一步是",
     "Once upon a time,",
 )
+TOOL_PROMPTS = (
+    "用计算器算 347*28。",
+    "北京现在几点？",
+    "3 斤是多少千克？",
+    "查一下“梯度”是什么意思。",
+    "你是谁？",
+)
 
 
 @dataclass
@@ -60,6 +67,11 @@ class ChatArguments:
     repetition_penalty: float = arg(1.0, "大于 1 时压低已出现过的 token；1 表示不罚")
     historys: int = arg(0, "携带最近多少条历史消息，一问一答是两条；0 表示每次重新开始")
     open_thinking: int | None = arg(None, "思考开关：1 先想再答，0 直接答；不给则由模型决定", (0, 1))
+    tools: int = arg(0, "给模型几样安全的工具（计算器、时钟、单位换算、词典）并替它执行", (0, 1))
+    tool_names: str = arg(
+        "all", "给哪几样：calculator、get_time、convert_unit、look_up，逗号分隔；all 是全部"
+    )
+    tool_rounds: int = arg(4, "一问里最多执行几轮工具")
     show_speed: int = arg(1, "每次回答后显示速度", (0, 1))
     seed: int | None = arg(None, "随机种子；不给则每次不同")
     device: str = arg("auto", "设备：auto、cpu、cuda:0、npu:0、mps")
@@ -131,7 +143,7 @@ def talk(session, prompts: Iterable[str], *, echo: bool, show_speed: bool, forgi
 
 
 def open_session(args: ChatArguments):
-    """按参数打开模型，返回 :class:`minimind.inference.chat.ChatSession`。"""
+    """按参数打开模型，返回 :class:`minimind.inference.chat.ChatSession`；有 ``--tools`` 时返回 ToolSession。"""
     from minimind.inference.chat import ChatSession
     from minimind.inference.loading import load_for_inference
     from minimind.inference.sampling import SamplingParams
@@ -144,6 +156,7 @@ def open_session(args: ChatArguments):
     params = SamplingParams(
         args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed
     )
+    toolbox = pick_tools(args) if args.tools else None
     names = (
         "load_from", "save_dir", "weight", "lora_weight", "hidden_size", "num_hidden_layers", "use_moe", "arch",
         "tokenizer_path", "device", "dtype",
@@ -152,7 +165,7 @@ def open_session(args: ChatArguments):
         inference_rope_scaling=bool(args.inference_rope_scaling),
         **{name: getattr(args, name) for name in names},
     )
-    return ChatSession(
+    session = ChatSession(
         loaded.model,
         loaded.tokenizer,
         params,
@@ -161,6 +174,26 @@ def open_session(args: ChatArguments):
         plain=loaded.plain,
         enable_thinking=None if args.open_thinking is None else bool(args.open_thinking),
     )
+    if toolbox is None:
+        return session
+    if loaded.plain:
+        raise UserError(
+            "预训练权重只会续写，不会用工具",
+            where=f"--weight {args.weight}",
+            fix="换一个微调过的权重，或去掉 --tools",
+        )
+    from minimind.inference.tool_loop import ToolSession
+
+    return ToolSession(session, toolbox, args.tool_rounds)
+
+
+def pick_tools(args: ChatArguments):
+    """``--tool_names`` 选中的工具箱。"""
+    from minimind.tools import EXAMPLE_TOOLS, Toolbox
+
+    if args.tool_rounds < 1:
+        raise UserError(f"--tool_rounds={args.tool_rounds} 应当至少为 1", fix="改成正整数，或去掉 --tools")
+    return Toolbox(EXAMPLE_TOOLS).pick(args.tool_names)
 
 
 def run(session, args: ChatArguments) -> None:
@@ -169,7 +202,8 @@ def run(session, args: ChatArguments) -> None:
     if args.prompt is not None:
         talk(session, [args.prompt], echo=False, forgiving=False, **common)
     elif (args.mode or ask_mode()) == "auto":
-        talk(session, PLAIN_PROMPTS if session.plain else CHAT_PROMPTS, echo=True, forgiving=False, **common)
+        prompts = TOOL_PROMPTS if args.tools else PLAIN_PROMPTS if session.plain else CHAT_PROMPTS
+        talk(session, prompts, echo=True, forgiving=False, **common)
     else:
         say_out("（空行退出）\n")
         talk(session, typed_prompts(), echo=False, forgiving=sys.stdin.isatty(), **common)

@@ -132,6 +132,17 @@ def test_有几个尺寸时用最新的并说明(ask, tmp_path):
     assert "full_sft_32.pth：" in err
 
 
+def test_工具_随机权重写出什么都不崩_预训练权重说不行(ask, tmp_path):
+    make_weights(tmp_path, max_position_embeddings=1024)
+    make_weights(tmp_path, "pretrain", max_position_embeddings=1024)
+    common = ["--save_dir", str(tmp_path), "--tools", "--tool_rounds", "1", "--max_new_tokens", "6"]
+    code, out, err = ask(*common, "--tool_names", "calculator,get_time", "--mode", "auto")
+    assert code == 0, err
+    assert all(f"你：{prompt}\n" in out for prompt in chat.TOOL_PROMPTS)
+    code, _, err = ask(*common, "--weight", "pretrain", "--prompt", "你好")
+    assert code == 2 and "不会用工具" in err
+
+
 def test_打开_hf_目录(ask, tmp_path):
     torch.manual_seed(0)
     tokenizer = load_tokenizer()
