@@ -35,32 +35,41 @@ def whole_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def whole_folder(folder: Path, force: bool, own: frozenset[str]) -> Iterator[Path]:
-    """给出同级的临时目录，正常结束后改名成 ``folder``；出错就删掉，原有目录不动。
+def check_folder(folder: Path, force: bool, own: frozenset[str]) -> None:
+    """目标目录能不能写。
 
     Args:
-        own: 这个命令会写的文件名；``--force`` 只替换全由这些文件组成的目录，别的东西绝不删除。
+        own: 命令自己会写的文件名；``--force`` 只替换全由这些文件组成的目录，别的东西绝不删除。
 
     Raises:
-        UserError: 目录已有内容而没有 ``--force``，目录里有别的文件，或磁盘写不下。
+        UserError: 目录已有内容而没有 ``--force``，或目录里有别的文件。
     """
     if folder.is_file():
         raise UserError("要写的是目录，这里是一个文件", where=str(folder), fix="换一个目录名")
     names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
     others = [name for name in names if name not in own]
-    if names and not force:
-        raise UserError(
-            f"目录已存在且不是空的（{len(names)} 个文件）",
-            where=str(folder),
-            fix="换一个目录，或加 --force 覆盖",
-        )
     if others:
         raise UserError(
             f"目录里有不是这个命令写的文件（如 {others[0]}），覆盖会丢掉它们",
             where=str(folder),
             fix="换一个目录，或自己先移走它们",
         )
+    if names and not force:
+        raise UserError(
+            f"目录已存在且不是空的（{len(names)} 个文件）",
+            where=str(folder),
+            fix="换一个目录，或加 --force 覆盖",
+        )
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path, force: bool, own: frozenset[str]) -> Iterator[Path]:
+    """给出同级的临时目录，正常结束后改名成 ``folder``；出错就删掉，原有目录不动。参数见 :func:`check_folder`。
+
+    Raises:
+        UserError: 不能写到这里，或磁盘写不下。
+    """
+    check_folder(folder, force, own)
     temporary = folder.parent / f".{folder.name}.tmp"
     old = folder.parent / f".{folder.name}.old"
     try:

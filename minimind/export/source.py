@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from minimind.errors import UserError
-from minimind.inference.loading import load_for_inference
+from minimind.inference.loading import load_for_inference, stop_ids
 from minimind.model import MiniMindConfig
 from minimind.paths import resolve_path
 from minimind.trainer.checkpoint import load_file, parse_stem, read_sidecar
@@ -27,6 +27,7 @@ class Source:
         dtype: 权重文件自己的精度，``--dtype auto`` 用它。
         sidecar: 训练时写的旁注，没有时为空字典。
         plain: 真为只会续写的预训练权重。
+        stop_ids: 生成时遇到就停的 token。
     """
 
     config: MiniMindConfig
@@ -36,6 +37,7 @@ class Source:
     dtype: torch.dtype
     sidecar: dict[str, Any]
     plain: bool
+    stop_ids: list[int]
 
 
 def open_source(
@@ -86,7 +88,14 @@ def open_source(
     stored = load_file(loaded.source)
     dtype = next(value.dtype for value in stored.values() if value.is_floating_point())
     return Source(
-        config, state, loaded.tokenizer, loaded.source, dtype, read_sidecar(loaded.source) or {}, loaded.plain
+        config=config,
+        state=state,
+        tokenizer=loaded.tokenizer,
+        path=loaded.source,
+        dtype=dtype,
+        sidecar=read_sidecar(loaded.source) or {},
+        plain=loaded.plain,
+        stop_ids=sorted(stop_ids(loaded.model, loaded.tokenizer)),
     )
 
 

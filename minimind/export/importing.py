@@ -1,0 +1,316 @@
+"""把别处的权重收进来：Hugging Face 目录，或公共项目没有旁注的 ``.pth``。
+
+权重的精度与每一位都照旧（fp32 进来还是 fp32），只补上本项目要的文件名与旁注。
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file as load_safetensors
+from torch import Tensor
+
+from minimind.errors import UserError
+from minimind.export.hf import SIDECAR
+from minimind.export.layouts import NATIVE, config_from_hf
+from minimind.model import MiniMindConfig, MiniMindForCausalLM
+from minimind.paths import resolve_path
+from minimind.tokenizer import load_tokenizer, tokenizer_fingerprint
+from minimind.trainer.checkpoint import (
+    atomic_write,
+    check_state,
+    config_dict,
+    parse_stem,
+    read_sidecar,
+    read_state,
+    weights_path,
+    write_sidecar,
+)
+
+# 有的实现把位置编码的表也存进文件；本项目现算
+BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|inv_freq|freqs_cos|freqs_sin|pos_cis|freqs_cis)")
+FUSED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+@dataclass
+class Imported:
+    """读进来、核对过的权重。
+
+    Args:
+        tokenizer: 目录里的分词器；没有就是 ``None``。
+        notes: 靠猜或默认值定下的事，要说给使用者听。
+    """
+
+    config: MiniMindConfig
+    state: dict[str, Tensor]
+    tokenizer: Any
+    sidecar: dict[str, Any]
+    notes: list[str]
+
+
+def import_model(
+    source: str,
+    name: str | None = None,
+    save_dir: str = "out",
+    dtype: torch.dtype | None = None,
+    tokenizer_path: str | None = None,
+    force: bool = False,
+    **options: Any,
+) -> tuple[Path, Imported]:
+    """导入并写出 ``{save_dir}/{name}_{hidden}[_moe].pth`` 与旁注。
+
+    Args:
+        dtype: ``None`` 不改精度。
+        options: 没有配置文件的 ``.pth`` 看不出来的几项：``num_attention_heads``、``num_experts_per_tok``、``rope_theta``。
+
+    Raises:
+        UserError: 来源不存在、结构不支持、键或形状对不上，或目标已存在。
+    """
+    path = resolve_path(source)
+    if path.is_dir():
+        model = read_folder(path, tokenizer_path)
+    elif path.is_file():
+        model = read_pth(path, tokenizer_path, options)
+    else:
+        raise UserError("没有这个目录或文件", where=str(path), fix="检查路径")
+    target = weights_path(model.config, name or _default_name(path), save_dir)
+    in_place = target.exists() and path.is_file() and target.samefile(path)
+    if target.exists() and not in_place and not force:
+        raise UserError("权重已存在", where=str(target), fix="用 --name 换一个名字，或加 --force 覆盖")
+    state = model.state
+    if dtype is not None:
+        from minimind.export.source import cast
+
+        state = cast(state, dtype, str(path))
+    if model.config.tie_word_embeddings:
+        state = {**state, "lm_head.weight": state["model.embed_tokens.weight"]}
+    if not in_place or dtype is not None:
+        atomic_write(target, lambda file: torch.save(state, file))
+    if "pretrain" in target.stem.lower():
+        model.sidecar["recipe"] = "pretrain"  # 只会续写，对话程序不给它套模板
+    write_sidecar(target, model.sidecar)
+    return target, model
+
+
+def _default_name(path: Path) -> str:
+    stem = parse_stem(path) if path.is_file() else None
+    return stem[0] if stem else path.stem if path.is_file() else path.name
+
+
+# ---------------------------------------------------------------- 目录
+
+
+def read_folder(folder: Path, tokenizer_path: str | None = None) -> Imported:
+    """读一个 Hugging Face 目录：本项目导出的、公共 MiniMind 的、或同结构的 Llama / Qwen3 / Qwen3-MoE。"""
+    raw = _read_json(folder / "config.json")
+    state, weights = _read_folder_state(folder)
+    if raw.get("model_type") == NATIVE and "arch" not in raw:
+        raw["arch"] = _arch_of(state)  # 公共项目的配置没有这一项
+    config = config_from_hf(raw, folder / "config.json")
+    state = _finish_state(state, config, weights)
+    _check(config, state, weights, "config.json 与权重不是一套，重新下载这个目录")
+    has_tokenizer = tokenizer_path is not None or (folder / "tokenizer.json").is_file()
+    tokenizer = load_tokenizer(tokenizer_path or folder) if has_tokenizer else None
+    before = _read_json(folder / SIDECAR) if (folder / SIDECAR).is_file() else {}
+    return Imported(config, state, tokenizer, _sidecar(config, tokenizer, before, folder.name), [])
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(
+            f"目录里没有 {path.name}",
+            where=str(path.parent),
+            expected="Hugging Face 格式的目录：config.json 与 model.safetensors（或 pytorch_model.bin）",
+            fix="检查路径，或重新下载",
+        )
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"不是合法的 JSON（{error}）", where=str(path), fix="重新下载这个文件") from error
+    if not isinstance(value, dict):
+        raise UserError("内容应当是一个 JSON 对象", where=str(path), fix="重新下载这个文件")
+    return value
+
+
+def _read_folder_state(folder: Path) -> tuple[dict[str, Tensor], Path]:
+    """单个文件，或 ``….index.json`` 列出的几片；返回权重与读的文件（报错时指给人看）。"""
+    for name in WEIGHT_FILES:
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return _read_weights(folder / name), folder / name
+        if index.is_file():
+            state: dict[str, Tensor] = {}
+            for shard in sorted(set(_read_json(index).get("weight_map", {}).values())):
+                if not (folder / shard).is_file():
+                    raise UserError(f"缺少 {shard}", where=str(index), fix="重新下载缺的那一片")
+                state |= _read_weights(folder / shard)
+            return state, index
+    raise UserError(
+        "目录里没有权重", where=str(folder), expected=" 或 ".join(WEIGHT_FILES), fix="重新下载这个目录"
+    )
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    if path.suffix != ".safetensors":
+        return read_state(path)
+    try:
+        return load_safetensors(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"读不了这个文件（{str(error)[:120]}）", where=str(path), fix="文件可能下载不全，重新下载"
+        ) from error
+
+
+# ---------------------------------------------------------------- .pth
+
+
+def read_pth(path: Path, tokenizer_path: str | None, options: dict[str, Any]) -> Imported:
+    """读一份 ``.pth``；有旁注就照旁注，没有就从形状推出尺寸，推不出的用公共项目的默认值并说明。"""
+    state, before, notes = read_state(path), read_sidecar(path) or {}, []
+    if before.get("config"):
+        config = MiniMindConfig(**before["config"])
+    else:
+        config = _config_of_state(state, path, options, notes)
+    state = _finish_state(state, config, path)
+    _check(config, state, path, "检查这份权重是不是本项目或公共 MiniMind 的")
+    tokenizer = load_tokenizer(tokenizer_path)
+    if not before and tokenizer_path is None:
+        notes.append("没有旁注，不知道训练时的分词器；不是随包的那个时，请加 --tokenizer_path 重新导入")
+    sidecar = _sidecar(config, tokenizer if tokenizer_path else None, before, path.stem)
+    return Imported(config, state, tokenizer, sidecar, notes)
+
+
+def _arch_of(state: dict[str, Tensor]) -> str:
+    return "v3" if any(key.endswith("q_norm.weight") for key in state) else "v2"
+
+
+def _config_of_state(
+    state: dict[str, Tensor], path: Path, options: dict[str, Any], notes: list[str]
+) -> MiniMindConfig:
+    """形状 → 配置。层数、宽度、词表、专家数都看得出来；v2 的头数与每词元专家数看不出来。"""
+
+    def shape(key: str) -> tuple[int, ...]:
+        if key not in state:
+            raise UserError(
+                f"没有 {key}（第一个键是 {next(iter(state), '空')}）",
+                where=str(path),
+                expected="MiniMind2 及以后的权重名",
+                fix="更早的版本结构不同，不能导入；LoRA 文件放进 out/lora/ 直接用 --lora_weight",
+            )
+        return tuple(state[key].shape)
+
+    layer = "model.layers.0."
+    vocab_size, hidden_size = shape("model.embed_tokens.weight")
+    q_width, kv_width = (shape(f"{layer}self_attn.{name}_proj.weight")[0] for name in "qk")
+    arch = _arch_of(state)
+    given = {key: value for key, value in options.items() if value is not None}
+    if arch == "v3":
+        head_dim = shape(f"{layer}self_attn.q_norm.weight")[0]
+        heads = q_width // head_dim
+    else:
+        heads = given.get("num_attention_heads", 8)
+        head_dim = q_width // heads
+        if "num_attention_heads" not in given:
+            notes.append(f"注意力头数按公共项目的 {heads} 个；不是的话加 --num_attention_heads")
+    if heads * head_dim != q_width or kv_width % head_dim:
+        raise UserError(
+            f"q_proj 有 {q_width} 行、k_proj 有 {kv_width} 行，分不成 {heads} 个头",
+            where=str(path),
+            fix="用 --num_attention_heads 写出训练时的头数",
+        )
+    layers = {int(m[1]) for key in state if (m := re.match(r"model\.layers\.(\d+)\.", key))}
+    fields = {
+        "arch": arch,
+        "hidden_size": hidden_size,
+        "vocab_size": vocab_size,
+        "num_hidden_layers": max(layers) + 1,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_width // head_dim,
+        "head_dim": head_dim,
+        "tie_word_embeddings": _tied(state),
+    }
+    if f"{layer}mlp.gate.weight" in state:
+        shared = {m[1] for key in state if (m := re.match(rf"{layer}mlp\.shared_experts\.(\d+)\.", key))}
+        fields |= {
+            "use_moe": True,
+            "n_routed_experts": shape(f"{layer}mlp.gate.weight")[0],
+            "n_shared_experts": len(shared),
+            "moe_intermediate_size": shape(f"{layer}mlp.experts.0.gate_proj.weight")[0],
+        }
+    else:
+        fields["intermediate_size"] = shape(f"{layer}mlp.gate_proj.weight")[0]
+    try:
+        config = MiniMindConfig(**{**fields, **given})
+    except ValueError as error:
+        raise UserError(str(error), where=str(path), fix="检查 --num_attention_heads") from error
+    if config.use_moe and "num_experts_per_tok" not in given:
+        notes.append(f"每词元专家数按默认的 {config.num_experts_per_tok}；不是的话加 --num_experts_per_tok")
+    if "rope_theta" not in given:
+        notes.append(f"rope_theta 按公共项目的 {config.rope_theta:g}；不是的话加 --rope_theta")
+    return config
+
+
+# ---------------------------------------------------------------- 共同的收尾
+
+
+def _tied(state: dict[str, Tensor]) -> bool:
+    head, embed = state.get("lm_head.weight"), state.get("model.embed_tokens.weight")
+    return head is None or (embed is not None and torch.equal(head, embed))
+
+
+def _finish_state(state: dict[str, Tensor], config: MiniMindConfig, path: Path) -> dict[str, Tensor]:
+    """去掉位置编码的表，拆开合存的专家，去掉重复的输出头。"""
+    result: dict[str, Tensor] = {}
+    for key, value in state.items():
+        fused = FUSED.fullmatch(key)
+        if BUFFERS.fullmatch(key):
+            continue
+        if fused:  # transformers 5 在内存里的布局：[E, 2·ff, H] 与 [E, H, ff]
+            parts = {"down_proj": value} if fused[2] == "down_proj" else dict(
+                zip(("gate_proj", "up_proj"), value.chunk(2, dim=1))
+            )  # fmt: skip
+            for part, stacked in parts.items():
+                for i, expert in enumerate(stacked):
+                    result[f"{fused[1]}.{i}.{part}.weight"] = expert.contiguous()
+            continue
+        result[key] = value
+    if not config.tie_word_embeddings:
+        if "lm_head.weight" not in result:
+            raise UserError(
+                "没有 lm_head.weight，而配置说输出头不与词嵌入共享",
+                where=str(path),
+                expected=f"lm_head.weight {(config.vocab_size, config.hidden_size)}",
+                fix="把 config.json 的 tie_word_embeddings 改成 true，或重新下载权重",
+            )
+        return result
+    if not _tied(result):
+        raise UserError(
+            "lm_head.weight 与词嵌入不同，而配置说它们共享",
+            where=str(path),
+            fix="把 config.json 的 tie_word_embeddings 改成 false",
+        )
+    result.pop("lm_head.weight", None)
+    return result
+
+
+def _check(config: MiniMindConfig, state: dict[str, Tensor], where: Path, fix: str) -> None:
+    with torch.device("meta"):
+        model = MiniMindForCausalLM(config)
+    check_state(model, state, where, fix)
+
+
+def _sidecar(config: MiniMindConfig, tokenizer: Any, before: dict[str, Any], origin: str) -> dict[str, Any]:
+    kept = {
+        key: before[key] for key in ("recipe", "step", "epoch", "metrics", "tokenizer_hash") if key in before
+    }
+    sidecar = {"config": config_dict(config), "recipe": "import", "step": 0, "imported_from": origin, **kept}
+    if tokenizer is not None:
+        sidecar["tokenizer_hash"] = tokenizer_fingerprint(tokenizer)
+    return sidecar

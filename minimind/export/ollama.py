@@ -1,0 +1,84 @@
+"""GGUF 旁边的 Modelfile：``ollama create 名字 -f Modelfile`` 即可。
+
+Ollama 用 Go 的模板而不是 Jinja；这里与 chat_template.jinja 写出同样的回合布局。唯一的差别：Go 把工具与参数写成紧凑的
+JSON（``{"a":1}``），训练时见到的是冒号逗号后有空格的（``{"a": 1}``）。
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from minimind.export.source import Source
+from minimind.tokenizer.render import TOOLS_HEAD, TOOLS_TAIL
+
+CHAT = """\
+{{- if or .System .Tools }}<|im_start|>system
+{{ .System }}
+{{- if .Tools }}{{ if .System }}
+
+{{ end }}@HEAD@
+{{ range $i, $tool := .Tools }}{{ if $i }}
+{{ end }}{{ json $tool }}
+{{- end }}@TAIL@
+{{- end }}<|im_end|>
+{{ end }}
+{{- range $i, $message := .Messages }}
+{{- $last := eq (len (slice $.Messages $i)) 1 }}
+{{- if eq .Role "user" }}<|im_start|>user
+{{ .Content }}<|im_end|>
+{{ else if eq .Role "assistant" }}<|im_start|>assistant
+{{ if .Thinking }}<think>
+{{ .Thinking }}
+</think>
+
+{{ end }}{{ .Content }}
+{{- range $k, $call := .ToolCalls }}{{ if or $k $message.Content }}
+{{ end }}<tool_call>
+{"name": {{ json $call.Function.Name }}, "arguments": {{ json $call.Function.Arguments }}}
+</tool_call>
+{{- end }}{{ if not $last }}<|im_end|>
+{{ end }}
+{{- else if eq .Role "tool" }}<|im_start|>user
+<tool_response>
+{{ .Content }}
+</tool_response><|im_end|>
+{{ end }}
+{{- if and $last (ne .Role "assistant") }}<|im_start|>assistant
+{{ if and $.IsThinkSet (not $.Think) }}<think>
+
+</think>
+
+{{ else if and $.IsThinkSet $.Think }}<think>
+{{ end }}
+{{- end }}
+{{- end }}"""
+
+PLAIN = "{{ .Prompt }}"
+
+
+def modelfile(source: Source, gguf_name: str, context: int = 2048) -> str:
+    """Modelfile 的全文。
+
+    Args:
+        gguf_name: 同目录的 GGUF 文件名。
+        context: 上下文长度；Ollama 会按它预留显存。
+    """
+    template = PLAIN
+    if not source.plain:
+        template = CHAT.replace("@HEAD@", TOOLS_HEAD).replace("@TAIL@", TOOLS_TAIL)
+    by_id = {token_id: token for token, token_id in source.tokenizer.get_vocab().items()}
+    stops = "".join(f'PARAMETER stop "{by_id[token_id]}"\n' for token_id in source.stop_ids)
+    return (
+        f"FROM ./{gguf_name}\n"
+        f'TEMPLATE """{template}"""\n'
+        f"PARAMETER num_ctx {context}\n"
+        "PARAMETER temperature 0.85\n"
+        "PARAMETER top_p 0.85\n"
+        "PARAMETER repeat_penalty 1.0\n"
+        f"{stops}"
+    )
+
+
+def modelfile_path(gguf: Path) -> Path:
+    """``模型.gguf`` 旁边的 ``模型.Modelfile``：一个目录里可以放几种精度。"""
+    return gguf.with_suffix(".Modelfile")
