@@ -33,6 +33,11 @@ COMMANDS = {
     "data check": Command("minimind.dataset.check:main_check", "检查 jsonl：条数、长度分布、坏行", "数据"),
     "data download": Command("minimind.dataset.download:main_download", "下载公开数据集，可断点续传", "数据"),
     "data make-microworld": Command("minimind.dataset.microworld:main_make", "写出内置的微世界语料", "数据"),
+    "export hf": Command("minimind.export.cli:main_hf", "导出成 Hugging Face 目录：transformers、vLLM 直接读", "导出"),
+    "export gguf": Command("minimind.export.cli:main_gguf", "导出成 GGUF：llama.cpp、Ollama 直接跑", "导出"),
+    "import": Command("minimind.export.cli:main_import", "收进 Hugging Face 目录或公共项目的 .pth", "导出"),
+    "export lora": Command("minimind.export.lora:main_lora", "把 LoRA 写成 peft 的适配器目录", "导出"),
+    "export merge": Command("minimind.export.lora:main_merge", "把 LoRA 合并进底座，写成普通权重", "导出"),
 }
 
 # 公共项目的叫法
