@@ -44,7 +44,7 @@ SHARES: dict[str, Share] = {
     # 固定的话
     "identity": Share(40, 250),
     "smalltalk": Share(30, 200),
-    "lora_identity": Share(0, 0),
+    "lora_identity": Share(0, 0, 60),
     # hard：SFT 里只露个面，留给推理与强化学习
     "sum3": Share(40, 160),
     "word2": Share(45, 160),
