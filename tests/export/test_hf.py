@@ -1,0 +1,220 @@
+"""Hugging Face 目录：别人打开它，logits 与对话模板都和我们的一样。"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from export_helpers import save_small
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from minimind.errors import UserError
+from minimind.export import hf
+from minimind.export.cli import main_hf
+from minimind.export.hf import export_hf
+from minimind.export.source import open_source
+from minimind.tokenizer import encode_chat, load_tokenizer
+
+TOOL = {
+    "type": "function",
+    "function": {"name": "查天气", "description": "查某地的天气", "parameters": {"type": "object"}},
+}
+CALL = {"function": {"name": "查天气", "arguments": {"城市": "北京", "days": 2}}}
+CONVERSATIONS = {
+    "一问": [{"role": "user", "content": "你好，3 加 25 等于几？"}],
+    "系统提示与多轮": [
+        {"role": "system", "content": "你是一个助手。"},
+        {"role": "user", "content": "Hello, what's 12*7?\n请用中文答。"},
+        {"role": "assistant", "content": "84。"},
+        {"role": "user", "content": "再加 1 呢"},
+    ],
+    "思考": [
+        {"role": "user", "content": "想一想"},
+        {"role": "assistant", "reasoning_content": "先算 1+1。\n得 2。", "content": "<answer>2</answer>"},
+        {"role": "user", "content": "好"},
+        {"role": "assistant", "reasoning_content": "", "content": "嗯。"},
+    ],
+    "工具": [
+        {"role": "user", "content": "北京和上海天气"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL, CALL]},
+        {"role": "tool", "content": '{"温度": 21.5}'},
+        {"role": "tool", "content": "晴"},
+        {"role": "assistant", "content": "晴，21.5 度。"},
+    ],
+}
+
+
+@torch.no_grad()
+def logits_of(folder, ids, **options):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+    return model, model(ids).logits
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("v2", "LlamaForCausalLM"),
+        ("v2_head_dim", "LlamaForCausalLM"),
+        ("v2_untied", "LlamaForCausalLM"),
+        ("v3", "Qwen3ForCausalLM"),
+        ("v3_moe", "Qwen3MoeForCausalLM"),
+        ("v3_moe_top2", "Qwen3MoeForCausalLM"),
+    ],
+)
+def test_公开的类打开后_logits_与贪心都相同(make_source, tmp_path, ids, kind, name):
+    source, ours = make_source(kind)
+    export_hf(source, tmp_path / "hf", torch.float32)
+    theirs, logits = logits_of(tmp_path / "hf", ids)
+    assert type(theirs).__name__ == name and type(theirs).__module__.startswith("transformers.")
+    with torch.no_grad():
+        expected = ours(ids).logits
+    assert expected.std() > 0.5  # 权重真的起作用，相等才有意义
+    assert (logits - expected).abs().max() < 1e-4
+    greedy = {"max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(theirs.generate(ids, **greedy), ours.generate(ids, **greedy))
+
+
+def test_v2_混合专家带着模型文件_没装本项目也能打开(make_source, tmp_path, ids):
+    source, ours = make_source("v2_moe")
+    assert export_hf(source, tmp_path / "hf", torch.float32) == "minimind"
+    code = (
+        "import sys; sys.modules['minimind'] = None\n"
+        "import torch; from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()\n"
+        "assert type(model).__module__.startswith('transformers_modules.'), type(model)\n"
+        "torch.save(model(torch.load(sys.argv[2])).logits.detach(), sys.argv[3])\n"
+    )
+    torch.save(ids, tmp_path / "ids.pt")
+    names = [str(tmp_path / name) for name in ("hf", "ids.pt", "logits.pt")]
+    subprocess.run([sys.executable, "-c", code, *names], check=True, cwd=tmp_path, timeout=120)
+    with torch.no_grad():
+        assert (torch.load(tmp_path / "logits.pt") - ours(ids).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+@pytest.mark.parametrize("thinking", [None, True, False])
+def test_对话模板渲染出同样的_id(exported_tokenizer, name, thinking):
+    ours, messages = load_tokenizer(), CONVERSATIONS[name]
+    tools = [TOOL] if name == "工具" else None
+    for prompt in (False, True):
+        theirs = exported_tokenizer.apply_chat_template(
+            messages,
+            tools=tools,
+            add_generation_prompt=prompt,
+            return_dict=False,
+            **({} if thinking is None else {"enable_thinking": thinking}),
+        )
+        assert theirs == encode_chat(ours, messages, tools, prompt, thinking).ids
+
+
+@pytest.fixture(scope="module")
+def exported_tokenizer(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tokenizer")
+    save_small(root / "out", "v2")
+    export_hf(open_source("tiny", str(root / "out")), root / "hf", torch.float16)
+    config = json.loads((root / "hf" / "tokenizer_config.json").read_text("utf-8"))
+    assert config["chat_template"] == (root / "hf" / "chat_template.jinja").read_text("utf-8")
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"  # transformers 4.x 也认识的名字
+    return AutoTokenizer.from_pretrained(root / "hf")
+
+
+def test_结束符与特殊_token_写在配置里(exported_tokenizer, make_source, tmp_path):
+    assert exported_tokenizer.convert_ids_to_tokens([0, 1, 2]) == [
+        *("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    ]
+    assert (exported_tokenizer.pad_token_id, exported_tokenizer.eos_token_id) == (0, 2)
+    text = "<think>\n好</think><|im_end|>"
+    encoded = exported_tokenizer(text)["input_ids"]
+    assert encoded[0] == 3 and encoded[-1] == 2  # 标签与控制 token 都是一个 id，前面不加 bos
+    assert exported_tokenizer.decode(encoded, skip_special_tokens=True) == "<think>\n好</think>"
+    source, _ = make_source("v2")
+    export_hf(source, tmp_path / "hf", torch.float16)
+    assert json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"] == [2]
+
+
+@pytest.mark.parametrize("kind", ["v2", "v3"])
+def test_外推写进配置后_logits_相同_不开就不写(make_source, tmp_path, ids, kind):
+    source, ours = make_source(kind)
+    export_hf(source, tmp_path / "plain", torch.float32)
+    assert json.loads((tmp_path / "plain" / "config.json").read_text())["rope_scaling"] is None
+    source = open_source("tiny", str(tmp_path / "out"), inference_rope_scaling=True)
+    export_hf(source, tmp_path / "yarn", torch.float32)
+    scaled = type(ours)(source.config).eval()
+    scaled.load_state_dict(ours.state_dict())
+    with torch.no_grad():
+        expected, plain = scaled(ids).logits, ours(ids).logits
+    _, logits = logits_of(tmp_path / "yarn", ids)
+    assert (expected - plain).abs().max() > 1e-2
+    assert (logits - expected).abs().max() < 1e-4
+
+
+def test_外推参数与公开实现算出的频率不同时报错(make_source, tmp_path):
+    yarn = {"factor": 4.0, "original_max_position_embeddings": 2**26, "beta_fast": 1e4, "beta_slow": 1e-3}
+    source, _ = make_source("v2", inference_rope_scaling=True, rope_scaling=yarn)
+    with pytest.raises(UserError, match="过渡带"):
+        export_hf(source, tmp_path / "hf", torch.float32)
+    assert not (tmp_path / "hf").exists()
+
+
+def test_精度_auto_与权重文件逐位相同(make_source, tmp_path):
+    from safetensors.torch import load_file
+
+    make_source("v2")
+    assert main_hf(["tiny", str(tmp_path / "hf"), "--save_dir", str(tmp_path / "out")]) == 0
+    stored = torch.load(tmp_path / "out" / "tiny_64.pth", weights_only=True)
+    written = load_file(tmp_path / "hf" / "model.safetensors")
+    assert set(stored) - set(written) == {"lm_head.weight"}
+    assert all(value.dtype == torch.float16 and torch.equal(value, stored[k]) for k, value in written.items())
+    arguments = ["tiny", str(tmp_path / "b"), "--save_dir", str(tmp_path / "out"), "--dtype", "bfloat16"]
+    assert main_hf(arguments) == 0
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_转不下的值是错误而不是_inf(make_source, tmp_path):
+    source, _ = make_source("v2")
+    source.state["model.norm.weight"][3] = 1e6
+    with pytest.raises(UserError, match=r"model\.norm\.weight.*1e\+06.*bfloat16"):
+        export_hf(source, tmp_path / "hf", torch.float16)
+    source.state["model.norm.weight"][3] = float("nan")
+    with pytest.raises(UserError, match="NaN"):
+        export_hf(source, tmp_path / "hf", torch.float32)
+
+
+def test_中途出错什么也不留下_已有目录原样(make_source, tmp_path, monkeypatch):
+    source, _ = make_source("v2")
+    export_hf(source, tmp_path / "hf", torch.float16)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "hf").iterdir()}
+
+    def broken(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(hf, "write_tokenizer", broken)
+    for folder in ("hf", "new"):
+        with pytest.raises(UserError, match="原有的内容未动"):
+            export_hf(source, tmp_path / folder, torch.float32, force=True)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "hf").iterdir()} == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "out"]
+
+
+def test_不加_force_不覆盖_有别的文件时加了也不(make_source, tmp_path):
+    source, _ = make_source("v2")
+    export_hf(source, tmp_path / "hf", torch.float16)
+    with pytest.raises(UserError, match="--force"):
+        export_hf(source, tmp_path / "hf", torch.float32)
+    export_hf(source, tmp_path / "hf", torch.float32, force=True)
+    assert '"float32"' in (tmp_path / "hf" / "config.json").read_text()
+    (tmp_path / "hf" / "笔记.txt").write_text("重要")
+    with pytest.raises(UserError, match=r"笔记\.txt"):
+        export_hf(source, tmp_path / "hf", torch.float16, force=True)
+    assert (tmp_path / "hf" / "笔记.txt").read_text() == "重要"
+
+
+def test_找不到权重时说清楚(tmp_path, capsys):
+    assert main_hf(["nothing", str(tmp_path / "hf"), "--save_dir", str(tmp_path)]) == 2
+    assert "nothing_512.pth" in capsys.readouterr().err
+    (tmp_path / "odd.pth").write_bytes(b"")
+    assert main_hf([str(tmp_path / "odd.pth"), str(tmp_path / "hf")]) == 2
+    assert "minimind import" in capsys.readouterr().err
