@@ -26,7 +26,12 @@ COMMANDS = {
     "pretrain": Command("minimind.recipes.pretrain:main", "预训练", "训练"),
     "sft": Command("minimind.recipes.full_sft:main", "全参数监督微调", "训练"),
     "lora": Command("minimind.recipes.lora:main", "LoRA 微调：只训练低秩增量", "训练"),
+    "dpo": Command("minimind.recipes.dpo:main", "直接偏好优化：更愿意说好的那个回答", "训练"),
+    "distill": Command("minimind.recipes.distillation:main", "知识蒸馏：小模型跟着大模型学", "训练"),
     "reason": Command("minimind.recipes.reason:main", "推理微调：先想再答", "训练"),
+    "ppo": Command("minimind.recipes.ppo:main", "强化学习：PPO，有价值网络", "训练"),
+    "grpo": Command("minimind.recipes.grpo:main", "强化学习：GRPO，同题多答、组内比较", "训练"),
+    "spo": Command("minimind.recipes.spo:main", "强化学习：SPO，单条采样、和自己的过去比", "训练"),
     "report": Command("minimind.report.training:main", "把训练日志画成曲线，写成报告", "训练"),
     "tokenizer train": Command("minimind.tokenizer.train:main_train", "训练分词器", "分词器"),
     "tokenizer eval": Command("minimind.tokenizer.eval:main_eval", "比较分词器的压缩率", "分词器"),
@@ -41,7 +46,7 @@ COMMANDS = {
 }
 
 # 公共项目的叫法
-ALIASES = {"full_sft": "sft", "full-sft": "sft", "eval": "chat"}
+ALIASES = {"distillation": "distill", "full_sft": "sft", "full-sft": "sft", "eval": "chat"}
 
 
 def help_text() -> str:

@@ -68,7 +68,9 @@ def training_files(
     return world / f"{kind}.jsonl", validation or world / f"{kind}_heldout.jsonl"
 
 
-def open_datasets(cls: type, args: Any, tokenizer: Any, stage: str | None = None) -> tuple[Any, Any]:
+def open_datasets(
+    cls: type, args: Any, tokenizer: Any, stage: str | None = None, **options: Any
+) -> tuple[Any, Any]:
     """按参数打开 ``(训练集, 验证集)``；不验证（``--val_ratio 0``）或数据太少划不出时，验证集为 ``None``。
 
     打包的数据填充太多时换更长的行，``args.batch_size`` 随之变小，每批的位置数不变。
@@ -76,9 +78,11 @@ def open_datasets(cls: type, args: Any, tokenizer: Any, stage: str | None = None
     Args:
         cls: :mod:`minimind.dataset.lm_dataset` 里的数据集类。
         stage: 哪个阶段的数据（见 :func:`training_files`），默认是 ``cls.kind``。
+        options: 其余交给 ``cls`` 的参数。
     """
     data_path, val_path = training_files(stage or cls.kind, args.data_path, args.val_path)
     common = {"max_length": args.max_seq_len, "seed": args.seed, "on_bad_line": args.on_bad_line}
+    common |= options
     whole = {} if val_path else {"split": "train", "val_ratio": args.val_ratio}
     train_ds = cls(data_path, tokenizer, **common, **whole)
     if issubclass(cls, PackedDataset):

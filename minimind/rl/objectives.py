@@ -39,13 +39,16 @@ def whiten(values: Tensor, totals: Tensor, epsilon: float = 1e-8) -> Tensor:
     return (values - mean) / (std + epsilon)
 
 
-def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """价值网络解释了回报方差的几成：``1 − Var(R − V) / Var(R)``；回报没有差别时记 0。
+def explained_variance(residuals: Tensor, targets: Tensor) -> float:
+    """预测解释了方差的几成：``1 − Var(R − V) / Var(R)``；``R`` 没有差别时记 0。
 
     1 是完全预测对，0 是和报平均数一样，负数是还不如报平均数。
+
+    Args:
+        residuals, targets: ``R − V`` 与 ``R`` 的 :func:`moments`，可以是各进程合起来的。
     """
-    spread = float(returns.double().var(correction=0)) if len(returns) else 0.0
-    return 1 - float((returns - values).double().var(correction=0)) / spread if spread > 1e-12 else 0.0
+    (_, left), (_, whole) = mean_and_std(residuals), mean_and_std(targets)
+    return 1 - (left / whole) ** 2 if whole > 1e-6 else 0.0
 
 
 # ---------------------------------------------------------------- 优势

@@ -101,10 +101,15 @@ def test_GAE_的两个极端():
 
 def test_解释方差():
     returns = torch.tensor([1.0, 2, 3])
-    assert obj.explained_variance(returns, returns) == 1
-    assert obj.explained_variance(torch.full((3,), 2.0), returns) == pytest.approx(0)
-    assert obj.explained_variance(-returns, returns) == pytest.approx(-3)
-    assert obj.explained_variance(returns, torch.ones(3)) == 0
+
+    def explained(values, returns):
+        return obj.explained_variance(obj.moments(returns - values), obj.moments(returns))
+
+    assert explained(returns, returns) == 1
+    assert explained(torch.full((3,), 2.0), returns) == pytest.approx(0)
+    assert explained(returns + 5, returns) == pytest.approx(1)  # 差一个常数不算
+    assert explained(-returns, returns) == pytest.approx(-3)
+    assert explained(returns, torch.ones(3)) == 0
 
 
 # ---------------------------------------------------------------- 损失

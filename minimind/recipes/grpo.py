@@ -1,0 +1,111 @@
+"""GRPO：同一道题答几遍，比同组平均好的多写，差的少写，不要价值网络。
+
+每个提示采样 G 条，得分 r_1…r_G，第 i 条的优势与损失是::
+
+    A_i = (r_i − 组平均) / (组标准差 + 1e-4)
+    L   = − (1/N) Σ_i Σ_t min(ρ·A_i, clip(ρ, 1 − ε, 1 + ε_high)·A_i)  +  β·k3，   ρ = π_θ / π_采样
+
+N 是这一步全部回答词元数（``--loss_type dapo``，默认）；别的归约见 :func:`minimind.rl.objectives.token_weights`。
+k3 = e^d − d − 1，d = logp_ref − logp，是与参考模型的 KL 的无偏估计；β 为 0（默认）时连参考模型也不载入。
+
+一次采样只更新一次，所以 ρ = 1，A 在组内和为零，打印的 loss 总在 0 附近：它不说明什么，要看奖励、离散与 KL。
+
+来源：Shao et al. 2024（DeepSeekMath，arXiv 2402.03300）；Yu et al. 2025（DAPO，arXiv 2503.14476）。
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from minimind.arguments import arg, override, parse_args
+from minimind.errors import guard
+from minimind.recipes.rl import held_out_score, open_stage
+from minimind.rl.arguments import RLArguments, require
+from minimind.rl.experience import Collector, Experience, global_moments, prompts_of
+from minimind.rl.health import RLHealth
+from minimind.rl.objectives import LOSS_TYPES, SCALES, group_advantages, zero_spread
+from minimind.rl.policy import frozen_copy, policy_loss, response_logps
+from minimind.trainer.loop import TrainResult, train
+from minimind.trainer.run import Run
+from minimind.trainer.step import Window
+from minimind.trainer.trainer_utils import shutdown_distributed
+
+
+@dataclass
+class GRPOArguments(RLArguments):
+    """GRPO：同题多答，组内比较。"""
+
+    loss_type: str = arg("dapo", "损失怎样归约：dapo（全步词元平均）、grpo、dr_grpo、bnpo、cispo", LOSS_TYPES)
+    scale_rewards: str = arg(
+        "group", "优势除以谁的标准差：group（本组）、batch（整批）、none（不除）", SCALES
+    )
+    epsilon: float = arg(0.2, "比值截断的下限 1 − epsilon")
+    epsilon_high: float | None = arg(None, "比值截断的上限 1 + epsilon_high；不给则 0.28，cispo 是 5")
+    beta: float = arg(0.0, "与参考模型的 KL 的系数；0 则不载入参考模型")
+    mask_truncated: int = arg(0, "写到上限还没结束的回答不参与更新（仍参与组内比较）", (0, 1))
+    dynamic_sampling: int = arg(0, "全组同分的提示不参与更新，也不进分母", (0, 1))
+
+    save_weight: str = override(RLArguments, "save_weight", "grpo")
+    accumulation_steps: int = override(RLArguments, "accumulation_steps", 4)
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self, "num_generations", self.num_generations >= 2, "至少为 2：组内要有得比")
+        require(self, "beta", self.beta >= 0, "不小于 0")
+
+
+def learnable_rows(experience: Experience, args: GRPOArguments) -> list[int]:
+    """参与更新的回答。"""
+    flat = zero_spread(experience.scores, args.num_generations).repeat_interleave(args.num_generations)
+    return [
+        i
+        for i, (same, cut) in enumerate(zip(flat.tolist(), experience.rollout.truncated))
+        if not (args.dynamic_sampling and same) and not (args.mask_truncated and cut)
+    ]
+
+
+def run(args: GRPOArguments) -> TrainResult:
+    """按参数训练一次；返回权重位置与最后的指标。"""
+    stage = open_stage(args)
+    collector = Collector(args, stage.tokenizer, stage.train_ds, stage.rewards)
+    reference = frozen_copy(stage.model) if args.beta else None
+    compute_loss, count = policy_loss(args, args.loss_type)
+
+    def prepare(run: Run, window: Window) -> Iterator[Window]:
+        experience = collector.collect(run, prompts_of(window))
+        advantages = group_advantages(
+            experience.scores,
+            args.num_generations,
+            args.scale_rewards,
+            global_moments(experience.scores, run),
+        )
+        experience.per_token["advantages"] = experience.spread(advantages)
+        if reference is not None:
+            experience.per_token["ref_logps"] = response_logps(reference, experience, run, args)
+        rows = learnable_rows(experience, args)
+        run.record(kept=(len(rows), len(experience.scores)))
+        yield experience.micro_batches(rows, args.rows_per_forward)
+
+    return train(
+        args,
+        stage.model,
+        stage.tokenizer,
+        stage.train_ds,
+        compute_loss,
+        count=count,
+        recipe="grpo",
+        prepare=prepare,
+        on_eval=held_out_score(args, stage),
+        health=RLHealth(args.max_gen_len),
+    )
+
+
+@guard
+def main(argv: list[str] | None = None) -> None:
+    """命令行入口。"""
+    args = parse_args(GRPOArguments, argv)
+    try:
+        run(args)
+    finally:
+        shutdown_distributed()

@@ -1,0 +1,175 @@
+"""PPO：价值网络估计“写到这里大约能得几分”，策略按比它估计的好了多少来学。
+
+逐词元奖励是 −kl_coef·(logp − logp_ref)，整条的得分加在最后一个回答词元上。价值网络有自己的主干，由它得优势与回报::
+
+    δ_t = r_t + γ·V_{t+1} − V_t，  A_t = δ_t + γλ·A_{t+1}，  R_t = A_t + V_t     （γ = 1，λ = 0.95）
+    L = (1/N) Σ_t [ − min(ρ·Â, clip(ρ, 1 − ε, 1 + ε)·Â)  +  vf_coef · 0.5·max((V − R)², (V_截 − R)²) ]
+
+Â 是 A 在所有进程上减平均、除以标准差；R 用白化之前的 A。同一批采样分几个小批、走几轮；每个小批更新之前先量一量
+策略离采样时有多远，超过 ``--target_kl`` 就连这一步也不走，剩下的都不要了。
+
+``{save_weight}``（默认 ppo_actor）只有策略，价值网络在续训存档里。
+
+来源：Schulman et al. 2017（arXiv 1707.06347）；GAE：Schulman et al. 2016（arXiv 1506.02438）；
+语言模型上的用法：Ouyang et al. 2022（InstructGPT）。
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from minimind.arguments import arg, override, parse_args
+from minimind.errors import guard
+from minimind.recipes.rl import held_out_score, open_stage
+from minimind.rl.actor_critic import ActorCritic
+from minimind.rl.arguments import RLArguments, require
+from minimind.rl.experience import Batch, Collector, Experience, global_moments, prompts_of
+from minimind.rl.health import RLHealth
+from minimind.rl.objectives import (
+    clipped_loss,
+    explained_variance,
+    gae,
+    k3,
+    token_rewards,
+    value_loss,
+    whiten,
+)
+from minimind.rl.policy import drift, frozen_copy, mean_drift, per_token, response_logps
+from minimind.trainer.device import mix_seeds
+from minimind.trainer.logprobs import entropy_of, selected_logprobs
+from minimind.trainer.loop import LossResult, TrainResult, train
+from minimind.trainer.run import Run
+from minimind.trainer.step import Window
+from minimind.trainer.trainer_utils import shutdown_distributed
+from minimind.trainer.validation import count_targets
+
+
+@dataclass
+class PPOArguments(RLArguments):
+    """PPO：策略与价值网络，截断的更新。"""
+
+    clip_epsilon: float = arg(0.2, "比值截断在 1 ± clip_epsilon")
+    value_clip: float = arg(0.2, "价值每次更新至多离采样时这么远")
+    vf_coef: float = arg(0.5, "价值损失的系数")
+    kl_coef: float = arg(0.02, "逐词元 KL 惩罚的系数；0 则不载入参考模型")
+    critic_learning_rate: float | None = arg(None, "价值网络的学习率；不给则与策略相同")
+    gamma: float = arg(1.0, "折扣")
+    lam: float = arg(0.95, "GAE 的 lambda")
+    ppo_epochs: int = arg(2, "同一批采样走几轮")
+    minibatches: int = arg(2, "每轮分成几个小批，各更新一次")
+    target_kl: float = arg(0.1, "策略离采样时的 KL 超过它就停下，不再用这批采样；0 表示不查")
+
+    save_weight: str = override(RLArguments, "save_weight", "ppo_actor")
+    num_generations: int = override(RLArguments, "num_generations", 1)
+    accumulation_steps: int = override(RLArguments, "accumulation_steps", 32)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.critic_learning_rate is None:
+            self.critic_learning_rate = self.learning_rate
+        for name in ("ppo_epochs", "minibatches"):
+            require(self, name, getattr(self, name) >= 1, "至少为 1")
+        for name in ("clip_epsilon", "value_clip", "vf_coef", "kl_coef", "target_kl", "critic_learning_rate"):
+            require(self, name, getattr(self, name) >= 0, "不小于 0")
+
+
+def estimate(run: Run, experience: Experience, reference: nn.Module | None, args: PPOArguments) -> None:
+    """价值、逐词元奖励、优势与回报，放进 ``experience.per_token``；记下 KL 与解释方差。"""
+    logp, n = experience.old_logps, len(experience.old_logps)
+    ref_logp = logp if reference is None else response_logps(reference, experience, run, args)
+    values = per_token(lambda batch: run.model.critic(batch)[0], experience, run, args.rows_per_forward)
+    rewards = token_rewards(experience.scores, logp, ref_logp, experience.lengths, args.kl_coef)
+    advantages, returns = gae(rewards, values, experience.lengths, args.gamma, args.lam)
+    experience.per_token = {
+        "advantages": whiten(advantages, global_moments(advantages, run)),
+        "returns": returns,
+        "old_values": values,
+    }
+    explained = explained_variance(global_moments(returns - values, run), global_moments(returns, run))
+    run.record(explained_variance=(explained, 1))
+    if reference is not None:
+        run.record(kl=(float(k3(logp, ref_logp).sum()), n))
+
+
+def minibatches(rows: int, parts: int, seed: int) -> list[list[int]]:
+    """打乱后分成 ``parts`` 份，大小至多差一；份数各进程相同，不够分的份是空的。"""
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).tolist()
+    return [order[k::parts] for k in range(parts)]
+
+
+def ppo_loss(args: PPOArguments):
+    """给训练循环的 ``compute_loss``。"""
+
+    def compute_loss(model: nn.Module, batch: Batch) -> LossResult:
+        policy, values, critic_aux = model(batch)
+        logp, n = selected_logprobs(policy.logits, policy.targets, args.temperature), policy.targets.numel()
+        loss, clipped = clipped_loss(
+            logp, batch["old_logps"], batch["advantages"], args.clip_epsilon, args.clip_epsilon
+        )
+        critic = value_loss(values, batch["old_values"], batch["returns"], args.value_clip).sum()
+        metrics: dict[str, Tensor] = {
+            "value_loss": critic.detach(),
+            "clip_share": clipped.sum(),
+            "approx_kl": drift(logp, batch["old_logps"]).sum(),
+            "entropy": entropy_of(policy.logits, args.temperature).sum(),
+        }
+        total = loss.sum() + args.vf_coef * critic + (policy.aux_loss + critic_aux) * n
+        return total, n, {name: (value, n) for name, value in metrics.items()}
+
+    return compute_loss
+
+
+def run(args: PPOArguments) -> TrainResult:
+    """按参数训练一次；返回权重位置与最后的指标。"""
+    stage = open_stage(args)
+    collector = Collector(args, stage.tokenizer, stage.train_ds, stage.rewards, policy=actor_of)
+    reference = frozen_copy(stage.model) if args.kl_coef else None
+
+    def prepare(run: Run, window: Window) -> Iterator[Window]:
+        experience = collector.collect(run, prompts_of(window))
+        estimate(run, experience, reference, args)
+        updates, stopped = 0, False
+        for epoch in range(args.ppo_epochs):
+            seed = mix_seeds(args.seed, run.state.step, run.rank, epoch)
+            for rows in minibatches(len(experience.scores), args.minibatches, seed):
+                if args.target_kl and updates and not stopped:
+                    stopped = mean_drift(run.model.actor, experience.select(rows), run, args) > args.target_kl
+                if stopped:
+                    break
+                updates += 1
+                yield experience.micro_batches(rows, args.rows_per_forward)
+        run.record(updates=(updates, 1), early_stop=(float(stopped), 1))
+
+    return train(
+        args,
+        ActorCritic(stage.model),
+        stage.tokenizer,
+        stage.train_ds,
+        ppo_loss(args),
+        count=count_targets,
+        recipe="ppo",
+        prepare=prepare,
+        on_eval=held_out_score(args, stage, actor_of),
+        health=RLHealth(args.max_gen_len),
+        weights_of=lambda model: model.actor.state_dict(),
+        lr_scales={"critic.": args.critic_learning_rate / args.learning_rate} if args.learning_rate else None,
+    )
+
+
+def actor_of(model: nn.Module) -> nn.Module:
+    """:class:`ActorCritic` 里的策略。"""
+    return model.actor
+
+
+@guard
+def main(argv: list[str] | None = None) -> None:
+    """命令行入口。"""
+    args = parse_args(PPOArguments, argv)
+    try:
+        run(args)
+    finally:
+        shutdown_distributed()

@@ -1,0 +1,87 @@
+"""强化学习三个配方共同的开头：模型、提示、奖励，以及训练前后在留出题上的得分。"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from minimind.console import say
+from minimind.dataset import RLAIFDataset
+from minimind.model import MiniMindForCausalLM
+from minimind.recipes.data import open_datasets
+from minimind.rl.arguments import RLArguments
+from minimind.rl.experience import score
+from minimind.rl.rewards import Rewards, build_rewards
+from minimind.rl.rollout import LocalRollout
+from minimind.trainer.distributed import is_main_process
+from minimind.trainer.sampler import epoch_order
+from minimind.trainer.trainer_utils import init_model, model_config, start_run
+
+
+@dataclass
+class Stage:
+    """开场备好的东西；``val_ds`` 是留出的提示，可能没有。"""
+
+    device: torch.device
+    model: MiniMindForCausalLM
+    tokenizer: Any
+    train_ds: RLAIFDataset
+    val_ds: RLAIFDataset | None
+    rewards: Rewards
+
+
+def open_stage(args: RLArguments) -> Stage:
+    """按参数打开模型、提示与奖励，说清奖励由什么组成。"""
+    device = start_run(args)
+    model, tokenizer = init_model(
+        model_config(args), args.from_weight, args.tokenizer_path, args.save_dir, device
+    )
+    thinking = {"enable_thinking": True} if args.reasoning else {}
+    train_ds, val_ds = open_datasets(RLAIFDataset, args, tokenizer, **thinking)
+    rewards = build_rewards(
+        args.reward,
+        reward_model_path=args.reward_model_path,
+        reasoning=args.reasoning,
+        device=device,
+        data_path=train_ds.cache.source,
+        trust_remote_code=bool(args.trust_remote_code),
+    )
+    say(rewards.describe())
+    if train_ds.stats["dropped"]:
+        say(f"丢弃 {train_ds.stats['dropped']:,} 个超过 {args.max_seq_len} 个 token 的提示。")
+    return Stage(device, model, tokenizer, train_ds, val_ds, rewards)
+
+
+def held_out_score(
+    args: RLArguments, stage: Stage, policy: Callable[[nn.Module], nn.Module] = lambda model: model
+) -> Callable[[nn.Module, int], dict[str, float]] | None:
+    """``on_eval``：贪心回答留出的题，报平均得分、写不完的比例与长度；没有留出题时为 None。
+
+    训练前先考一次，说出起点。
+
+    Args:
+        policy: 从训练的模型里取出策略。
+    """
+    if stage.val_ds is None:
+        return None
+    chosen = epoch_order(len(stage.val_ds), args.seed, 0)[: args.val_max_rows or len(stage.val_ds)]
+    items = [stage.val_ds[int(i)] for i in chosen]
+
+    def answer(model: nn.Module) -> dict[str, float]:
+        sampler = LocalRollout(model, stage.tokenizer, max_new_tokens=args.max_gen_len, temperature=0.0)
+        rollout = sampler.generate([item["prompt_ids"].tolist() for item in items], 1, 0)
+        scores, _ = score(stage.rewards, rollout, items, bool(args.reasoning))
+        return {
+            "val_reward": float(scores.mean()),
+            "val_truncated": sum(rollout.truncated) / len(rollout),
+            "val_length": sum(map(len, rollout.responses)) / len(rollout),
+        }
+
+    if is_main_process() and not args.from_resume:
+        reward = answer(stage.model)["val_reward"]
+        say(f"训练前：留出的 {len(items)} 题贪心作答，平均得分 {reward:.3f}。")
+    return lambda model, step: answer(policy(model))

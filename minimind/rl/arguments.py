@@ -1,0 +1,59 @@
+"""三个强化学习配方共用的参数。"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from minimind.arguments import arg, override
+from minimind.errors import UserError
+from minimind.trainer.train_args import ON_OFF, TrainArguments
+
+
+@dataclass
+class RLArguments(TrainArguments):
+    """强化学习的共用参数：一步采样 batch_size × accumulation_steps × 进程数 个提示，每个答 num_generations 次。"""
+
+    # 采样
+    max_gen_len: int = arg(128, "回答最多多少个 token")
+    num_generations: int = arg(8, "每个提示采样几条回答")
+    temperature: float = arg(1.0, "采样温度；损失里的 logits 也除以它")
+    reasoning: int = arg(0, "是否先想再答（1：从 reason 权重开始，提示里开着思考，奖励含格式分）", ON_OFF)
+    rollout_url: str | None = arg(
+        None,
+        "用 OpenAI 兼容的服务（vLLM、SGLang、本项目的 serve）采样，例如 http://127.0.0.1:8000；不给则在本进程里采样",
+    )
+    rollout_slots: int = arg(64, "本进程里采样时同时写多少条（省内存用，不影响结果的分布）")
+    rows_per_forward: int = arg(16, "训练时一次前向放多少条回答（省内存用，不影响结果）")
+
+    # 奖励
+    reward: str | None = arg(
+        None, "奖励，例如 auto、exact:1,format:0.5、文件.py:函数；不给则用可验证的规则，有奖励模型就用它"
+    )
+    reward_model_path: str | None = arg(None, "奖励模型的目录（HF 序列分类模型，或带 get_score 的模型）")
+    trust_remote_code: int = arg(0, "允许执行奖励模型目录里自带的代码", ON_OFF)
+
+    from_weight: str | None = arg(None, "从哪个权重开始（名字）；不给则 full_sft，--reasoning 1 时 reason")  # type: ignore[assignment]
+    batch_size: int = arg(2, "每个进程每个微批次的提示数")
+    max_seq_len: int = arg(512, "提示的长度上限，更长的丢弃并计数")
+    log_interval: int = override(TrainArguments, "log_interval", 5)
+    save_interval: int = override(TrainArguments, "save_interval", 50)
+    eval_interval: int = override(TrainArguments, "eval_interval", 50)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.from_weight is None:
+            self.from_weight = "reason" if self.reasoning else "full_sft"
+        for name in ("max_gen_len", "num_generations", "rollout_slots", "rows_per_forward"):
+            require(self, name, getattr(self, name) >= 1, "至少为 1")
+        require(self, "temperature", self.temperature > 0, "大于 0：贪心没有随机性，策略梯度无从估计")
+
+
+def require(args: Any, name: str, condition: bool, expected: str) -> None:
+    """参数不合要求就报错，说出是哪一个。
+
+    Raises:
+        UserError: ``condition`` 不成立。
+    """
+    if not condition:
+        raise UserError(f"值是 {getattr(args, name)}", where=f"--{name}", expected=expected)

@@ -1,0 +1,10 @@
+"""GRPO：``python trainer/train_grpo.py --epochs 1 --batch_size 2``；正文在 minimind/recipes/grpo.py。"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from minimind.recipes.grpo import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

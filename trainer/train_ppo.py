@@ -1,0 +1,10 @@
+"""PPO：``python trainer/train_ppo.py --epochs 1 --batch_size 2``；正文在 minimind/recipes/ppo.py。"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from minimind.recipes.ppo import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

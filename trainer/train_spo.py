@@ -1,0 +1,10 @@
+"""SPO：``python trainer/train_spo.py --epochs 1 --batch_size 2``；正文在 minimind/recipes/spo.py。"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from minimind.recipes.spo import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())
