@@ -8,7 +8,8 @@ r(x, y) = β·log(π(y|x) / μ(y|x)) + 与 y 无关的一项，于是“好的�
 
 π 是正在训练的策略，μ 是不动的参考模型（从同一个权重出发，所以开头 h = 0、损失 ln 2 = 0.693），y_w、y_l 是好坏
 两个回答，log π(y|x) 在整个回答（含结束符）上求 *和*。β 大则离参考模型近。另有按词元平均的 ``ipo``、
-长度归一的 ``sigmoid_norm`` 与标签平滑，公式见 :mod:`minimind.trainer.preference`。
+长度归一的 ``sigmoid_norm`` 与标签平滑，公式见 :mod:`minimind.trainer.preference`；``--sft_coef`` 另加好回答的交叉熵
+（RPO，Pang 2024，arXiv 2404.19733，式 1），好回答自己的概率才不会跟着跌。
 
 参考模型不变，它的对数概率训练前算一遍存着（:mod:`minimind.trainer.reference`），显存里只有一个模型。
 
@@ -50,6 +51,9 @@ class DPOArguments(TrainArguments):
     beta: float = arg(0.1, "离参考模型多近，大则近；sigmoid_norm 用按词元平均的差，要大得多（约 2）")
     loss_type: str = arg("sigmoid", "损失：sigmoid（标准）、sigmoid_norm（按长度归一）或 ipo", LOSS_TYPES)
     label_smoothing: float = arg(0.0, "假定有这么大比例的偏好标反了（保守 DPO），0 到 0.5")
+    sft_coef: float = arg(
+        0.0, "另加多少好回答的交叉熵（按词元平均，RPO）；好回答的概率也在跌时用，约 0.1 到 1"
+    )
     cache_reference: int = arg(
         1, "参考模型的对数概率：1 训练前算一遍存着，0 训练时带着参考模型现算（多占一份权重）", ON_OFF
     )
@@ -60,6 +64,8 @@ class DPOArguments(TrainArguments):
         super().__post_init__()
         if not self.beta > 0:
             raise UserError(f"值是 {self.beta}", where="--beta", expected="大于 0，通常 0.05 到 0.5")
+        if not self.sft_coef >= 0:
+            raise UserError(f"值是 {self.sft_coef}", where="--sft_coef", expected="不小于 0")
         if not 0 <= self.label_smoothing < 0.5:
             raise UserError(
                 f"值是 {self.label_smoothing}", where="--label_smoothing", expected="0 到 0.5（不含）"
@@ -83,7 +89,10 @@ def dpo_loss(model: nn.Module, batch: dict[str, Any], args: DPOArguments, refere
         label_smoothing=args.label_smoothing,
     )
     pairs = batch["num_pairs"]
-    return result.losses.sum() + policy.aux_loss * pairs, pairs, result.metrics()
+    loss = result.losses.sum() + policy.aux_loss * pairs
+    if args.sft_coef:
+        loss = loss - args.sft_coef * (policy.logps / policy.lengths.clamp_min(1))[:pairs].sum()
+    return loss, pairs, result.metrics()
 
 
 def health(record: dict[str, float]) -> list[str]:

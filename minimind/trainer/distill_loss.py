@@ -68,6 +68,7 @@ def distillation_loss(
     temperature: float = 1.5,
     kind: str = "forward",
     jsd_beta: float = 0.5,
+    with_ce: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """目标词元上的损失和，与其中的交叉熵、散度各自的和（不带系数与 T²）。
 
@@ -76,11 +77,14 @@ def distillation_loss(
         targets: ``[N]``，真正的下一个词元。
         alpha: 交叉熵的份量。
         temperature: T。
+        with_ce: 假表示没有“真正的下一个词”（学生自己写的回答）：损失只剩散度一项，系数不变。
     """
     ce = F.cross_entropy(student_logits.float(), targets, reduction="sum")
     parts = (logits / temperature for logits in (student_logits, teacher_logits))
     distance = divergence(*parts, kind, jsd_beta=jsd_beta).sum()
-    loss = alpha * ce + (1 - alpha) * temperature**2 * distance
+    loss = (1 - alpha) * temperature**2 * distance
+    if with_ce:
+        loss = loss + alpha * ce
     return loss, {"ce": ce.detach(), "divergence": distance.detach()}
 
 

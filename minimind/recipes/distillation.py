@@ -1,0 +1,193 @@
+"""知识蒸馏：让小模型学大模型的整张概率表，而不只是标准答案那一个词。
+
+标准答案只说“下一个词是甲”，教师还说“乙也行，丙绝不行”，信息多得多，小模型学得又快又稳::
+
+    L = α·CE(q₁, 真词) + (1 − α)·T²·KL(p_T ‖ q_T)，   p_T = softmax(教师 logits / T)，q_T 同理
+
+求和走遍目标词元（助手说的话，与 SFT 相同），再除以它们的总数。温度 T > 1 把分布摊平，次要的词也看得见；
+乘 T² 使梯度的大小不随 T 变。``--divergence`` 可换成反向 KL 或广义 JSD，公式见 :mod:`minimind.trainer.distill_loss`。
+
+``--on_policy λ``：有 λ 的机会不用数据里的回答，而让学生自己答，教师在学生走到的地方教它（GKD）。
+自己的回答没有“真词”，那些批只有散度一项。
+
+教师与学生可以一大一小、一个混合专家一个稠密，但分词器必须相同：概率表要逐词对得上。
+教师只做前向；两边的 logits 分块算，整块 ``[N, V]`` 从不存在。
+
+来源：Hinton et al. 2015，arXiv 1503.02531；Agarwal et al. 2024（GKD），arXiv 2306.13649。
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from random import Random
+from typing import Any
+
+import torch
+from torch import nn
+
+from minimind.arguments import arg, override, parse_args
+from minimind.dataset import SFTDataset, collate_packed
+from minimind.errors import UserError, guard
+from minimind.recipes.data import open_datasets
+from minimind.recipes.teacher import load_teacher, resolve_sizes
+from minimind.rl.rollout import LocalRollout, response_batch
+from minimind.trainer.device import mix_seeds
+from minimind.trainer.distill_loss import DIVERGENCES, chunked_loss, distillation_loss
+from minimind.trainer.logprobs import IGNORE, target_mask
+from minimind.trainer.loop import TrainResult, train
+from minimind.trainer.train_args import ON_OFF, TrainArguments
+from minimind.trainer.trainer_utils import init_model, model_config, shutdown_distributed, start_run
+
+
+@dataclass
+class DistillationArguments(TrainArguments):
+    """知识蒸馏：小模型跟着大模型学。"""
+
+    save_weight: str = override(TrainArguments, "save_weight", "full_dist")
+    epochs: int = override(TrainArguments, "epochs", 6)
+    max_seq_len: int = override(TrainArguments, "max_seq_len", 512)
+
+    alpha: float = arg(0.5, "标准答案的份量；其余 1 − alpha 给教师")
+    temperature: float = arg(1.5, "摊平两边分布的温度，1 到 4")
+    divergence: str = arg("forward", "与教师的距离：forward、reverse（KL 的两个方向）或 jsd", DIVERGENCES)
+    jsd_beta: float = arg(0.5, "jsd 里教师的份量，0 到 1（不含）")
+    on_policy: float = arg(0.0, "λ：这么大比例的批由学生自己作答，教师来教")
+    max_gen_len: int = arg(128, "学生自己作答时最多写多少个词元")
+
+    student_hidden_size: int | None = arg(
+        None, "学生的宽度；不给则 512，教师也只有这么宽（或更窄）时取它的一半"
+    )
+    student_num_layers: int | None = arg(None, "学生的层数；不给则 8，教师也只有这么宽（或更窄）时取它的一半")
+    student_use_moe: int = arg(0, "学生是否用混合专家（0 否，1 是）", ON_OFF)
+    from_student_weight: str | None = arg(
+        None, "学生从哪个权重开始；不给则依次找同尺寸的 full_sft、pretrain，都没有就从头训练；none 从头训练"
+    )
+    teacher_hidden_size: int | None = arg(None, "教师的宽度；不给则 768，没有这样的权重就用现有最大的")
+    teacher_num_layers: int | None = arg(None, "教师的层数；不给则由权重旁的 JSON 决定")
+    teacher_use_moe: int | None = arg(
+        None, "教师是否用混合专家（0 否，1 是）；不给则由找到的权重决定", ON_OFF
+    )
+    from_teacher_weight: str = arg("full_sft", "教师用哪个权重")
+
+    LEARNING_RATE_TIMES_WIDTH = 0.5
+
+    def __post_init__(self):
+        self._teacher = resolve_sizes(self)  # 学习率随学生的宽度与起点而定，所以先看有哪些权重
+        if self.from_weight == "none":
+            self.LEARNING_RATE_TIMES_WIDTH = TrainArguments.LEARNING_RATE_TIMES_WIDTH
+        super().__post_init__()
+        for name in ("alpha", "on_policy"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"值是 {getattr(self, name)}", where=f"--{name}", expected="0 到 1 之间")
+        if not self.temperature > 0:
+            raise UserError(f"值是 {self.temperature}", where="--temperature", expected="大于 0，通常 1 到 4")
+        if not 0 < self.jsd_beta < 1:
+            raise UserError(f"值是 {self.jsd_beta}", where="--jsd_beta", expected="0 与 1 之间（不含）")
+
+
+def distill_loss(model: nn.Module, batch: dict[str, Any], args: DistillationArguments, student, teacher):
+    """训练循环要的 ``(损失和, 目标数, metrics)``。
+
+    Args:
+        model: 学生，或它的 DDP 包装；``student`` 是没包装的，取输出头用。
+        batch: SFT 的打包行；``on_policy`` 为真的批是学生自己的回答，没有交叉熵。
+        teacher: 教师，不求梯度。
+    """
+    names = ("input_ids", "position_ids", "cu_seqlens", "max_seqlen")
+    inputs = {name: batch[name] for name in names}
+    mask = target_mask(batch["labels"])
+    targets = batch["labels"][:, 1:][mask[:, :-1]]
+    out = model(**inputs, return_logits=False)
+    with torch.no_grad():
+        guide = teacher(**inputs, return_logits=False).hidden_states[mask]
+    own = batch.get("on_policy", False)
+    loss_of = partial(
+        distillation_loss,
+        alpha=args.alpha,
+        temperature=args.temperature,
+        kind=args.divergence,
+        jsd_beta=args.jsd_beta,
+        with_ce=not own,
+    )
+    loss, parts = chunked_loss(
+        out.hidden_states[mask], student.lm_head.weight, guide, teacher.lm_head.weight, targets, loss_of
+    )
+    count = len(targets)
+    if own:  # 自己的回答上交叉熵就是熵，与数据上的不能放在一起平均
+        parts = {"divergence": parts["divergence"]}
+    return loss + out.aux_loss * count, count, parts
+
+
+def last_prompts(batch: dict[str, Any]) -> list[list[int]]:
+    """打包行里每段对话最后一个回答之前的全部词元，即让学生自己作答的提示。"""
+    ids, is_target = batch["input_ids"].flatten(), (batch["labels"] != IGNORE).flatten()
+    prompts = []
+    for begin, end in pairwise(batch["cu_seqlens"].tolist()):
+        targets = is_target[begin:end]
+        starts = (targets & ~targets.roll(1)).nonzero()  # 段的第一个词元从不是目标
+        if len(starts):
+            prompts.append(ids[begin : begin + int(starts[-1])].tolist())
+    return prompts
+
+
+def own_answers(run: Any, window: list, *, args: DistillationArguments, rollout: Any):
+    """训练循环的 ``prepare``：有 λ 的机会把一个微批次换成学生此刻自己的回答；由种子与步数决定，续训逐位一致。"""
+    replaced, own = [], 0
+    for index, (ids, batch) in enumerate(window):
+        seed = mix_seeds(args.seed, run.state.step, index, run.rank)
+        prompts = last_prompts(batch) if Random(seed).random() < args.on_policy else []
+        if ids and prompts:
+            answers = rollout.generate(prompts, 1, seed)
+            batch = {**response_batch(answers, slice(None), run.train_ds.pad_id), "on_policy": True}
+            own += 1
+        replaced.append((ids, batch))
+    run.record(on_policy=(own, len(window)))
+    yield replaced
+
+
+def health(record: dict[str, float]) -> list[str]:
+    """由一行日志看出的毛病。"""
+    found = []
+    if record["step"] >= 50 and record["divergence"] > record.get("ce", 0.0) + 1:
+        found.append("与教师的距离比交叉熵还大：教师与数据说的不是一回事，检查教师是不是这份数据上训练的。")
+    if record["divergence"] < 1e-4:
+        found.append("与教师的距离几乎是零：学生已经和教师一样，或两者就是同一个权重。")
+    return found
+
+
+def run(args: DistillationArguments) -> TrainResult:
+    """按参数训练一次；返回权重位置与最后的指标。"""
+    device = start_run(args)
+    student, tokenizer = init_model(
+        model_config(args), args.from_weight, args.tokenizer_path, args.save_dir, device
+    )
+    teacher = load_teacher(args, student.config, device)
+    train_ds, val_ds = open_datasets(SFTDataset, args, tokenizer)
+    prepare = None
+    if args.on_policy:
+        rollout = LocalRollout(student, tokenizer, max_new_tokens=args.max_gen_len)
+        prepare = partial(own_answers, args=args, rollout=rollout)
+    return train(
+        args,
+        student,
+        tokenizer,
+        train_ds,
+        partial(distill_loss, args=args, student=student, teacher=teacher),
+        collate=collate_packed,
+        val_ds=val_ds,
+        recipe="distillation",
+        prepare=prepare,
+        health=health,
+    )
+
+
+@guard
+def main(argv: list[str] | None = None) -> None:
+    """命令行入口。"""
+    args = parse_args(DistillationArguments, argv)
+    try:
+        run(args)
+    finally:
+        shutdown_distributed()

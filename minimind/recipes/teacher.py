@@ -1,0 +1,175 @@
+"""蒸馏的两个模型：教师是哪个权重、学生多大、从哪里开始，没说的按现有的权重补上并说一声。"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from minimind.console import say
+from minimind.errors import UserError
+from minimind.model import MiniMindConfig, MiniMindForCausalLM, count_parameters
+from minimind.paths import resolve_path
+from minimind.tokenizer import load_tokenizer, tokenizer_fingerprint
+from minimind.trainer.checkpoint import config_dict, load_file, load_weights, read_sidecar, weights_path
+from minimind.trainer.trainer_utils import model_config
+
+# 公共项目蒸馏的默认尺寸：教师 768 × 16，学生 512 × 8
+TEACHER_SIZE, STUDENT_SIZE = (768, 16), (512, 8)
+# 教师不比学生宽时，学生取教师的一半，但不小于这么多
+SMALLEST_WIDTH, FEWEST_LAYERS = 64, 2
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """找到的教师：权重文件、结构、训练它的分词器的指纹（旧项目的权重没有旁注，不知道）。"""
+
+    path: Path
+    config: MiniMindConfig
+    tokenizer_hash: str | None
+
+
+def find_teachers(args: Any) -> list[Path]:
+    """``{save_dir}/{from_teacher_weight}_*.pth`` 里合乎 ``--teacher_*`` 的，最大的在前。
+
+    Raises:
+        UserError: 一个也没有，附得到它的命令。
+    """
+    name, folder = args.from_teacher_weight, resolve_path(args.save_dir)
+    pattern = re.compile(re.escape(name) + r"_(\d+)(_moe)?\.pth")
+    found = []
+    for path in folder.glob(f"{name}_*.pth"):
+        match = pattern.fullmatch(path.name)
+        right_width = match and args.teacher_hidden_size in (None, int(match[1]))
+        if right_width and args.teacher_use_moe in (None, int(bool(match[2]))):
+            found.append(path)
+    if not found:
+        raise no_teacher(args, folder)
+    return sorted(found, key=lambda path: path.stat().st_size, reverse=True)
+
+
+def open_teacher(path: Path, layers: int | None) -> Teacher:
+    """读出教师的结构；``layers`` 是命令行要求的层数。"""
+    sidecar = read_sidecar(path) or {}
+    options = sidecar.get("config") or guess_config(path)
+    if layers not in (None, options["num_hidden_layers"]):
+        raise UserError(
+            f"教师有 {options['num_hidden_layers']} 层",
+            where=str(path),
+            expected=f"--teacher_num_layers {layers}",
+            fix="改成与权重一致，或去掉这个参数",
+        )
+    return Teacher(path, MiniMindConfig(**options), sidecar.get("tokenizer_hash"))
+
+
+def no_teacher(args: Any, folder: Path) -> UserError:
+    width = args.teacher_hidden_size or TEACHER_SIZE[0]
+    layers = args.teacher_num_layers or TEACHER_SIZE[1]
+    size = f"--hidden_size {width} --num_hidden_layers {layers}" + " --use_moe 1" * bool(args.teacher_use_moe)
+    others = sorted(path.name for path in folder.glob(f"{args.from_teacher_weight}_*.pth"))
+    return UserError(
+        f"没有教师的权重 {args.from_teacher_weight}",
+        where=str(folder),
+        expected=f"{args.from_teacher_weight}_{width}{'_moe' * bool(args.teacher_use_moe)}.pth"
+        + (f"；现有 {'、'.join(others)}，去掉 --teacher_* 就用其中最大的" if others else ""),
+        fix=f"先训练它：python trainer/train_pretrain.py {size}，再 python trainer/train_full_sft.py {size}"
+        "（不写尺寸即 512 × 8，也可以当教师，学生随之取一半）",
+    )
+
+
+def guess_config(path: Path) -> dict[str, Any]:
+    """没有旁注的权重（旧项目的）：从键与形状看出尺寸。"""
+    state = load_file(path)
+    embed = state.get("model.embed_tokens.weight") if isinstance(state, dict) else None
+    if embed is None:
+        raise UserError("里面不是 MiniMind 的权重", where=str(path), fix="用 --from_teacher_weight 换一个")
+    layers = {int(key.split(".")[2]) for key in state if key.startswith("model.layers.")}
+    return {
+        "hidden_size": embed.shape[1],
+        "vocab_size": embed.shape[0],
+        "num_hidden_layers": len(layers),
+        "use_moe": any(".mlp.experts." in key for key in state),
+        "arch": "v3" if "model.layers.0.self_attn.q_norm.weight" in state else "v2",
+    }
+
+
+def resolve_sizes(args: Any) -> Teacher:
+    """补上没给的学生尺寸与起点：写进 ``args`` 的 ``hidden_size num_hidden_layers use_moe from_weight``。"""
+    paths = find_teachers(args)
+    teacher = open_teacher(paths[0], args.teacher_num_layers)
+    default = type(args).__dataclass_fields__
+    given = {
+        "hidden_size": args.student_hidden_size,
+        "num_hidden_layers": args.student_num_layers,
+        "use_moe": args.student_use_moe or None,
+    }
+    narrow = teacher.config.hidden_size <= STUDENT_SIZE[0]
+    sizes = {
+        "hidden_size": max(SMALLEST_WIDTH, teacher.config.hidden_size // 2) if narrow else STUDENT_SIZE[0],
+        "num_hidden_layers": max(FEWEST_LAYERS, teacher.config.num_hidden_layers // 2)
+        if narrow
+        else STUDENT_SIZE[1],
+    }
+    if args.student_hidden_size or args.student_num_layers:
+        args.preset = None
+    for name, value in given.items():
+        # 通用的 --hidden_size 等说的也是学生，给了不同于默认值的就算数
+        if value is not None:
+            setattr(args, name, value)
+        elif name in sizes and not args.preset and getattr(args, name) == default[name].default:
+            setattr(args, name, sizes[name])
+    if args.from_student_weight:
+        args.from_weight = args.from_student_weight
+    elif args.from_weight == "none":
+        args.from_weight = next((w for w in ("full_sft", "pretrain") if same_size(args, w)), "none")
+    # 学生若就从最大的那个权重开始，教师换下一个
+    if teacher.path == weights_path(model_config(args), args.from_weight, args.save_dir) and len(paths) > 1:
+        return open_teacher(paths[1], args.teacher_num_layers)
+    return teacher
+
+
+def same_size(args: Any, weight: str) -> bool:
+    """``save_dir`` 里有没有与学生结构相同的这个权重；没有旁注的只看文件名里的尺寸。"""
+    config = model_config(args)
+    path = weights_path(config, weight, args.save_dir)
+    saved = (read_sidecar(path) or {}).get("config", {}) if path.is_file() else {}
+    current = config_dict(config)
+    keys = ("arch", "num_hidden_layers", "num_attention_heads")
+    return path.is_file() and all(saved.get(key, current[key]) == current[key] for key in keys)
+
+
+def load_teacher(args: Any, student: MiniMindConfig, device: torch.device) -> nn.Module:
+    """教师模型，不求梯度；词表与分词器必须和学生的相同。
+
+    Raises:
+        UserError: 词表大小或分词器不同，或教师就是学生的起点本身。
+    """
+    teacher: Teacher = args._teacher
+    tokenizer = load_tokenizer(args.tokenizer_path)
+    sizes = (teacher.config.vocab_size, student.vocab_size)
+    if sizes[0] != sizes[1] or teacher.tokenizer_hash not in (None, tokenizer_fingerprint(tokenizer)):
+        what = f"词表大小 {sizes[0]} 与 {sizes[1]}" if sizes[0] != sizes[1] else "词表一样大，但分词器不同"
+        raise UserError(
+            f"教师与学生的词表对不上（{what}）",
+            where=str(teacher.path),
+            expected="同一个分词器：教师对每个词的概率要逐词交给学生",
+            fix="换一个用同一分词器训练的教师，或用 --tokenizer_path 指向教师的分词器、让学生从头训练",
+        )
+    if teacher.path == weights_path(student, args.from_weight, args.save_dir):
+        raise UserError(
+            "教师与学生是同一个权重，没有东西可学",
+            where=str(teacher.path),
+            fix="用 --student_hidden_size、--student_num_layers 给出更小的学生，或换一个教师",
+        )
+    model = MiniMindForCausalLM(teacher.config)
+    load_weights(model, teacher.path)
+    say(
+        f"教师 {teacher.path}：{count_parameters(model) / 1e6:.2f}M 参数，宽 {teacher.config.hidden_size}、"
+        f"{teacher.config.num_hidden_layers} 层；学生宽 {student.hidden_size}、{student.num_hidden_layers} 层，"
+        + ("从头训练。" if args.from_weight == "none" else f"从 {args.from_weight} 开始。")
+    )
+    return model.to(device).eval().requires_grad_(False)

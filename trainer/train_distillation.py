@@ -1,0 +1,10 @@
+"""知识蒸馏：``python trainer/train_distillation.py --epochs 6 --batch_size 32``；正文在 minimind/recipes/distillation.py。"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from minimind.recipes.distillation import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())
