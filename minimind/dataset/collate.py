@@ -81,7 +81,7 @@ def collate_rl(items: Sequence[dict[str, Any]], pad_id: int = 0) -> dict[str, An
 
     Returns:
         ``input_ids``、``attention_mask``：``int64 [B, P]``；``messages``、``references``、``records``、
-        ``lines``：长 B 的列表。
+        ``lines``、``sources``：长 B 的列表。
     """
     length = max(len(item["prompt_ids"]) for item in items)
     input_ids = torch.full((len(items), length), pad_id, dtype=torch.int64)
@@ -97,4 +97,5 @@ def collate_rl(items: Sequence[dict[str, Any]], pad_id: int = 0) -> dict[str, An
         "references": [item["reference"] for item in items],
         "records": [item["record"] for item in items],
         "lines": [item["line"] for item in items],
+        "sources": [item["source"] for item in items],
     }

@@ -158,7 +158,7 @@ class RLAIFDataset(CachedDataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """``prompt_ids``：``int64 [n]``；``messages`` 提示消息；``reference`` 参考答案，没有时为空串；
-        ``record`` 原始记录（可能另有字段）；``line`` 行号。"""
+        ``record`` 原始记录（可能另有字段）；``line`` 行号，``source`` 哪个文件。"""
         doc = int(self.docs[index])
         record = self.cache.record(doc)
         messages, reference = split_prompt(record["conversations"])
@@ -168,6 +168,7 @@ class RLAIFDataset(CachedDataset):
             "reference": reference,
             "record": record,
             "line": int(self.cache.lines[doc]),
+            "source": str(self.cache.source),
         }
 
     def source_lines(self, index: int) -> list[int]:

@@ -43,7 +43,7 @@ class Sample:
         response: 模型写的文字，不含结束符。
         reference: 参考答案，没有时为空串。
         record: 数据文件里的原始记录，判分器要的字段在这里。
-        line: 数据文件里的行号，从 1 起。
+        line: 数据文件里的行号，从 1 起；``source`` 是哪个文件，报错时用。
         truncated: 写到长度上限还没有结束。
     """
 
@@ -54,6 +54,7 @@ class Sample:
     record: dict[str, Any] = field(default_factory=dict)
     line: int = 0
     truncated: bool = False
+    source: str = ""
 
 
 def make_samples(
@@ -62,7 +63,7 @@ def make_samples(
     """把采样的结果与 :func:`minimind.dataset.collate.collate_rl` 的一批对上。
 
     Args:
-        batch: 提示的一批，用到 ``messages``、``references``、``records``、``lines``。
+        batch: 提示的一批，用到 ``messages``、``references``、``records``、``lines``，有的话还有 ``sources``。
         texts, group, truncated: 各回答的文字、属于第几个提示、有没有写完，长度都是 R。
     """
     return [
@@ -74,6 +75,7 @@ def make_samples(
             batch["records"][g],
             batch["lines"][g],
             bool(cut),
+            batch["sources"][g] if "sources" in batch else "",
         )
         for text, g, cut in zip(texts, group, truncated, strict=True)
     ]
@@ -184,7 +186,8 @@ class Rewards:
         return self._about(what, sample, "改这条数据，或改奖励函数 / 换一条 --reward")
 
     def _about(self, what: str, sample: Sample, fix: str) -> UserError:
-        where = f"{self.data_path or '数据'}:{sample.line}" if sample.line else str(self.data_path or "奖励")
+        file = sample.source or self.data_path
+        where = f"{file or '数据'}:{sample.line}" if sample.line else str(file or "奖励")
         seen = f"；提示 {short(sample.prompt, 60)}，回答 {short(sample.response, 80)}"
         return UserError(what + seen, where=where, expected="对每个样本给出一个有限的数", fix=fix)
 

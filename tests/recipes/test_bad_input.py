@@ -1,0 +1,251 @@
+"""坏输入：每个配方都用一句中文说清什么错了、在哪里、怎么修，退出码 2，不打印调用栈，也不留下权重。"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+import pytest
+from recipe_cases import CASES, make_base, make_world
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from minimind.tokenizer import load_tokenizer
+
+CONVERSATIONS = ("full_sft", "lora", "reason", "distillation")
+RL_RECIPES = ("ppo", "grpo", "spo")
+LONG = "很长的问题" * 200
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    os.environ["MINIMIND_CACHE"] = str(folder / "cache")
+    yield make_world(folder / "microworld")
+    del os.environ["MINIMIND_CACHE"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = make_base(tmp_path_factory.mktemp("base"))
+    return make_base(folder, "teacher", hidden_size=128)
+
+
+@pytest.fixture
+def home(base, tmp_path, monkeypatch):
+    folder = tmp_path / "home"
+    shutil.copytree(base, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def chat(question: str = "问", answer: str = "答") -> list[dict]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def write(folder, records) -> str:
+    path = folder / "data.jsonl"
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+    return str(path)
+
+
+def refuse(recipe: str, world, capsys, **changes) -> str:
+    """运行一次，必须以退出码 2 和恰好一句“错误：…”结束；返回这一句。"""
+    case = CASES[recipe]
+    assert case.main()(case.argv(world, **{"val_path": None, "max_steps": 2, **changes})) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("错误：")]
+    assert len(error) == 1 and "修复办法" in error[0]
+    return error[0]
+
+
+# ---------------------------------------------------------------- 权重与数据文件
+
+
+@pytest.mark.parametrize("recipe", [name for name in CASES if name != "pretrain"])
+def test_没有起点权重_说出得到它的命令(home, world, capsys, recipe):
+    shutil.rmtree(home / "out")
+    message = refuse(recipe, world, capsys)
+    assert "没有" in message and "python trainer/train_" in message
+    assert not (home / "out").exists()
+
+
+@pytest.mark.parametrize("recipe", CASES)
+def test_数据文件不存在(home, world, capsys, recipe):
+    assert "nope.jsonl" in refuse(recipe, world, capsys, data_path="nope.jsonl")
+
+
+@pytest.mark.parametrize("recipe", CASES)
+def test_数据文件是空的(home, world, capsys, recipe):
+    path = write(home, [])
+    assert path in refuse(recipe, world, capsys, data_path=path)
+
+
+@pytest.mark.parametrize("recipe", CASES)
+def test_别种数据_指出行号与字段(home, world, capsys, recipe):
+    wrong = {"text": "一段文字"} if recipe != "pretrain" else {"conversations": chat()}
+    path = write(home, [wrong])
+    message = refuse(recipe, world, capsys, data_path=path)
+    assert f"{path}:1" in message and "缺少字段" in message and "换用对应的训练命令" in message
+
+
+# ---------------------------------------------------------------- 偏好
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"chosen": [], "rejected": []}, "chosen"),
+        ({"chosen": chat(), "rejected": []}, "rejected"),
+        ({"chosen": chat(), "rejected": chat(answer="")}, "rejected[1].content"),
+        ({"chosen": chat(), "rejected": chat()}, "完全相同"),
+        ({"chosen": chat(), "rejected": chat("换了提问", "别的")}, "两边的提问相同"),
+        ({"chosen": chat(), "rejected": chat()[:1]}, "以 assistant 的回答结尾"),
+        ({"chosen": chat()}, "rejected"),
+    ],
+)
+def test_偏好不成对_指出是哪一行(home, world, capsys, record, words):
+    path = write(home, [{"chosen": chat(answer="好"), "rejected": chat(answer="坏")}, record])
+    message = refuse("dpo", world, capsys, data_path=path)
+    assert f"{path}:2" in message and words in message
+
+
+def test_截断后看不出分歧的偏好(home, world, capsys):
+    pair = {"chosen": chat(LONG, "好"), "rejected": chat(LONG, "坏")}
+    message = refuse("dpo", world, capsys, data_path=write(home, [pair] * 3))
+    assert "没有可用的样本" in message and "--max_seq_len" in message
+
+
+# ---------------------------------------------------------------- 过长
+
+
+@pytest.mark.parametrize("recipe", CONVERSATIONS)
+def test_目标全被截掉(home, world, capsys, recipe):
+    path = write(home, [{"conversations": chat(LONG)}] * 3)
+    message = refuse(recipe, world, capsys, data_path=path)
+    assert path in message and "没有可用的样本" in message and "--max_seq_len" in message
+
+
+@pytest.mark.parametrize("recipe", RL_RECIPES)
+def test_提示比上限长_说出多长才放得下(home, world, capsys, recipe):
+    path = write(home, [{"conversations": chat(LONG)}] * 3)
+    message = refuse(recipe, world, capsys, data_path=path)
+    assert path in message and "都超过 160 个 token" in message and "--max_seq_len" in message
+
+
+@pytest.mark.parametrize("recipe", RL_RECIPES)
+def test_只有几个提示过长_丢弃并说出几个(home, world, capsys, recipe):
+    path = write(
+        home, [{"conversations": chat(LONG)}] * 2 + [{"conversations": chat(f"第{i}问")} for i in range(6)]
+    )
+    case = CASES[recipe]
+    assert case.main()(case.argv(world, val_path=None, data_path=path, max_steps=1, val_ratio=0)) == 0
+    assert "丢弃 2 个超过 160 个 token 的提示" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- 奖励
+
+
+BAD_REWARDS = {
+    "raises": "raise ValueError('看不懂')",
+    "divides": "return 1 / 0",
+    "nan": "return float('nan')",
+    "none": "pass",
+    "text": "return '好'",
+}
+
+
+@pytest.fixture(scope="module")
+def bad_rewards(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rewards") / "bad.py"
+    path.write_text("".join(f"def {name}(p, r, ref):\n    {body}\n" for name, body in BAD_REWARDS.items()))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("raises", "ValueError 看不懂"),
+        ("divides", "ZeroDivisionError"),
+        ("nan", "返回 nan"),
+        ("none", "忘了 return"),
+        ("text", "让它返回一个 float"),
+    ],
+)
+@pytest.mark.parametrize("recipe", RL_RECIPES)
+def test_奖励出错_指出样本(home, world, bad_rewards, capsys, recipe, name, words):
+    path = write(home, [{"conversations": chat(f"第{i}问")} for i in range(6)])
+    message = refuse(recipe, world, capsys, data_path=path, val_ratio=0, reward=f"{bad_rewards}:{name}")
+    assert words in message and f"{path}:" in message
+    assert "'第" in message and "回答" in message  # 提示与回答的开头
+    assert not list((home / "out").glob(f"{CASES[recipe].weight}_*"))
+
+
+@pytest.mark.parametrize("recipe", RL_RECIPES)
+def test_验证时奖励出错_指出验证文件里的样本(home, world, capsys, recipe):
+    reward = home / "picky.py"
+    reward.write_text("def score(p, r, ref):\n    return 1.0 if p.startswith('训练') else None\n")
+    train = write(home, [{"conversations": chat(f"训练{i}")} for i in range(4)])
+    val = home / "val.jsonl"
+    val.write_text(json.dumps({"conversations": chat("留出")}, ensure_ascii=False) + "\n", encoding="utf-8")
+    message = refuse(recipe, world, capsys, data_path=train, val_path=val, reward=f"{reward}:score")
+    assert f"{val}:1" in message and "'留出'" in message
+
+
+@pytest.mark.parametrize("recipe", RL_RECIPES)
+def test_没有参考答案也没有奖励模型(home, world, capsys, recipe):
+    path = write(home, [{"conversations": chat(f"第{i}问", "")} for i in range(6)])
+    message = refuse(recipe, world, capsys, data_path=path, reward=None)
+    assert f"{path}:" in message and "没有参考答案" in message and "--reward_model_path" in message
+
+
+@pytest.mark.parametrize("recipe", RL_RECIPES)
+def test_奖励模型是语言模型(home, world, capsys, recipe, tmp_path):
+    folder = tmp_path / "causal"
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=6400, **sizes)).save_pretrained(folder)
+    load_tokenizer().save_pretrained(folder)
+    message = refuse(recipe, world, capsys, reward=None, reward_model_path=folder)
+    assert "这不是奖励模型" in message and "LlamaForCausalLM" in message and str(folder) in message
+
+
+@pytest.mark.parametrize("recipe", RL_RECIPES)
+def test_奖励模型目录不存在(home, world, capsys, recipe):
+    message = refuse(recipe, world, capsys, reward=None, reward_model_path="no_such_model")
+    assert "目录不存在" in message and "no_such_model" in message
+
+
+@pytest.mark.parametrize("recipe", RL_RECIPES)
+def test_奖励的写法不对(home, world, capsys, recipe):
+    assert "没有这条奖励 'exakt:1'" in refuse(recipe, world, capsys, reward="exakt:1")
+
+
+def test_SPO_不知道奖励的范围(home, world, capsys):
+    message = refuse("spo", world, capsys, reward_low=None, reward_high=None)
+    assert "--reward_low 0 --reward_high 1" in message
+
+
+def test_GRPO_一题只答一次没有得比(home, world, capsys):
+    case = CASES["grpo"]
+    assert case.main()(case.argv(world, num_generations=1)) == 2
+    assert "--num_generations" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- 教师
+
+
+@pytest.mark.parametrize(
+    ("sidecar", "words"),
+    [({"config": {"vocab_size": 5000}}, "词表大小 5000 与 6400"), ({"tokenizer_hash": "别的"}, "词表一样大，但分词器不同")],
+)  # fmt: skip
+def test_教师的词表不同(home, world, capsys, sidecar, words):
+    path = home / "out" / "teacher_128.json"
+    known = json.loads(path.read_text())
+    known["config"] |= sidecar.get("config", {})
+    path.write_text(json.dumps({**known, **{k: v for k, v in sidecar.items() if k != "config"}}))
+    message = refuse("distillation", world, capsys)
+    assert words in message and "teacher_128.pth" in message
+
+
+def test_没有这个教师(home, world, capsys):
+    message = refuse("distillation", world, capsys, from_teacher_weight="nobody")
+    assert "没有教师的权重 nobody" in message and "python trainer/train_pretrain.py" in message
