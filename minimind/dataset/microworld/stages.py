@@ -17,8 +17,11 @@ PRETRAIN_HELDOUT_SCALE, SFT_HELDOUT_SCALE = 0.03, 0.03
 
 # SFT 里带腔调的回答各占这么多：太少 DPO 无从强化，太多会冲淡正常回答
 STYLED_SHARE = 0.04
+# 偏好里坏的那一边有这么多是不带腔调的平常回答：只拿不耐烦的作对比，模型学会不发脾气，开口却还是平常的样子
+# （留出题里客气的回答占 5 %；各一半时占 80 % 以上，docs/dpo.md）
+DPO_PLAIN_SHARE = 0.5
 # hard 题在 SFT 里写出步骤的比例：多数直接报答案（常错），强化学习要自己发现写步骤更好
-STEPS_SHARE = 0.35
+STEPS_SHARE = 0.3
 
 
 class Corpus:
@@ -99,7 +102,7 @@ class Corpus:
         return records
 
     def dpo(self, side: str) -> list[dict]:
-        """两边内容同样正确，只有腔调不同。"""
+        """两边内容同样正确，只有腔调不同：好的总是客气，坏的一半不耐烦、一半平常。"""
         rng = stream(self.seed, "dpo", side)
         tasks = self.easy_tasks()
         count = self.count(STAGE_COUNTS["dpo"]) if side == TRAIN else HELDOUT_COUNT
@@ -109,24 +112,27 @@ class Corpus:
             if not stylable(ex):
                 continue
             prompt = ex.prompt_messages()
-            pair = {}
-            for name, polite in (("chosen", True), ("rejected", False)):
-                pair[name] = [*prompt, {"role": "assistant", "content": dress(rng, ex.response, polite)}]
+            good, bad = (dress(rng, ex.response, polite) for polite in (True, False))
+            if rng.random() < DPO_PLAIN_SHARE:
+                bad = ex.response
+            answers = {"chosen": good, "rejected": bad}
+            pair = {name: [*prompt, {"role": "assistant", "content": text}] for name, text in answers.items()}
             records.append(pair)
         return records
 
-    def multistep_examples(self, stage: str, side: str) -> Iterator[Example]:
+    def multistep_examples(self, stage: str, side: str) -> Iterator[tuple[Task, Example]]:
         """有推导步骤的题，各家族轮流。"""
         rng = stream(self.seed, stage, side)
         tasks = [task for task in self.tasks.values() if isinstance(task, Chain)]
         count = self.count(STAGE_COUNTS[stage]) if side == TRAIN else HELDOUT_COUNT
         for i in range(count):
-            yield tasks[i % len(tasks)].example(rng, side)
+            task = tasks[i % len(tasks)]
+            yield task, task.example(rng, side)
 
     def reason(self, side: str, direct: bool = False) -> list[dict]:
         """多步题；``direct`` 是同样的题不写思考、只写答案的对照。"""
         records = []
-        for ex in self.multistep_examples("reason", side):
+        for _, ex in self.multistep_examples("reason", side):
             record = ex.with_response(f"<answer>{ex.answer}</answer>").conversation()
             if not direct:
                 record["conversations"][-1]["reasoning_content"] = ex.steps
@@ -136,8 +142,13 @@ class Corpus:
     def rl(self, side: str) -> list[dict]:
         """可验证的提示；最后一轮助手是参考答案，判分信息放在旁边的字段里。"""
         return [
-            {**ex.with_response(ex.answer).conversation(), "grader": ex.grader, "answer": ex.answer}
-            for ex in self.multistep_examples("rl", side)
+            {
+                **ex.with_response(ex.answer).conversation(),
+                "task": task.name,
+                "grader": ex.grader,
+                "answer": ex.answer,
+            }
+            for task, ex in self.multistep_examples("rl", side)
         ]
 
     # ---- 评测 ----
