@@ -14,7 +14,7 @@ import pytest
 
 from minimind.dataset.microworld import TASKS, build_tasks, ensure_microworld, grade, make_microworld
 from minimind.dataset.microworld.core import HELDOUT, TRAIN, stream
-from minimind.dataset.microworld.graders import style_of
+from minimind.dataset.microworld.graders import normalize, strip_frame, style_of
 from minimind.dataset.microworld.make import main_make
 from minimind.dataset.microworld.stages import Corpus
 from minimind.dataset.microworld.tasks.base import FactTask
@@ -258,9 +258,14 @@ def test_强化学习的提示都带可判分的参考答案(folder):
 
 
 def test_偏好两边内容都对_只有腔调不同(folder):
+    rejected = []
     for record in read(folder / "dpo.jsonl"):
-        styles = [style_of(record[side][-1]["content"]) for side in ("chosen", "rejected")]
-        assert styles == ["polite", "grumpy"]
+        answers = [record[side][-1]["content"] for side in ("chosen", "rejected")]
+        assert style_of(answers[0]) == "polite" and style_of(answers[1]) != "polite"
+        bare = [strip_frame(normalize(answer)) for answer in answers]
+        assert bare[0] == bare[1]
+        rejected.append(style_of(answers[1]))
+    assert 0.3 < rejected.count("grumpy") / len(rejected) < 0.7
 
 
 def test_世界自洽_名字不重复_取值不互相包含():
