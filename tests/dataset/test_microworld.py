@@ -241,6 +241,8 @@ def test_推理数据_步骤逐条算得通且末步就是答案(folder):
     for suffix in ("", "_heldout"):
         for record in read(folder / f"reason{suffix}.jsonl"):
             reply = record["conversations"][-1]
+            if not suffix and "reasoning_content" not in reply:
+                continue  # 普通问答的复习
             steps = reply["reasoning_content"].split("，")
             assert len(steps) >= 2
             for step in steps:
@@ -249,6 +251,14 @@ def test_推理数据_步骤逐条算得通且末步就是答案(folder):
             assert reply["content"] == f"<answer>{value}</answer>"
         direct = [r["conversations"][-1] for r in read(folder / f"reason_direct{suffix}.jsonl")]
         assert not any("reasoning_content" in reply for reply in direct)
+
+
+def test_推理数据_训练部分有三分之一是复习_对照的题目相同(folder):
+    thought, direct = read(folder / "reason.jsonl"), read(folder / "reason_direct.jsonl")
+    review = [r for r in thought if "reasoning_content" not in r["conversations"][-1]]
+    assert abs(3 * len(review) - len(thought)) <= 3
+    assert [r["conversations"][:-1] for r in thought] == [r["conversations"][:-1] for r in direct]
+    assert all(r in direct for r in review)
 
 
 def test_强化学习的提示都带可判分的参考答案(folder):
