@@ -33,20 +33,27 @@ COMMANDS = {
     "grpo": Command("minimind.recipes.grpo:main", "强化学习：GRPO，同题多答、组内比较", "训练"),
     "spo": Command("minimind.recipes.spo:main", "强化学习：SPO，单条采样、和自己的过去比", "训练"),
     "report": Command("minimind.report.training:main", "把训练日志画成曲线，写成报告", "训练"),
+    "eval choice": Command("minimind.evaluate.choice:main", "选择题：C-Eval、CMMLU、AGIEval 的布局", "评测"),
+    "eval gsm": Command("minimind.evaluate.gsm:main", "GSM8K 式的应用题，中英文", "评测"),
+    "eval tools": Command("minimind.evaluate.tools_accuracy:main", "工具调用：格式、名字、参数", "评测"),
+    "eval world": Command("minimind.evaluate.cli:main_world", "微世界的考题，分任务", "评测"),
+    "eval bpb": Command("minimind.evaluate.cli:main_bpb", "一个文件的每字节比特数", "评测"),
     "tokenizer train": Command("minimind.tokenizer.train:main_train", "训练分词器", "分词器"),
     "tokenizer eval": Command("minimind.tokenizer.eval:main_eval", "比较分词器的压缩率", "分词器"),
     "data check": Command("minimind.dataset.check:main_check", "检查 jsonl：条数、长度分布、坏行", "数据"),
     "data download": Command("minimind.dataset.download:main_download", "下载公开数据集，可断点续传", "数据"),
     "data make-microworld": Command("minimind.dataset.microworld:main_make", "写出内置的微世界语料", "数据"),
-    "export hf": Command("minimind.export.cli:main_hf", "导出成 Hugging Face 目录：transformers、vLLM 直接读", "导出"),
+    "export hf": Command(
+        "minimind.export.cli:main_hf", "导出成 Hugging Face 目录：transformers、vLLM 直接读", "导出"
+    ),
     "export gguf": Command("minimind.export.cli:main_gguf", "导出成 GGUF：llama.cpp、Ollama 直接跑", "导出"),
     "import": Command("minimind.export.cli:main_import", "收进 Hugging Face 目录或公共项目的 .pth", "导出"),
     "export lora": Command("minimind.export.lora:main_lora", "把 LoRA 写成 peft 的适配器目录", "导出"),
     "export merge": Command("minimind.export.lora:main_merge", "把 LoRA 合并进底座，写成普通权重", "导出"),
 }
 
-# 公共项目的叫法
-ALIASES = {"distillation": "distill", "full_sft": "sft", "full-sft": "sft", "eval": "chat"}
+# 公共项目的叫法。它的 eval_llm.py 是对话，那个文件名照旧；minimind eval … 是评测
+ALIASES = {"distillation": "distill", "full_sft": "sft", "full-sft": "sft"}
 
 
 def help_text() -> str:
@@ -77,7 +84,10 @@ def find_command(argv: list[str]) -> tuple[str, list[str]]:
     family = [name for name in COMMANDS if name.split()[0] == words[0]]
     if family:
         found = f"命令 {words[0]} 后面还要再写一个词" if len(words) == 1 else f"没有命令 {' '.join(words)}"
-        raise UserError(found, expected="、".join(family), fix="用 minimind --help 查看全部命令")
+        fix = "用 minimind --help 查看全部命令"
+        if words[0] == "eval" and len(argv) > 1:  # 公共项目的习惯：eval 是对话
+            fix += "；要对话用 minimind chat 或 python eval_llm.py"
+        raise UserError(found, expected="、".join(family), fix=fix)
     candidates = [*COMMANDS, *ALIASES]
     close = difflib.get_close_matches(" ".join(words), candidates, n=1, cutoff=0.5)
     close = close or difflib.get_close_matches(words[0], candidates, n=1, cutoff=0.5)

@@ -35,6 +35,7 @@ def test_命令表指向存在的函数(name):
         (["full_sft"], ("sft", [])),
         (["data", "check", "a.jsonl"], ("data check", ["a.jsonl"])),
         (["tokenizer", "eval", "--help"], ("tokenizer eval", ["--help"])),
+        (["eval", "choice", "--limit", "9"], ("eval choice", ["--limit", "9"])),
     ],
 )
 def test_认出命令与其余参数(argv, expected):
@@ -48,6 +49,8 @@ def test_认出命令与其余参数(argv, expected):
         (["tokeniser", "train"], "minimind tokenizer train"),
         (["data"], "data check、data download"),
         (["data", "chek"], "data check"),
+        (["eval"], "eval choice、eval gsm"),
+        (["eval", "--weight", "full_sft"], "要对话用 minimind chat"),
         (["zzzz"], "minimind --help"),
     ],
 )

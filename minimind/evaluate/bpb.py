@@ -6,15 +6,19 @@ bpb = Σ 负对数似然(nat) / ln 2 / 文本的 UTF-8 字节数。同一段文�
 
 from __future__ import annotations
 
+import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from minimind.dataset import PretrainDataset, collate_packed
+from minimind.dataset import PretrainDataset, SFTDataset, collate_packed
+from minimind.dataset.schema import detect_kind
+from minimind.errors import UserError
 from minimind.tokenizer import token_byte_lengths
 from minimind.trainer.loop import language_model_loss
-from minimind.trainer.validation import validate
+from minimind.trainer.validation import count_bytes, count_targets, validate
 
 
 def bits_per_byte(
@@ -33,14 +37,73 @@ def bits_per_byte(
         max_rows: 至多用多少行（固定的随机子集）；0 表示全部。
     """
     dataset = PretrainDataset(str(data_path), tokenizer, max_length=max_length, split="all")
+    return _measure(model, tokenizer, dataset, batch_size, max_rows)["bpb"]
+
+
+def text_loss(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    data_path: str | Path,
+    *,
+    max_length: int = 512,
+    batch_size: int = 16,
+    max_rows: int = 0,
+) -> dict[str, float | int]:
+    """任一种文件：``{"text"}`` 数全文，``{"conversations"}`` 只数助手的话，不是 jsonl 的按一整篇纯文本。
+
+    Returns:
+        ``{"bpb", "loss"（每 token，nat）, "tokens", "bytes"}``。
+
+    Raises:
+        UserError: 文件是空的、不是 UTF-8，或是偏好数据。
+    """
+    path, options = Path(data_path), {"max_length": max_length, "split": "all"}
+    with tempfile.TemporaryDirectory() as folder:
+        if path.suffix.lower() != ".jsonl":
+            # 纯文本写成一行 jsonl，与别的文件走同一条路；连缓存一起放进临时目录，用完就删
+            path = _as_jsonl(path, Path(folder))
+            options["cache_dir"] = folder
+        kind = detect_kind(path)
+        if kind == "dpo":
+            raise UserError(
+                "偏好数据没有单一的文本可量", where=str(data_path), fix="换一个 text 或 conversations 文件"
+            )
+        dataset_type = PretrainDataset if kind == "pretrain" else SFTDataset
+        return _measure(model, tokenizer, dataset_type(str(path), tokenizer, **options), batch_size, max_rows)
+
+
+def _as_jsonl(path: Path, folder: Path) -> Path:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(
+            "不是 UTF-8 编码的文本", where=str(path), fix="iconv -f GBK -t UTF-8 原文件 > 新文件"
+        ) from None
+    if not text.strip():
+        raise UserError("文件是空的", where=str(path), expected="一些文字", fix="换一个文件")
+    target = folder / "text.jsonl"
+    target.write_text(json.dumps({"text": text}, ensure_ascii=False) + "\n", encoding="utf-8")
+    return target
+
+
+def _measure(model, tokenizer, dataset, batch_size: int, max_rows: int) -> dict[str, float | int]:
+    byte_lengths = torch.from_numpy(token_byte_lengths(tokenizer))
+    counted = {"tokens": 0, "bytes": 0}
+
+    def collate(rows):
+        batch = collate_packed(rows)
+        counted["tokens"] += int(count_targets(batch))
+        counted["bytes"] += int(count_bytes(batch, byte_lengths))
+        return batch
+
     result = validate(
         model,
         dataset,
         language_model_loss,
-        collate_packed,
+        collate,
         batch_size=batch_size,
         device=next(model.parameters()).device,
-        byte_lengths=torch.from_numpy(token_byte_lengths(tokenizer)),
+        byte_lengths=byte_lengths,
         max_rows=max_rows,
     )
-    return result["val_bpb"]
+    return {"bpb": result["val_bpb"], "loss": result["val_loss"], **counted}

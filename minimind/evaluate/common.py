@@ -1,0 +1,175 @@
+"""各项评测共用：打开模型的参数、置信区间、表格、结果文件。"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from minimind.arguments import arg
+from minimind.console import format_duration, say
+from minimind.errors import UserError
+from minimind.paths import resolve_path
+
+T = TypeVar("T")
+# 95 % 置信区间的正态分位数
+Z95 = 1.959963984540054
+
+
+@dataclass
+class EvalArguments:
+    """打开哪个模型、考多少题、结果写到哪里；打开模型的参数与 eval_llm.py 同名同义。"""
+
+    load_from: str = arg("model", "model 表示本项目训练的 .pth 权重；也可以是 Hugging Face 格式的模型目录")
+    save_dir: str = arg("out", "权重所在的目录")
+    weight: str = arg("full_sft", "权重的名字：pretrain、full_sft、dpo、reason、grpo……")
+    lora_weight: str = arg("None", "叠加的 LoRA，逗号分隔几份；None 表示不用")
+    hidden_size: int | None = arg(None, "隐层宽度；不给则由权重文件决定")
+    num_hidden_layers: int | None = arg(None, "层数；不给则由权重旁的 JSON 决定，没有 JSON 时为 8")
+    use_moe: int | None = arg(None, "是否混合专家；不给则由权重文件决定", (0, 1))
+    arch: str | None = arg(None, "模型结构；不给则由权重旁的 JSON 决定，没有 JSON 时为 v2", ("v2", "v3"))
+    tokenizer_path: str | None = arg(None, "分词器目录；不给则用自带的（HF 目录用它自己的）")
+    device: str = arg("auto", "设备：auto、cpu、cuda:0、npu:0、mps")
+    dtype: str = arg(
+        "auto", "计算精度；auto：CPU 用 float32，显卡用半精度", ("auto", "float32", "bfloat16", "float16")
+    )
+    limit: int = arg(0, "至多考多少题，按种子随机抽；0 表示全部")
+    seed: int = arg(42, "抽题的随机种子")
+    out_dir: str = arg("out/eval", "结果文件的目录，每次评测写一个 {权重}_{项目}.json")
+
+
+def open_model(args: EvalArguments):
+    """按参数打开模型，返回 :class:`minimind.inference.loading.Loaded`。"""
+    from minimind.inference.loading import load_for_inference
+
+    names = (
+        "load_from", "save_dir", "weight", "lora_weight", "hidden_size", "num_hidden_layers", "use_moe", "arch",
+        "tokenizer_path", "device", "dtype",
+    )  # fmt: skip
+    return load_for_inference(**{name: getattr(args, name) for name in names})
+
+
+def data_file(path: str | None, usual: str, what: str) -> Path:
+    """``--data_path``，没给就用 ``dataset/`` 下的惯用文件。
+
+    Raises:
+        UserError: 都没有。
+    """
+    found = resolve_path(path) if path else resolve_path("dataset") / usual
+    if not found.exists():
+        raise UserError(
+            "文件不存在" if path else "没有给 --data_path，也没有惯用的文件",
+            where=str(found),
+            expected=what,
+            fix="用 --data_path 指定文件",
+        )
+    return found
+
+
+def pick(items: Sequence[T], limit: int, seed: int) -> list[T]:
+    """随机抽 ``limit`` 个，保持原来的次序；0 是全部。同一份数据、同一个种子抽到的总是同样的题。
+
+    Raises:
+        UserError: ``limit`` 是负数。
+    """
+    if limit < 0:
+        raise UserError(f"--limit={limit} 不能是负数", fix="改成 0（全部）或正整数")
+    if not limit or limit >= len(items):
+        return list(items)
+    return [items[i] for i in sorted(random.Random(seed).sample(range(len(items)), limit))]
+
+
+@dataclass(frozen=True)
+class Rate:
+    """答对的比例与它的 95 % 置信区间。
+
+    区间用 Wilson 法（Wilson 1927）：题少、比例接近 0 或 1 时也不会超出 [0, 1]，正态近似会。
+    """
+
+    correct: int
+    total: int
+
+    @property
+    def value(self) -> float:
+        return self.correct / self.total if self.total else 0.0
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        if not self.total:
+            return 0.0, 1.0
+        n, p = self.total, self.value
+        center = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
+        half = Z95 / (1 + Z95**2 / n) * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n * n))
+        return max(0.0, center - half), min(1.0, center + half)
+
+    def show(self) -> str:
+        low, high = self.interval
+        return f"{self.value:.1%} [{low * 100:.1f}, {high * 100:.1f}]" if self.total else "—"
+
+    def to_dict(self) -> dict[str, Any]:
+        low, high = self.interval
+        return {
+            "accuracy": self.value,
+            "ci95": [low, high],
+            "correct": self.correct,
+            "total": self.total,
+        }
+
+
+def rate(hits: Sequence[bool]) -> Rate:
+    """一串对错的比例。"""
+    return Rate(sum(map(bool, hits)), len(hits))
+
+
+class Clock:
+    """计时，最后报告每秒多少题。"""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """结果表，走 stdout。"""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    # 宽度由内容定，不按终端折行：重定向到文件时也整齐
+    console = Console(width=200, highlight=False)
+    console.print(title, markup=False)
+    console.print(table)
+
+
+def save_result(args: EvalArguments, task: str, loaded: Any, clock: Clock, result: dict[str, Any]) -> Path:
+    """写 ``{out_dir}/{权重}_{项目}.json``；参数、数据与日期都在里面，好让别人照着再跑一遍。"""
+    from minimind.model import count_parameters
+
+    folder = resolve_path(args.out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{loaded.source.stem}_{task}.json"
+    content = {
+        "task": task,
+        "model": loaded.source.name,
+        "parameters": count_parameters(loaded.model),
+        "arguments": {name: value for name, value in asdict(args).items() if not name.endswith("_dir")},
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "seconds": round(clock.seconds, 2),
+        **result,
+    }
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    say(f"用时 {format_duration(clock.seconds)}，结果写进 {path}")
+    return path

@@ -1,0 +1,237 @@
+"""应用题：模型写出解答，从里面取出答案，与标准答案比数值。GSM8K 与中文应用题同一套。
+
+两个成绩：
+
+- ``strict``：只认写明了的答案：``#### 18``、``答案是 18``、``The answer is 18``、``\\boxed{18}``、``<answer>18</answer>``。
+- ``flexible``：没有写明就取最后一个数。
+
+数的写法：千分位、小数、百分数、分数与带分数、全角数字，以及 ``十二``、``三千零五`` 这样的汉字数。
+标准答案取 ``####`` 之后（GSM8K 的写法），没有 ``####`` 就取最后一个数。
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from minimind.arguments import arg, parse_args
+from minimind.console import progress
+from minimind.dataset.jsonl import DataError, line_ranges, parse_line, read_lines
+from minimind.errors import guard
+from minimind.evaluate.common import (
+    Clock,
+    EvalArguments,
+    data_file,
+    open_model,
+    pick,
+    print_table,
+    rate,
+    save_result,
+)
+from minimind.evaluate.generation import generate_answers
+from minimind.rl.reward_rules import last_number, reference_answer
+from minimind.tokenizer import encode_chat, encode_plain
+
+# 写明答案的记号；取最后一处
+_MARK = re.compile(
+    r"####|\\boxed\s*\{|<answer>|(?:最终|正确)?答案(?:是|为|：|:|等于)+|(?:final\s+)?answer\s*(?:is|:)+|^答[：:]",
+    re.I | re.M,
+)
+_HEAD = re.compile(r"^.*?(-?\s*[\d０-９][\d０-９,.，．/()（）]*\s*[%％]?)", re.S)
+_CHINESE = re.compile("负?[零〇一二两三四五六七八九十百千万亿]+(?:点[零〇一二三四五六七八九]+)?")
+_DIGITS = {digit: value for value, digit in enumerate("零一二三四五六七八九")} | {"〇": 0, "两": 2}
+_UNITS = {"十": 10, "百": 100, "千": 1000}
+
+
+@dataclass
+class GsmArguments(EvalArguments):
+    """应用题：生成解答，比数值。"""
+
+    data_path: str | None = arg(
+        None, '题目 jsonl：{"question", "answer"} 或 {"conversations"}；默认 dataset/gsm8k_test.jsonl'
+    )
+    dev_path: str | None = arg(None, "少样本示例从哪里取，格式同上；取前 --shots 条")
+    shots: int = arg(0, "题前放几个示例")
+    chat: int | None = arg(None, "1 用对话模板问，0 直接续写；不给则按权重的种类", (0, 1))
+    open_thinking: int | None = arg(None, "思考开关：1 先想再答，0 直接答；不给则由模型决定", (0, 1))
+    max_new_tokens: int = arg(256, "解答最多多少个 token")
+    batch_size: int = arg(32, "同时写几题")
+    save_items: int = arg(0, "结果文件里附上每一题的解答", (0, 1))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """一道题与它的标准解答、标准答案。"""
+
+    question: str
+    solution: str
+    value: float
+
+
+def read_problems(path: Any) -> list[Problem]:
+    """读 jsonl。
+
+    Raises:
+        DataError: 缺字段，或标准答案里没有数；附文件与行号。
+    """
+    problems, line = [], 0
+    for start, end in line_ranges(path, 4 << 20):
+        for raw in read_lines(path, start, end):
+            line += 1
+            try:
+                if (record := parse_line(raw)) is not None:
+                    problems.append(_problem(record))
+            except DataError as error:
+                raise error.at(path, line) from None
+    return problems
+
+
+def _problem(record: dict[str, Any]) -> Problem:
+    turns = record.get("conversations")
+    if isinstance(turns, list) and len(turns) >= 2:
+        question, solution = turns[-2].get("content"), turns[-1].get("content")
+        if turns[-1].get("reasoning_content"):
+            solution = f"{turns[-1]['reasoning_content']}\n{solution}"
+    else:
+        question, solution = record.get("question"), record.get("answer")
+    if not isinstance(question, str) or not isinstance(solution, str):
+        raise DataError(
+            "没有题目或答案",
+            field="question、answer",
+            expected='{"question": …, "answer": …} 或 {"conversations": [问, 答]}',
+            fix="对照格式改字段名",
+        )
+    value = last_number(reference_answer(solution))
+    if value is None:
+        raise DataError(
+            "标准答案里没有数", field="answer", expected="“#### 数”，或以数结尾", fix="删掉这一行"
+        )
+    return Problem(question, solution, value)
+
+
+# ---------------------------------------------------------------- 取答案
+
+
+def chinese_number(text: str) -> float | None:
+    """汉字数：``三千零五``、``十二``、``一百二十万``、``负二点五``；没有返回 ``None``，有几个取最后一个。"""
+    found = _CHINESE.findall(text)
+    if not found:
+        return None
+    word, _, decimals = found[-1].removeprefix("负").partition("点")
+    total = section = digit = 0
+    for character in word:
+        if character in _DIGITS:
+            digit = (
+                digit * 10 + _DIGITS[character] if digit and character not in "零〇" else _DIGITS[character]
+            )
+        elif character in _UNITS:
+            section += (digit or 1) * _UNITS[character]
+            digit = 0
+        else:  # 万、亿：管它前面的全部
+            scale = 10_000 if character == "万" else 100_000_000
+            section += digit
+            total = (total + section) * scale if character == "亿" else total + section * scale
+            section = digit = 0
+    value = float(total + section + digit)
+    if decimals:
+        value += float("0." + "".join(str(_DIGITS[character]) for character in decimals))
+    return -value if found[-1].startswith("负") else value
+
+
+def stated_number(response: str) -> float | None:
+    """写明的答案：最后一处记号之后的第一个数；没有写明返回 ``None``。"""
+    marks = list(_MARK.finditer(response))
+    if not marks:
+        return None
+    tail = response[marks[-1].end() :].strip().split("\n", 1)[0]
+    if head := _HEAD.match(tail):
+        return last_number(head[1].strip().rstrip("(（.．,，/"))
+    return chinese_number(tail)
+
+
+def final_number(response: str) -> float | None:
+    """写明的答案，否则最后一个数，否则最后一个汉字数。"""
+    stated = stated_number(response)
+    if stated is not None:
+        return stated
+    last = last_number(response)
+    return chinese_number(response) if last is None else last
+
+
+def same(got: float | None, want: float) -> bool:
+    """数值相等，相对误差 1e-6 以内。"""
+    return got is not None and math.isclose(got, want, rel_tol=1e-6, abs_tol=1e-9)
+
+
+# ---------------------------------------------------------------- 考试
+
+
+def encode_problem(
+    tokenizer: Any, problem: Problem, examples: list[Problem], chat: bool, thinking: bool | None
+) -> list[int]:
+    """一道题的提示。"""
+    if chat:
+        turns = []
+        for example in examples:
+            turns += [
+                {"role": "user", "content": example.question},
+                {"role": "assistant", "content": example.solution},
+            ]
+        turns.append({"role": "user", "content": problem.question})
+        return encode_chat(tokenizer, turns, add_generation_prompt=True, enable_thinking=thinking).ids
+    text = "".join(f"题目：{example.question}\n解答：{example.solution}\n\n" for example in examples)
+    return [tokenizer.bos_token_id, *encode_plain(tokenizer, f"{text}题目：{problem.question}\n解答：")]
+
+
+@guard
+def main(argv: list[str] | None = None) -> None:
+    """命令行入口。"""
+    args = parse_args(GsmArguments, argv)
+    path = data_file(args.data_path, "gsm8k_test.jsonl", "应用题 jsonl")
+    problems = pick(read_problems(path), args.limit, args.seed)
+    examples = read_problems(data_file(args.dev_path, "", "示例 jsonl"))[: args.shots] if args.shots else []
+    loaded, clock = open_model(args), Clock()
+    chat = not loaded.plain if args.chat is None else bool(args.chat)
+    thinking = None if args.open_thinking is None else bool(args.open_thinking)
+    prompts = [encode_problem(loaded.tokenizer, problem, examples, chat, thinking) for problem in problems]
+    with progress("应用题", total=len(problems), unit="题") as bar:
+        answers = generate_answers(
+            loaded.model,
+            loaded.tokenizer,
+            prompts,
+            max_new_tokens=args.max_new_tokens,
+            batch_size=args.batch_size,
+            advance=bar.advance,
+        )
+    strict = rate([same(stated_number(a.text), p.value) for a, p in zip(answers, problems)])
+    flexible = rate([same(final_number(a.text), p.value) for a, p in zip(answers, problems)])
+    stated = rate([stated_number(a.text) is not None for a in answers])
+    stopped = rate([a.finished for a in answers])
+    rows = [
+        ("strict：写明的答案正确", strict),
+        ("flexible：最后一个数正确", flexible),
+        ("写明了答案", stated),
+        ("自己停下来", stopped),
+    ]
+    title = f"{loaded.source.name} · {path.name} · {len(problems):,} 题，{len(examples)} 个示例"
+    print_table(title, ["项目", "比例 [95 % 区间]"], [(name, value.show()) for name, value in rows])
+    result: dict[str, Any] = {
+        "data": path.name,
+        "chat": chat,
+        "questions": len(problems),
+        "shots": len(examples),
+    }
+    names = ("strict", "flexible", "stated", "stopped")
+    result["methods"] = {name: value.to_dict() for name, (_, value) in zip(names, rows)}
+    if args.save_items:
+        result["items"] = [
+            {"question": p.question, "answer": p.value, "response": a.text, "flexible": final_number(a.text)}
+            for p, a in zip(problems, answers)
+        ]
+    save_result(args, "gsm", loaded, clock, result)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
