@@ -9,7 +9,8 @@
 ``results/stage-<阶段>-….json`` 里有每个种子的全部数字与曲线。
 
 加一个阶段：在 ``benchmarks/stages/`` 放一个同名文件，写 ``TITLE``、``GOALS`` 与 ``run(bench, seed) -> Outcome``，
-底座的成绩用可选的 ``before(bench) -> dict`` 给出（只算一次）。见 stages/lora.py。
+底座的成绩用可选的 ``before(bench) -> dict`` 给出（只算一次）；``--figure`` 画 ``Outcome.curves``，可选的
+``FIGURE = {"title", "x", "y", "log_y"}`` 说怎么画。见 stages/lora.py。
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from types import ModuleType
 from typing import Any
 
 from common import print_table, write_result
+from stage_figure import draw_curves
 
 from minimind.arguments import arg, parse_args
 from minimind.console import format_duration, say
@@ -47,6 +49,7 @@ class StageArguments:
     device: str = arg("auto", "设备")
     dtype: str = arg("auto", "训练精度")
     name: str = arg("", "结果文件名的后缀")
+    figure: str | None = arg(None, "把各种子的曲线画到这个 PNG")
 
 
 @dataclass
@@ -252,6 +255,11 @@ def main(argv: list[str] | None = None) -> None:
         },
     )
     say(f"结果写在 {path}")
+    if args.figure:
+        options = {"title": args.stage, **getattr(stage, "FIGURE", {})}
+        say(
+            f"曲线 {draw_curves([outcome.curves for outcome in outcomes], resolve_path(args.figure), **options)}"
+        )
 
 
 if __name__ == "__main__":

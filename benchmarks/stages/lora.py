@@ -15,6 +15,7 @@ from minimind.recipes.lora import run as train_lora
 from minimind.trainer.adapters import adapter_path, read_adapter
 
 TITLE = "LoRA：换身份"
+FIGURE = {"title": "LoRA: new identity, tiny model", "y": "training loss", "log_y": True}
 GOALS = [
     Goal("identity", "新身份答对（留出的问法）", at_least=0.95),
     Goal("others", "其他任务答对", at_least=-0.03, change=True),

@@ -14,6 +14,7 @@ from minimind.recipes.reason import ReasonArguments
 from minimind.recipes.reason import run as train_reason
 
 TITLE = "推理：先想再答"
+FIGURE = {"title": "Reason vs direct answers, tiny model", "y": "training loss", "log_y": True}
 GOALS = [
     Goal("multistep", "多步题答对（留出）"),
     Goal("direct", "对照：直接报答案，训练词元数相同"),

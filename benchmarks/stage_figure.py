@@ -1,0 +1,46 @@
+"""各阶段基准的图：每条曲线一种颜色，各种子画浅线，平均画粗线。"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# 色弱也分得清的几种（Okabe–Ito）
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+
+
+def draw_curves(
+    seeds: Sequence[dict[str, list[list[float]]]],
+    path: Path,
+    *,
+    title: str,
+    x: str = "step",
+    y: str = "loss",
+    log_y: bool = False,
+) -> Path:
+    """画 ``[{曲线名: [[x, y], …]}, …]``（每个种子一份），存成 PNG；文字用 ASCII，没有中文字体的机器也画得出。"""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.4), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axis: Any = figure.subplots()
+    for name, color in zip(dict.fromkeys(name for seed in seeds for name in seed), COLORS):
+        lines = [np.array(seed[name], dtype=float) for seed in seeds if seed.get(name)]
+        for line in lines:
+            axis.plot(line[:, 0], line[:, 1], color=color, alpha=0.3, linewidth=0.8)
+        if all(np.array_equal(line[:, 0], lines[0][:, 0]) for line in lines):
+            mean = np.mean([line[:, 1] for line in lines], axis=0)
+            axis.plot(lines[0][:, 0], mean, color=color, linewidth=1.8, label=f"{name} ({len(lines)} seeds)")
+    axis.set(title=title, xlabel=x, ylabel=y)
+    if log_y:
+        axis.set_yscale("log")
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
