@@ -19,6 +19,7 @@ from typing import Any
 from minimind.arguments import arg, parse_args
 from minimind.console import progress
 from minimind.dataset.jsonl import DataError, line_ranges, parse_line, read_lines
+from minimind.dataset.microworld.graders import numbers_in
 from minimind.errors import guard
 from minimind.evaluate.common import (
     Clock,
@@ -40,6 +41,7 @@ _MARK = re.compile(
     re.I | re.M,
 )
 _HEAD = re.compile(r"^.*?(-?\s*[\d０-９][\d０-９,.，．/()（）]*\s*[%％]?)", re.S)
+_FRACTION = re.compile(r"\\d?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 _CHINESE = re.compile("负?[零〇一二两三四五六七八九十百千万亿]+(?:点[零〇一二三四五六七八九]+)?")
 _DIGITS = {digit: value for value, digit in enumerate("零一二三四五六七八九")} | {"〇": 0, "两": 2}
 _UNITS = {"十": 10, "百": 100, "千": 1000}
@@ -63,11 +65,11 @@ class GsmArguments(EvalArguments):
 
 @dataclass(frozen=True)
 class Problem:
-    """一道题与它的标准解答、标准答案。"""
+    """一道题与它的标准解答、标准答案；问两个数的题（``208, 156``）有两个。"""
 
     question: str
     solution: str
-    value: float
+    values: tuple[float, ...]
 
 
 def read_problems(path: Any) -> list[Problem]:
@@ -103,12 +105,14 @@ def _problem(record: dict[str, Any]) -> Problem:
             expected='{"question": …, "answer": …} 或 {"conversations": [问, 答]}',
             fix="对照格式改字段名",
         )
-    value = last_number(reference_answer(solution))
-    if value is None:
+    answer = reference_answer(solution)
+    parts = [last_number(part) for part in re.split(r",\s+|[，;；]\s*", answer)]
+    values = (last_number(answer),) if None in parts else tuple(parts)
+    if None in values:
         raise DataError(
             "标准答案里没有数", field="answer", expected="“#### 数”，或以数结尾", fix="删掉这一行"
         )
-    return Problem(question, solution, value)
+    return Problem(question, solution, values)
 
 
 # ---------------------------------------------------------------- 取答案
@@ -123,9 +127,7 @@ def chinese_number(text: str) -> float | None:
     total = section = digit = 0
     for character in word:
         if character in _DIGITS:
-            digit = (
-                digit * 10 + _DIGITS[character] if digit and character not in "零〇" else _DIGITS[character]
-            )
+            digit = digit * 10 + _DIGITS[character]  # 没有单位就是一位一位念的：二〇二四
         elif character in _UNITS:
             section += (digit or 1) * _UNITS[character]
             digit = 0
@@ -140,15 +142,31 @@ def chinese_number(text: str) -> float | None:
     return -value if found[-1].startswith("负") else value
 
 
-def stated_number(response: str) -> float | None:
-    """写明的答案：最后一处记号之后的第一个数；没有写明返回 ``None``。"""
+def stated_text(response: str) -> str | None:
+    """写明的答案：最后一处记号之后、同一行里的文字；没有写明返回 ``None``。"""
     marks = list(_MARK.finditer(response))
     if not marks:
         return None
     tail = response[marks[-1].end() :].strip().split("\n", 1)[0]
-    if head := _HEAD.match(tail):
-        return last_number(head[1].strip().rstrip("(（.．,，/"))
-    return chinese_number(tail)
+    tail = _FRACTION.sub(r"(\1)/(\2)", tail)
+    mark = marks[-1][0]
+    if mark == "####":  # 约定这一行只有答案
+        return tail
+    if mark.startswith("\\boxed"):
+        return tail.split("}", 1)[0]
+    if mark == "<answer>":
+        return tail.split("</answer>", 1)[0]
+    head = _HEAD.match(tail)  # “答案是 18 个，不是 16 个”：只要第一个数
+    return head[1].strip().rstrip("(（.．,，/") if head else tail
+
+
+def stated_number(response: str) -> float | None:
+    """写明的答案里的数；没有写明，或写明的不是数，返回 ``None``。"""
+    text = stated_text(response)
+    if text is None:
+        return None
+    value = last_number(text)
+    return chinese_number(text) if value is None else value
 
 
 def final_number(response: str) -> float | None:
@@ -156,13 +174,26 @@ def final_number(response: str) -> float | None:
     stated = stated_number(response)
     if stated is not None:
         return stated
-    last = last_number(response)
+    last = last_number(_FRACTION.sub(r"(\1)/(\2)", response))
     return chinese_number(response) if last is None else last
 
 
 def same(got: float | None, want: float) -> bool:
     """数值相等，相对误差 1e-6 以内。"""
     return got is not None and math.isclose(got, want, rel_tol=1e-6, abs_tol=1e-9)
+
+
+def correct(response: str, values: tuple[float, ...], strict: bool) -> bool:
+    """答对了没有；有几个答案的，要每一个都出现在写明的答案里（``flexible`` 时是最后一行里）。"""
+    if len(values) == 1:
+        return same(stated_number(response) if strict else final_number(response), values[0])
+    marks = list(_MARK.finditer(response))
+    if marks:
+        text = response[marks[-1].end() :].strip().split("\n", 1)[0]
+    else:
+        text = "" if strict else response.strip().rsplit("\n", 1)[-1]
+    found = numbers_in(text)
+    return all(any(same(got, want) for got in found) for want in values)
 
 
 # ---------------------------------------------------------------- 考试
@@ -205,8 +236,8 @@ def main(argv: list[str] | None = None) -> None:
             batch_size=args.batch_size,
             advance=bar.advance,
         )
-    strict = rate([same(stated_number(a.text), p.value) for a, p in zip(answers, problems)])
-    flexible = rate([same(final_number(a.text), p.value) for a, p in zip(answers, problems)])
+    strict = rate([correct(a.text, p.values, strict=True) for a, p in zip(answers, problems)])
+    flexible = rate([correct(a.text, p.values, strict=False) for a, p in zip(answers, problems)])
     stated = rate([stated_number(a.text) is not None for a in answers])
     stopped = rate([a.finished for a in answers])
     rows = [
@@ -227,7 +258,12 @@ def main(argv: list[str] | None = None) -> None:
     result["methods"] = {name: value.to_dict() for name, (_, value) in zip(names, rows)}
     if args.save_items:
         result["items"] = [
-            {"question": p.question, "answer": p.value, "response": a.text, "flexible": final_number(a.text)}
+            {
+                "question": p.question,
+                "answer": list(p.values),
+                "response": a.text,
+                "flexible": final_number(a.text),
+            }
             for p, a in zip(problems, answers)
         ]
     save_result(args, "gsm", loaded, clock, result)
