@@ -253,9 +253,9 @@ def log_interval(run: Run, epoch: int, lr: float) -> dict[str, Any]:
 
 
 def interval_metrics(sums: dict[str, float]) -> dict[str, float]:
-    """``name/sum`` 与 ``name/count`` 合成平均值。"""
+    """``name/sum`` 与 ``name/count`` 合成平均值；一个也没有的项不出现。"""
     names = [key.removesuffix("/sum") for key in sums if key.endswith("/sum")]
-    return {name: sums[f"{name}/sum"] / (sums[f"{name}/count"] or math.nan) for name in names}
+    return {name: sums[f"{name}/sum"] / sums[f"{name}/count"] for name in names if sums[f"{name}/count"]}
 
 
 def evaluate(run: Run, compute_loss: Callable, on_eval: Callable | None, stop: StopSignal) -> bool:

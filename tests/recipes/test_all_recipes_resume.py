@@ -11,6 +11,8 @@ import torch
 from recipe_cases import CASES, log_lines, make_base, make_world, run_recipe, saved, weights_file
 from trainer_helpers import assert_same_weights, in_processes
 
+from minimind.recipes import distillation, dpo
+from minimind.rl.health import RLHealth
 from minimind.trainer import loop
 
 RECIPES = list(CASES)
@@ -124,6 +126,31 @@ def test_每一步被杀都能续上(tmp_path, base, world, recipe, use_moe):
     assert_same_run(killed, whole, recipe, suffix)
 
 
+# 默认之外、各有自己状态或随机数的设置
+VARIANTS = [
+    ("lora", {"lora_targets": "square", "optimizer": "muon"}),
+    ("dpo", {"cache_reference": 0, "loss_type": "ipo"}),
+    ("dpo", {"loss_type": "sigmoid_norm", "label_smoothing": 0.1}),
+    ("distillation", {"on_policy": 0.5, "max_gen_len": 6, "divergence": "jsd"}),
+    ("ppo", {"kl_coef": 0, "ppo_epochs": 3, "target_kl": 1e-4, "critic_learning_rate": 1e-3}),
+    ("grpo", {"beta": 0.1, "dynamic_sampling": 1, "loss_type": "cispo"}),
+    ("grpo", {"mask_truncated": 1, "scale_rewards": "batch", "loss_type": "dr_grpo"}),
+    ("spo", {"beta": 0.1, "offline_samples": 2, "epochs": 20}),
+    ("full_sft", {"optimizer": "adamw", "schedule": "wsd"}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "options"), VARIANTS)
+def test_别的设置被杀后续训逐位相同(tmp_path, base, world, recipe, options):
+    whole, killed = start(base, tmp_path / "whole"), start(base, tmp_path / "killed")
+    train(whole, recipe, world, **options)
+    train(killed, recipe, world, kill_at=3, **options)
+    train(killed, recipe, world, from_resume=1, **options)
+    assert_same_run(killed, whole, recipe)
+    train_two(start(base, tmp_path / "two"), recipe, world, **options)
+
+
 def save_each_rank(**kwargs) -> None:
     """训练结束时每个进程各写一份自己的权重：存盘只由主进程做，看不出各进程是否一致。"""
     original = loop.finish
@@ -170,6 +197,13 @@ def test_两个进程被杀后续训逐位相同(tmp_path, base, world, recipe):
 
 
 PRECISIONS = [("bfloat16", 0), ("float16", 0), ("float32", 1), ("bfloat16", 1), ("float16", 1)]
+
+
+def test_没有一次正常更新的记录区间_体征不出错():
+    """float16 头几步溢出时，一个记录区间里可能一次更新也没有，日志里就没有各项指标。"""
+    assert dpo.health({"step": 60, "loss": float("nan")}) == []
+    assert distillation.health({"step": 60, "loss": float("nan")}) == []
+    assert RLHealth(8)({"step": 60, "loss": float("nan"), "reward": 0.5}) == []
 
 
 def assert_trains(folder, recipe, world, dtype, use_moe) -> None:
