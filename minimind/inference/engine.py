@@ -18,9 +18,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,16 @@ from minimind.inference.sampling import SamplingParams, sample_rows, uniforms
 PREFILL_TOKENS = 8192
 
 
+class LogitsHook(Protocol):
+    """对一个样本的干预：文法约束、词元偏置……每个样本一份，可以有状态。"""
+
+    def adjust(self, logits: Tensor) -> None:
+        """抽样之前就地改 ``[V]`` fp32 的 logits。"""
+
+    def accept(self, token: int) -> bool:
+        """写下了这个 token；返回真就到此为止（``"stop"``）。"""
+
+
 @dataclass
 class Sequence:
     """一个样本。
@@ -43,6 +53,8 @@ class Sequence:
         ids: 抽到的 token，抽到结束符时 **含** 结束符。
         logprobs: 与 ``ids`` 等长，抽样时（惩罚、温度、截断之后的分布下）的对数概率；贪心时按温度 1。
         finished: ``"stop"`` 写出结束符，``"length"`` 到长度上限，``"cancelled"`` 被取消，``None`` 还在写。
+        top: 要了候选时，各 token 在 *模型自己* 的分布（温度 1，惩罚与干预之前）下的对数概率，与最可能的几个
+            ``(id, 对数概率)``。
     """
 
     request_id: int
@@ -51,6 +63,7 @@ class Sequence:
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finished: str | None = None
+    top: list[tuple[float, tuple[tuple[int, float], ...]]] = field(default_factory=list)
 
 
 @dataclass
@@ -61,6 +74,8 @@ class _Request:
     limit: int
     seed: int
     waiting: list[Sequence]
+    hook: Callable[[], LogitsHook] | None = None
+    top_logprobs: int | None = None
     kept: Any = None  # 槽位不够 n 个时，提示的 KV 与末尾 logits 先存着
 
 
@@ -69,6 +84,8 @@ class _Row:
     sequence: Sequence
     params: SamplingParams
     limit: int
+    hook: LogitsHook | None = None
+    top_logprobs: int | None = None
 
     @property
     def length(self) -> int:
@@ -144,9 +161,20 @@ class Engine:
     # ---------------------------------------------------------------- 对外
 
     def add_request(
-        self, prompt_ids: Iterable[int], params: SamplingParams, max_new_tokens: int, *, n: int = 1
+        self,
+        prompt_ids: Iterable[int],
+        params: SamplingParams,
+        max_new_tokens: int,
+        *,
+        n: int = 1,
+        hook: Callable[[], LogitsHook] | None = None,
+        top_logprobs: int | None = None,
     ) -> int:
         """排进队里，返回请求号；``n`` 个样本共用一次提示的计算。
+
+        Args:
+            hook: 给每个样本造一份干预；有干预的样本在场时每个 token 都要与主机对一次。
+            top_logprobs: 每个 token 另记几个候选，0 表示只记它自己的，``None`` 不记。
 
         Raises:
             UserError: 提示为空或放不下。
@@ -158,16 +186,22 @@ class Engine:
         seed = params.seed if params.seed is not None else int(torch.randint(2**62, ()))
         request_id, self._next_id = self._next_id, self._next_id + 1
         waiting = [Sequence(request_id, index, prompt) for index in range(n)]
-        self._waiting.append(_Request(request_id, prompt, params, limit, seed, waiting))
+        self._waiting.append(_Request(request_id, prompt, params, limit, seed, waiting, hook, top_logprobs))
         return request_id
 
     @torch.inference_mode()
-    def cancel(self, request_id: int) -> None:
-        """停掉一个请求的全部样本，槽位立刻空出；它们由下一次 :meth:`step` 以 ``"cancelled"`` 返回。"""
+    def cancel(self, request_id: int, index: int | None = None) -> None:
+        """停掉一个请求的全部样本（或只是第 ``index`` 个），槽位立刻空出；下一次 :meth:`step` 以 ``"cancelled"`` 返回。"""
+
+        def chosen(sequence: Sequence) -> bool:
+            return sequence.request_id == request_id and index in (None, sequence.index)
+
         for request in [r for r in self._waiting if r.id == request_id]:
-            self._cancelled += request.waiting
-            self._waiting.remove(request)
-        rows = [i for i, row in enumerate(self._rows) if row.sequence.request_id == request_id]
+            self._cancelled += [sequence for sequence in request.waiting if chosen(sequence)]
+            request.waiting = [sequence for sequence in request.waiting if not chosen(sequence)]
+            if not request.waiting:
+                self._waiting.remove(request)
+        rows = [i for i, row in enumerate(self._rows) if chosen(row.sequence)]
         self._cancelled += [self._rows[i].sequence for i in rows]
         self._release(rows)
 
@@ -246,7 +280,9 @@ class Engine:
         rows = []
         for request, count in batch:
             taken, request.waiting = request.waiting[:count], request.waiting[count:]
-            rows += [_Row(sequence, request.params, request.limit) for sequence in taken]
+            for sequence in taken:
+                hook = request.hook() if request.hook else None
+                rows.append(_Row(sequence, request.params, request.limit, hook, request.top_logprobs))
         counts = torch.tensor([count for _, count in batch], device=self.device)
         return rows, logits.repeat_interleave(counts, dim=0, output_size=len(rows))
 
@@ -284,6 +320,8 @@ class Engine:
         lengths = [row.length for row in self._rows]
         # 谁也不会写过自己的上限；写出结束符的行陪跑到对账为止，多写的丢掉
         steps = min(self.stride, min(row.limit - len(row.sequence.ids) for row in self._rows))
+        if any(row.hook or row.top_logprobs is not None for row in self._rows):
+            steps = 1
         all_ids, all_logp = [], []
         for offset in range(steps):
             used = [length + offset for length in lengths]
@@ -300,13 +338,37 @@ class Engine:
         uniform = self._uniforms[block].gather(1, step[:, None])[:, 0]
         params = [row.params for row in self._rows[first:]]
         penalised = self._seen is not None and any(one.repetition_penalty != 1 for one in params)
+        watched = [i for i, row in enumerate(self._rows[first:]) if row.top_logprobs is not None]
+        plain = logits[watched].float() if watched else None
+        logits = self._adjust(logits, first)
         ids, logp = sample_rows(logits, params, uniform, self._seen[block] if penalised else None)
+        if watched:
+            self._note_top(plain, ids[watched], [self._rows[first + i] for i in watched])
         self._tokens[block] = ids
         self._positions[block] += 1
         self._written[block] += 1
         if self._seen is not None:
             self._seen[block].scatter_(1, ids[:, None], True)
         return ids, logp
+
+    def _adjust(self, logits: Tensor, first: int) -> Tensor:
+        """各行自己的干预；没有干预的行不动。"""
+        hooked = [(i, row.hook) for i, row in enumerate(self._rows[first:]) if row.hook]
+        if hooked:
+            logits = logits.float() if logits.dtype != torch.float32 else logits.clone()
+            for i, hook in hooked:
+                hook.adjust(logits[i])
+        return logits
+
+    @staticmethod
+    def _note_top(logits: Tensor, ids: Tensor, rows: list[_Row]) -> None:
+        """``logits [W, V]`` 是模型原本的，``ids [W]`` 是抽到的。"""
+        logp = logits.log_softmax(-1)
+        own = logp.gather(1, ids[:, None])[:, 0].tolist()
+        values, near = logp.topk(max(1, max(row.top_logprobs for row in rows)), dim=-1)
+        for row, mine, value, token in zip(rows, own, values.tolist(), near.tolist()):
+            k = row.top_logprobs
+            row.sequence.top.append((mine, tuple(zip(token[:k], value[:k]))))
 
     def _record(self, ids: Tensor, logp: Tensor, first: int) -> list[Sequence]:
         """把 ``[步数, 行数]`` 的结果记到各行，写完的行离场。"""
@@ -317,7 +379,8 @@ class Engine:
             for token, value in zip(tokens, logprobs):
                 sequence.ids.append(token)
                 sequence.logprobs.append(value)
-                if token in self.eos_ids:
+                stop = row.hook.accept(token) if row.hook else False
+                if stop or token in self.eos_ids:
                     sequence.finished = "stop"
                 elif len(sequence.ids) >= row.limit:
                     sequence.finished = "length"
