@@ -1,13 +1,19 @@
-"""演示：一条命令走完全程，报告里的数字与回答对得上；没有终端就不等人。"""
+"""演示：一条命令走完九个阶段，报告里的数字与回答对得上；坏了一段不连累别的；没有终端就不等人。"""
 
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from minimind import demo, pace
+from minimind.demo.arguments import DemoArguments
+from minimind.demo.exam import pick_items
+from minimind.demo.reinforce import grpo_arguments, ppo_arguments, spo_arguments
+from minimind.demo.stages import STAGES
+from minimind.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +42,9 @@ def test_产物齐全_不碰使用者的权重目录(finished):
     folder, _ = finished
     report = {path.name for path in (folder / "out" / "report").iterdir()}
     assert report == {
-        "report.md",
-        "report.json",
-        "answers.jsonl",
-        "pretrain.png",
-        "full_sft.png",
-        "tasks.png",
+        *("report.md", "report.json", "answers.jsonl", "scoreboard.png", "tasks.png", "rewards.png"),
+        *("pretrain.png", "full_sft.png", "lora.png", "dpo.png", "distill.png", "reason.png"),
+        *("ppo.png", "grpo.png", "spo.png"),
     }
     assert {path.name for path in (folder / "out").iterdir()} == {"demo", "report"}
     assert {path.name for path in folder.iterdir()} == {"out", "cache"}
@@ -54,7 +57,7 @@ def test_记分牌的数字能从全部回答里算出来(finished):
         json.loads(line) for line in (folder / "out/report/answers.jsonl").read_text("utf-8").splitlines()
     ]
     for task, entry in report["tasks"].items():
-        scores = [a["score"] for a in answers if a["exam"] == "after_sft" and a["task"] == task]
+        scores = [a["score"] for a in answers if a["exam"] == "full_sft_chats" and a["task"] == task]
         assert len(scores) == entry["items"]
         assert sum(score >= 1 for score in scores) / len(scores) == entry["after"]
     bpb = report["metrics"][0]
@@ -65,8 +68,17 @@ def test_记分牌的数字能从全部回答里算出来(finished):
 def test_报告的图都在(finished):
     folder, _ = finished
     markdown = (folder / "out/report/report.md").read_text(encoding="utf-8")
-    for name in ("pretrain.png", "full_sft.png", "tasks.png"):
-        assert f"({name})" in markdown
+    for path in (folder / "out/report").glob("*.png"):
+        assert f"({path.name})" in markdown
+
+
+def test_每个阶段都在记分牌上_各有训练与留出的分数(finished):
+    folder, _ = finished
+    report = json.loads((folder / "out/report/report.json").read_text(encoding="utf-8"))
+    titles = list(dict.fromkeys(metric["stage"] for metric in report["metrics"]))
+    assert titles == [stage.title for stage in STAGES.values()]
+    assert not report["failures"]
+    assert set(titles) < set(report["facts"]), "每个阶段都报用时"
 
 
 def test_没有终端不打开对话_开始时报预计用时(finished):
@@ -83,10 +95,66 @@ def test_时钟_按已走完的快慢修正剩余():
 
 
 def test_每个任务取几题_跳过身份题():
-    items = [{"kind": "chat", "task": t} for t in ("add", "add", "sub", "lora_identity")]
-    items.append({"kind": "cloze", "task": "add"})
-    assert [i["task"] for i in demo.pick_items(items, "chat", 1)] == ["add", "sub"]
-    assert len(demo.pick_items(items, "chat", 0)) == 3
+    tasks = (("add", "easy"), ("add", "easy"), ("sort", "hard"), ("lora_identity", "lora"))
+    items = [{"kind": "chat", "task": task, "level": level} for task, level in tasks]
+    items.append({"kind": "cloze", "task": "add", "level": "easy"})
+    assert [i["task"] for i in pick_items(items, "chat", 1)] == ["add", "sort"]
+    assert len(pick_items(items, "chat", 0)) == 3
+    assert [i["task"] for i in pick_items(items, "chat", 0, ("lora",))] == ["lora_identity"]
+
+
+def test_坏了一段_别的照走_报告说清(finished, monkeypatch, tmp_path, capsys):
+    """接着上一次的权重只走三段，中间一段出错。"""
+
+    def broken(road):
+        road.score("考了一半", None, 1.0)
+        raise RuntimeError("显存不够")
+
+    folder, _ = finished
+    monkeypatch.setitem(STAGES, "dpo", replace(STAGES["dpo"], run=broken))
+    out, report = str(folder / "out/demo"), tmp_path / "report"
+    code = demo.main(
+        ["--fast", "--device", "cpu", "--stages", "dpo,lora,reason"]
+        + ["--out_dir", out, "--report_dir", str(report)]
+    )
+    assert code == 2
+    data = json.loads((report / "report.json").read_text(encoding="utf-8"))
+    assert list(dict.fromkeys(metric["stage"] for metric in data["metrics"])) == ["LoRA", "推理"]
+    assert "RuntimeError：显存不够" in data["failures"]["DPO"]
+    assert "没有走完的阶段" in (report / "report.md").read_text(encoding="utf-8")
+    said = capsys.readouterr().err
+    assert f"minimind demo --stages dpo --out_dir {out}" in said
+    assert "RuntimeError" in (folder / "out/demo/logs/dpo.error.txt").read_text(encoding="utf-8")
+
+
+def test_起点没走完_后面的不用旧权重充数(finished, monkeypatch, tmp_path):
+    folder, _ = finished
+    road = demo.open_road(DemoArguments(fast=1, out_dir=str(folder / "out/demo")))
+    demo.require_start(road, "sft")
+    road.report.failures["微调"] = "坏了"
+    with pytest.raises(UserError, match="起点“微调”没有走完"):
+        demo.require_start(road, "sft")
+    road.args.out_dir = str(tmp_path)
+    with pytest.raises(UserError, match="--stages 里加上 pretrain"):
+        demo.require_start(road, "pretrain")
+
+
+def test_阶段的名字_按课表排_写错了说有哪些():
+    assert DemoArguments(stages="spo, lora").chosen_stages() == ["lora", "spo"]
+    assert len(DemoArguments().chosen_stages()) == 9
+    for wrong in ("grppo", ""):
+        with pytest.raises(UserError, match="--stages"):
+            DemoArguments(stages=wrong).chosen_stages()
+
+
+def test_强化学习三段采样的条数相同(finished):
+    folder, _ = finished
+    road = demo.open_road(DemoArguments(out_dir=str(folder / "out/demo"), scale=0.01, device="cpu"))
+    budgets = {
+        (a.batch_size * a.accumulation_steps * a.num_generations, a.max_steps, a.max_gen_len)
+        for a in (make(road) for make in (ppo_arguments, grpo_arguments, spo_arguments))
+    }
+    assert len(budgets) == 1
 
 
 def test_线程数_多了反而慢就退回去(monkeypatch):

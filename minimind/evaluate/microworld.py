@@ -39,10 +39,29 @@ def read_items(path: str | Path) -> list[dict[str, Any]]:
         raise UserError(
             "读不到考题",
             where=str(path),
-            expected="微世界的 eval.jsonl",
+            expected="微世界的 eval.jsonl 或 rl_heldout.jsonl",
             fix="minimind data make-microworld DIR",
         ) from error
     return [json.loads(line) for line in lines if line.strip()]
+
+
+def read_prompts(path: str | Path) -> list[dict[str, Any]]:
+    """把强化学习的留出提示（``rl_heldout.jsonl``）读成考题；问句相同的只留一道。"""
+    items: dict[str, dict[str, Any]] = {}
+    for record in read_items(path):
+        *messages, reference = record["conversations"]
+        question = messages[-1]["content"]
+        items[question] = {
+            "task": record["task"],
+            "level": "hard",
+            "kind": "chat",
+            "prompt": question,
+            "messages": messages,
+            "answer": record["answer"],
+            "grader": record["grader"],
+            "reference": reference["content"],
+        }
+    return list(items.values())
 
 
 def encode_items(tokenizer: Any, items: Sequence[dict[str, Any]]) -> list[list[int]]:

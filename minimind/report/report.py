@@ -62,6 +62,7 @@ class Report:
         tasks: 每个任务的题数与前后正确率 ``{任务: {"items", "before", "after"}}``。
         samples: 样例。
         figures: 图片文件名（与报告在同一目录）及说明。
+        failures: 没有走完的阶段及原因。
     """
 
     title: str
@@ -70,6 +71,7 @@ class Report:
     tasks: dict[str, dict] = field(default_factory=dict)
     samples: list[Sample] = field(default_factory=list)
     figures: dict[str, str] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
 
     def to_markdown(self) -> str:
         blocks = [f"# {self.title}"]
@@ -78,11 +80,19 @@ class Report:
         if self.metrics:
             rows = [[m.stage, m.name, m.show(m.before), m.show(m.after)] for m in self.metrics]
             blocks += ["## 记分牌", _table(["阶段", "指标", "之前", "之后"], rows)]
+        if self.failures:
+            rows = [[stage, _inline(reason, 500)] for stage, reason in self.failures.items()]
+            blocks += ["## 没有走完的阶段", _table(["阶段", "原因"], rows)]
         for name, caption in self.figures.items():
             blocks.append(f"![{caption}]({name})")
         if self.tasks:
             rows = [
-                [entry.get("title", task), entry["items"], f"{entry['before']:.1%}", f"{entry['after']:.1%}"]
+                [
+                    entry.get("title", task),
+                    entry["items"],
+                    _percent(entry["before"]),
+                    _percent(entry["after"]),
+                ]
                 for task, entry in self.tasks.items()
             ]
             blocks += ["## 各任务", _table(["任务", "留出题数", "微调前", "微调后"], rows)]
@@ -119,6 +129,10 @@ class Report:
             after = f"[{style}]{metric.show(metric.after)}[/]"
             table.add_row(metric.stage, metric.name, metric.show(metric.before), after)
         return table
+
+
+def _percent(value: float | None) -> str:
+    return "—" if value is None else f"{value:.1%}"
 
 
 def _inline(text: str, limit: int = 300) -> str:

@@ -1,0 +1,178 @@
+"""演示：从零走完全程，十几分钟后得到一个会答题的小模型、七种后训练各自的效果，和一份成绩单。
+
+造数据 → 预训练 → 监督微调 → LoRA、DPO、蒸馏、推理 → PPO、GRPO、SPO → 报告 → 对话。每一步都是正式命令用的
+同一段代码，只是尺寸小、数据是内置的微世界。产物在 ``out/demo``，不碰使用者自己的权重。
+
+一个阶段没走完不连累别的：说清原因，接着走下一个，报告里写着到此为止的结果。
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minimind.arguments import parse_args
+from minimind.console import console, format_duration, say
+from minimind.demo.arguments import ROW_LENGTH, DemoArguments
+from minimind.errors import UserError, guard
+from minimind.pace import Clock, probe_speed
+from minimind.paths import resolve_path
+
+if TYPE_CHECKING:
+    from minimind.demo.road import Road
+    from minimind.demo.stages import Stage
+
+
+def open_road(args: DemoArguments) -> Road:
+    """写好语料、读出考卷。"""
+    from minimind.dataset.microworld import ensure_microworld
+    from minimind.demo.exam import open_papers
+    from minimind.demo.road import Road
+    from minimind.report.report import Report
+
+    folder = resolve_path(args.out_dir) / "microworld"
+    say(f"写微世界语料到 {folder}……")
+    world = ensure_microworld(args.scale, args.seed, folder)
+    papers = open_papers(world, args.items_per_task, bool(args.fast))
+    return Road(args, world, papers, Report("MiniMind 演示成绩单"))
+
+
+def plan(road: Road, stages: dict[str, Stage], start: float) -> Clock:
+    """测速并排出时间表；选好的线程数与精度就地生效，没训练过的模型也在这里考。
+
+    Args:
+        start: 全程开始的时刻（``time.perf_counter``）。
+    """
+    import torch
+
+    from minimind.dataset import PretrainDataset, SFTDataset
+    from minimind.demo.base import heldout_bpb, pretrain_arguments, sft_arguments
+    from minimind.model import count_parameters
+    from minimind.trainer.device import device_name
+    from minimind.trainer.trainer_utils import init_model, model_config, start_run
+
+    settings = pretrain_arguments(road)
+    device = start_run(settings)
+
+    def fresh_model():
+        return init_model(model_config(settings), "none", None, road.args.out_dir, device)
+
+    model, tokenizer = fresh_model()
+    pretrain_rows = PretrainDataset(settings.data_path, tokenizer, max_length=ROW_LENGTH)
+    sft_rows = SFTDataset(sft_arguments(road).data_path, tokenizer, max_length=ROW_LENGTH)
+    road.rows = {"pretrain": len(pretrain_rows), "sft": len(sft_rows)}
+    say("测速……")
+    road.dtype, speed = probe_speed(model, pretrain_rows, road.args.batch_size, ROW_LENGTH)
+    start_run(settings)  # 测速动过随机数与权重，重新开始
+    if "pretrain" in stages:
+        road.untrained_bpb = heldout_bpb(road, *fresh_model())
+    clock = Clock({name: stage.tokens(road) / speed for name, stage in stages.items()}, start)
+    road.report.facts |= {
+        "设备": f"{device_name(device)}，{road.dtype}",
+        "PyTorch": torch.__version__,
+        "模型": f"{road.args.preset}，{count_parameters(model) / 1e6:.2f}M 参数",
+        "种子与规模": f"{road.args.seed}，{road.args.scale:g}",
+    }
+    say(f"{speed:,.0f} 词元/秒（{road.dtype}）；全程预计 {format_duration(clock.expected)}。")
+    return clock
+
+
+def require_start(road: Road, name: str) -> None:
+    """起点的权重要在，而且不是这一次没走完的那一段留下的旧权重。
+
+    Args:
+        name: 起点是哪个阶段，``pretrain`` 或 ``sft``。
+    """
+    from minimind.demo.stages import STAGES
+    from minimind.inference.loading import find_weights
+
+    if STAGES[name].title in road.report.failures:
+        raise UserError(f"起点“{STAGES[name].title}”没有走完", fix="先解决它")
+    weight = {"pretrain": "pretrain", "sft": "full_sft"}[name]
+    if not find_weights(weight, road.args.out_dir, None, None):
+        raise UserError(
+            f"没有起点 {weight} 的权重",
+            where=str(resolve_path(road.args.out_dir)),
+            fix=f"--stages 里加上 {name}，或用 --out_dir 指向走过它的目录",
+        )
+
+
+def walk(road: Road, name: str, stage: Stage) -> str | None:
+    """走一个阶段；出了错返回一句话，不连累别的阶段。"""
+    road.title = stage.title
+    metrics = len(road.report.metrics)
+    try:
+        if stage.needs:
+            require_start(road, stage.needs)
+        stage.run(road)
+    except Exception as error:
+        del road.report.metrics[metrics:]  # 只考了一半的不算
+        log = resolve_path(road.args.out_dir) / "logs" / f"{name}.error.txt"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(traceback.format_exc(), encoding="utf-8")
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}："
+        return f"{kind}{error}（调用栈在 {log}）"
+    return None
+
+
+def run(args: DemoArguments) -> Path:
+    """走完选中的阶段，返回 report.md 的路径。
+
+    Raises:
+        UserError: 有阶段没走完；别的阶段的结果已在报告里。
+    """
+    from minimind.demo.stages import STAGES
+
+    start = time.perf_counter()
+    stages = {name: STAGES[name] for name in args.chosen_stages()}
+    road = open_road(args)
+    clock = plan(road, stages, start)
+    facts, failed = road.report.facts, road.report.failures
+    for name, stage in stages.items():
+        clock.begin(name, f"{stage.title}：{stage.doing}")
+        problem = walk(road, name, stage)
+        clock.end(name)
+        if problem:
+            failed[stage.title] = problem
+            clock.estimates[name] = clock.actual[name]  # 没走完的不能用来估计快慢
+            say(f"{stage.title}没有走完，接着走下一段。原因：{problem}")
+        facts[stage.title] = format_duration(clock.actual[name])
+        facts.pop("全程", None)  # 总在最后一行
+        facts["全程"] = f"{format_duration(clock.elapsed())}（开始时预计 {format_duration(clock.expected)}）"
+        path = road.write_report()
+    console.print()
+    console.print(road.report.scoreboard())
+    say(f"报告：{path}")
+    if failed:
+        again = ",".join(name for name, stage in stages.items() if stage.title in failed)
+        raise UserError(
+            f"{'、'.join(failed)}没有走完，其余的结果在 {path}",
+            where="；".join(f"{title}：{problem}" for title, problem in failed.items()),
+            fix=f"解决之后只补这几段：minimind demo --stages {again} --out_dir {args.out_dir}",
+        )
+    return path
+
+
+def open_chat(args: DemoArguments) -> None:
+    """在终端里接着对话；没有终端（管道、持续集成）就什么也不做。"""
+    say(f"再次对话：minimind chat --save_dir {args.out_dir} --temperature 0")
+    if not (args.chat and sys.stdin.isatty() and sys.stdout.isatty()):
+        return
+    from minimind import chat
+
+    say("\n可以问它微世界里的事了，例如：麦香镇的地标是什么？ 27+35 等于多少？ 你是谁？（空行退出）")
+    chat_args = chat.ChatArguments(
+        save_dir=args.out_dir, temperature=0.0, device=args.device, mode="manual", max_new_tokens=200
+    )
+    chat.run(chat.open_session(chat_args), chat_args)
+
+
+@guard
+def main(argv: list[str] | None = None) -> None:
+    """命令行入口。"""
+    args = parse_args(DemoArguments, argv)
+    run(args)
+    open_chat(args)

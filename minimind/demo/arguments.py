@@ -1,0 +1,60 @@
+"""演示的参数与课表。"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from minimind.arguments import arg
+from minimind.errors import UserError
+
+# 一步 2,048 个位置：同样的词元数，步子小而多学得更好；微世界的文档与对话都不到 256 个词元
+ROW_LENGTH, ROWS = 256, 8
+
+# 课表，先后次序不能变：后面的从前面的权重开始
+STAGES = ("pretrain", "sft", "lora", "dpo", "distill", "reason", "ppo", "grpo", "spo")
+
+
+@dataclass
+class DemoArguments:
+    """从零走完全程：造数据、九个阶段的训练、评测、出报告、对话。"""
+
+    stages: str = arg(
+        "all",
+        f"走哪几段，逗号分隔：{','.join(STAGES)}；没走预训练与微调时用 out_dir 里上次的权重",
+    )
+    out_dir: str = arg("out/demo", "数据、权重与日志的目录")
+    report_dir: str = arg("out/report", "报告的目录")
+    preset: str = arg("tiny", "模型尺寸")
+    scale: float = arg(1.0, "微世界训练语料的规模")
+    pretrain_epochs: int = arg(1, "预训练轮数")
+    sft_epochs: int = arg(1, "微调轮数")
+    pretrain_lr: float = arg(6e-3, "预训练的最高学习率")
+    sft_lr: float = arg(1.5e-3, "微调的最高学习率")
+    max_steps: int = arg(0, "每个阶段至多多少步；0 表示按课程的安排")
+    items_per_task: int = arg(0, "每个任务至多考几题；0 表示全部")
+    batch_size: int = arg(ROWS, f"每步多少行，每行 {ROW_LENGTH} 个词元")
+    fast: int = arg(0, "只看流程通不通：百分之一的数据、每阶段两三小步、每个任务 1 题", (0, 1))
+    chat: int = arg(1, "结束后打开对话（仅当在终端里运行）", (0, 1))
+    device: str = arg("auto", "设备：auto、cpu、cuda:0、npu:0、mps")
+    seed: int = arg(42, "随机种子")
+
+    def __post_init__(self):
+        if self.fast:
+            self.scale, self.max_steps, self.batch_size, self.items_per_task = 0.01, 3, 4, 1
+
+    def chosen_stages(self) -> list[str]:
+        """要走的阶段，按课表的次序。
+
+        Raises:
+            UserError: 有不认识的名字，或一个也没选。
+        """
+        names = list(STAGES) if self.stages == "all" else [n.strip() for n in self.stages.split(",")]
+        names = [name for name in names if name]
+        unknown = [name for name in names if name not in STAGES]
+        if unknown or not names:
+            raise UserError(
+                f"没有阶段 {'、'.join(unknown)}" if unknown else "一个阶段也没选",
+                where="--stages",
+                expected=f"all，或 {','.join(STAGES)} 里的几个，逗号分隔",
+            )
+        return [name for name in STAGES if name in names]

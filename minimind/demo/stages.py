@@ -1,0 +1,126 @@
+"""课表：每个阶段叫什么、做什么、从谁的权重开始、要花多少时间。"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from minimind.demo import base, reinforce, tuning
+from minimind.demo.arguments import ROW_LENGTH
+from minimind.demo.road import Road
+
+# 考一道题的时间折合多少个训练词元（实测 40 到 60：逐词生成没有训练那样的大矩阵，但一题只写十几个词）
+TOKENS_PER_ITEM = 60
+
+
+@dataclass(frozen=True)
+class Stage:
+    """课表的一行。
+
+    Args:
+        title: 记分牌与进度里的名字；doing: 一句话说它做什么。
+        run: 训练、考试、记分。
+        training: 训练折合多少个预训练词元，即测速用的那种。
+        papers: 考哪几份卷子，见 :class:`minimind.demo.exam.Papers`。
+        needs: 从哪个阶段的权重开始；``None`` 从零开始。
+    """
+
+    title: str
+    doing: str
+    run: Callable[[Road], None]
+    training: Callable[[Road], float]
+    papers: tuple[str, ...]
+    needs: str | None = "sft"
+
+    def tokens(self, road: Road) -> float:
+        """训练与考试一共折合多少个预训练词元。"""
+        items = sum(len(getattr(road.papers, paper)) for paper in self.papers)
+        return self.training(road) + items * TOKENS_PER_ITEM
+
+
+def epochs_of(kind: str, epochs: str) -> Callable[[Road], float]:
+    """按轮数走完一份语料的阶段。"""
+
+    def tokens(road: Road) -> float:
+        rows = road.rows[kind] * getattr(road.args, epochs)
+        most = road.args.max_steps * road.args.batch_size
+        return (min(rows, most) if most else rows) * ROW_LENGTH
+
+    return tokens
+
+
+def steps_of(planned: int, positions: int, factor: float) -> Callable[[Road], float]:
+    """走固定步数的阶段：每步 ``positions`` 个位置，每个位置的代价是预训练的 ``factor`` 倍（实测）。"""
+    return lambda road: road.steps(planned) * positions * factor
+
+
+# 一条采样：约三十个词元的提示、十几到三十个词元的回答，逐词写出来，再前向反向一遍（PPO 另有价值网络与几轮更新）
+ROLLOUTS = reinforce.PROMPTS * reinforce.GENERATIONS
+
+STAGES: dict[str, Stage] = {
+    "pretrain": Stage(
+        "预训练",
+        "读百科、算式和故事，学会接着往下写",
+        base.run_pretrain,
+        epochs_of("pretrain", "pretrain_epochs"),
+        ("cloze", "chats"),
+        needs=None,
+    ),
+    "sft": Stage(
+        "微调",
+        "学会按问答的样子回答",
+        base.run_sft,
+        epochs_of("sft", "sft_epochs"),
+        ("chats", "multistep"),
+        needs="pretrain",
+    ),
+    "lora": Stage(
+        "LoRA",
+        "换一个身份，只训练几十分之一大的增量",
+        tuning.run_lora,
+        steps_of(tuning.LORA_STEPS, tuning.LORA_ROWS * ROW_LENGTH, 1.0),
+        ("identity", "identity", "easy"),
+    ),
+    "dpo": Stage(
+        "DPO",
+        "从一好一坏两个回答里学会客气",
+        tuning.run_dpo,
+        steps_of(tuning.DPO_STEPS, tuning.DPO_PAIRS * 2 * 45, 1.4),
+        ("easy",),
+    ),
+    "distill": Stage(
+        "蒸馏",
+        "四分之一大的学生，没有教师与有教师各学一遍",
+        tuning.run_distill,
+        steps_of(tuning.STUDENT_STEPS, 8 * ROW_LENGTH, 1.0),
+        ("easy", "easy"),
+    ),
+    "reason": Stage(
+        "推理",
+        "先把步骤写在 <think> 里再答，与只报答案的对照",
+        tuning.run_reason,
+        steps_of(2 * tuning.REASON_STEPS, 8 * ROW_LENGTH, 1.0),
+        ("multistep", "multistep"),
+    ),
+    "ppo": Stage(
+        "PPO",
+        "价值网络估计写到一半能得几分，比估计的好就多写",
+        reinforce.run_ppo,
+        steps_of(reinforce.RL_STEPS, ROLLOUTS, 200.0),
+        ("multistep",),
+    ),
+    "grpo": Stage(
+        "GRPO",
+        "同一道题答八遍，比同组平均好的多写",
+        reinforce.run_grpo,
+        steps_of(reinforce.RL_STEPS, ROLLOUTS, 100.0),
+        ("multistep",),
+    ),
+    "spo": Stage(
+        "SPO",
+        "每题只答一遍，和它自己过去的成绩比",
+        reinforce.run_spo,
+        steps_of(reinforce.RL_STEPS, ROLLOUTS, 110.0),
+        ("multistep",),
+    ),
+}

@@ -1,0 +1,106 @@
+"""演示的第三到六段：LoRA、DPO、蒸馏、推理。都从微调的权重开始，各改一样本事，再看别的忘了没有。"""
+
+from __future__ import annotations
+
+from minimind.demo.exam import of_level, polite_share, well_formed_share
+from minimind.demo.road import Road
+from minimind.evaluate.microworld import Answered, accuracy
+from minimind.recipes import distillation, dpo, full_sft, lora, reason
+
+# 各段走多少步、每步多大。配方自己的默认学习率，除非写明
+LORA_STEPS, LORA_ROWS = 280, 4
+DPO_STEPS, DPO_PAIRS = 150, 16
+STUDENT_STEPS = 400
+REASON_STEPS = 120
+# 学生的宽与层：参数约是 tiny 的四分之一
+STUDENT = (96, 4)
+
+
+def easy(results: list[Answered], skip: tuple[str, ...] = ()) -> list[Answered]:
+    """简单题的回答，去掉 ``skip`` 里的任务。"""
+    return [answered for answered in of_level(results, "easy") if answered.item["task"] not in skip]
+
+
+def lora_arguments(road: Road) -> lora.LoRAArguments:
+    """与 ``minimind lora`` 是同一个 dataclass；以下各段同理。"""
+    plan = {"batch_size": LORA_ROWS, "epochs": 100, "max_steps": road.steps(LORA_STEPS)}
+    return lora.LoRAArguments(**road.common(**plan), **road.data("lora_identity"))
+
+
+def run_lora(road: Road) -> None:
+    """换一个身份，只存几十分之一大的增量。"""
+    before = road.sit("full_sft_identity", road.load("full_sft"), road.papers.identity, "换身份之前")
+    result = lora.run(lora_arguments(road))
+    road.draw_curve("lora", "LoRA 曲线", result.log)
+    model = road.load("full_sft", lora_weight="lora_identity")
+    after = road.sit("lora_identity", model, road.papers.identity, "新身份")
+    road.score(f"新身份答对（留出 {len(after)} 题）", accuracy(before), accuracy(after))
+    # 旧身份的题自然答不对了，不算“忘了”
+    rest = easy(road.sit("lora_easy", model, road.papers.easy, "别的忘了没有"), skip=("identity",))
+    road.score("别的对话答对", accuracy(easy(road.tuned("chats"), skip=("identity",))), accuracy(rest))
+
+
+def dpo_arguments(road: Road) -> dpo.DPOArguments:
+    plan = {"batch_size": DPO_PAIRS, "epochs": 100, "max_steps": road.steps(DPO_STEPS)}
+    return dpo.DPOArguments(**road.common(**plan), **road.data("dpo"))
+
+
+def run_dpo(road: Road) -> None:
+    """客气而简短，胜过不耐烦与平常。"""
+    result = dpo.run(dpo_arguments(road))
+    road.draw_curve("dpo", "DPO 曲线", result.log)
+    before, after = (
+        easy(road.tuned("chats")),
+        road.sit("dpo", road.load("dpo"), road.papers.easy, "答得客气吗"),
+    )
+    road.score("分得清好坏（留出的偏好对）", None, result.metrics["val_accuracy"])
+    road.score("开口客气的回答", polite_share(before), polite_share(after))
+    road.score("对话答对", accuracy(before), accuracy(after))
+
+
+def student_arguments(road: Road) -> full_sft.SFTArguments:
+    """没有教师的学生：同样的尺寸、数据、次序与步数，只有交叉熵。"""
+    width, layers = STUDENT
+    plan = {"epochs": 100, "max_steps": road.steps(STUDENT_STEPS), "learning_rate": 6e-3}
+    size = {"preset": None, "hidden_size": width, "num_hidden_layers": layers}
+    return full_sft.SFTArguments(
+        **road.common(**size, **plan, from_weight="none", save_weight="student"), **road.data("sft")
+    )
+
+
+def distill_arguments(road: Road) -> distillation.DistillationArguments:
+    width, layers = STUDENT
+    plan = {"epochs": 100, "max_steps": road.steps(STUDENT_STEPS), "learning_rate": 6e-3}
+    size = {"preset": None, "student_hidden_size": width, "student_num_layers": layers}
+    return distillation.DistillationArguments(
+        **road.common(**size, **plan, from_student_weight="none"), **road.data("sft")
+    )
+
+
+def run_distill(road: Road) -> None:
+    """四分之一大的学生：自己学，与跟着教师学，训练量相同。"""
+    alone, taught = full_sft.run(student_arguments(road)), distillation.run(distill_arguments(road))
+    road.draw_curve("distill", "蒸馏曲线：没有教师与有教师", alone.log, taught.log)
+    width = STUDENT[0]
+    before = road.sit("student", road.load("student", hidden_size=width), road.papers.easy, "没有教师的学生")
+    after = road.sit("distill", road.load("full_dist", hidden_size=width), road.papers.easy, "有教师的学生")
+    road.score("小学生对话答对（没有教师 → 有）", accuracy(before), accuracy(after))
+
+
+def reason_arguments(road: Road, data: str) -> reason.ReasonArguments:
+    plan = {"epochs": 100, "max_steps": road.steps(REASON_STEPS), "save_weight": data}
+    return reason.ReasonArguments(**road.common(**plan), **road.data(data))
+
+
+def run_reason(road: Road) -> None:
+    """先想再答，与同样训练量下只报答案的对照。"""
+    results = {}
+    logs = []
+    for data in ("reason_direct", "reason"):
+        logs.append(reason.run(reason_arguments(road, data)).log)
+        results[data] = road.sit(data, road.load(data), road.papers.multistep, "多步题")
+    road.draw_curve("reason", "推理曲线：只报答案与先想再答", *logs)
+    direct, thought = results["reason_direct"], results["reason"]
+    road.score(f"多步题答对（留出 {len(thought)} 题）", accuracy(road.tuned("multistep")), accuracy(thought))
+    road.score("训练量相同（只报答案 → 先想再答）", accuracy(direct), accuracy(thought))
+    road.score("标签完整、自己停下", None, well_formed_share(thought))
