@@ -74,7 +74,7 @@ def run_one(name: str, home: Path, args: argparse.Namespace) -> dict:
         cwd = home / "trainer"
     extra = ["--max_steps", str(args.max_steps)] if args.max_steps else []
     before = {path: path.stat().st_mtime for path in (home / "out").glob(weights)}
-    start, announced, first_line = time.monotonic(), None, None
+    start, announced = time.monotonic(), None
     process = subprocess.Popen(
         [sys.executable, *words, *extra],
         cwd=cwd,
@@ -91,22 +91,24 @@ def run_one(name: str, home: Path, args: argparse.Namespace) -> dict:
         tail = [*tail[-30:], line.rstrip()]
         if args.verbose:
             print(f"[{name}] {line}", end="", flush=True)
-        if first_line is None and "步 loss" in line:
-            first_line = time.monotonic() - start
         if announced is None and (found := ANNOUNCED.search(line)):
             announced = seconds_of(found[1])
             told_after = time.monotonic() - start
             if not (args.to_the_end or args.max_steps):
                 os.killpg(process.pid, signal.SIGTERM)
-    code = process.wait()
+    _, status, usage = os.wait4(process.pid, 0)
+    code = process.returncode = os.waitstatus_to_exitcode(status)
     timer.cancel()
+    wall, cpu = time.monotonic() - start, usage.ru_utime + usage.ru_stime
     written = [p for p in (home / "out").glob(weights) if p.stat().st_mtime > before.get(p, 0)]
     result = {
         "command": command,
         "exit_code": code,
         "announced_s": announced,
         "announced_after_s": None if announced is None else round(told_after, 1),
-        "wall_s": round(time.monotonic() - start, 1),
+        "wall_s": round(wall, 1),
+        "cpu_s": round(cpu, 1),
+        "threads": torch.get_num_threads(),
         "weights_written": bool(written),
         "finished": any("训练完成" in line for line in tail),
     }
@@ -142,12 +144,14 @@ def main() -> None:
             "没有说" if r["announced_s"] is None else f"{r['announced_s'] / 60:.1f} 分",
             "" if r["announced_after_s"] is None else f"{r['announced_after_s']:.0f} 秒",
             f"{r['wall_s']:.0f} 秒",
+            f"{r['cpu_s'] / r['wall_s']:.0%}",
             "是" if r["weights_written"] else "否",
         )
         for r in results.values()
     ]
-    columns = ("命令", "退出码", "事先说要", "开始后多久说", "本次运行", "写出权重")
-    print_table("文档里的训练命令", columns, rows)
+    columns = ("命令", "退出码", "事先说要", "开始后多久说", "本次运行", "处理器占用", "写出权重")
+    caption = "处理器占用低于线程数的，是机器被别的进程占着：独占时约为“事先说要”乘以占用 ÷ 线程数"
+    print_table("文档里的训练命令", columns, rows, caption)
     if not args.no_save:
         mode = "to_the_end" if args.to_the_end else "announced" if not args.max_steps else "few_steps"
         print(write_result(f"documented_commands_{mode}", torch.device("cpu"), {"results": results}))

@@ -162,16 +162,15 @@ def bad_rewards(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("recipe", "name", "words"),
     [
-        ("raises", "ValueError 看不懂"),
-        ("divides", "ZeroDivisionError"),
-        ("nan", "返回 nan"),
-        ("none", "忘了 return"),
-        ("text", "让它返回一个 float"),
+        *[(recipe, "raises", "ValueError 看不懂") for recipe in RL_RECIPES],
+        *[(recipe, "nan", "返回 nan") for recipe in RL_RECIPES],
+        ("grpo", "divides", "ZeroDivisionError"),
+        ("grpo", "none", "忘了 return"),
+        ("grpo", "text", "让它返回一个 float"),
     ],
 )
-@pytest.mark.parametrize("recipe", RL_RECIPES)
 def test_奖励出错_指出样本(home, world, bad_rewards, capsys, recipe, name, words):
     path = write(home, [{"conversations": chat(f"第{i}问")} for i in range(6)])
     message = refuse(recipe, world, capsys, data_path=path, val_ratio=0, reward=f"{bad_rewards}:{name}")
