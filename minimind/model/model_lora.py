@@ -157,6 +157,13 @@ def remove_lora(model: nn.Module) -> None:
 # ---------------------------------------------------------------- 合并
 
 
+def effective_weight(linear: nn.Linear) -> Tensor:
+    """线性层实际起作用的权重 ``[out, in]``：有没合并的增量就加上。给不经过 ``forward`` 直接取权重的代码用。"""
+    if not isinstance(linear, LoRALinear) or linear.merged:
+        return linear.weight
+    return (linear.weight.float() + linear.delta()).to(linear.weight.dtype)
+
+
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
     """把增量加进 ``weight``（用 fp32 算）；A、B 还在，可以 :func:`unmerge_lora`。"""

@@ -43,7 +43,8 @@ class ReasonArguments(TrainArguments):
     from_weight: str = override(TrainArguments, "from_weight", "full_sft")
     batch_size: int = override(TrainArguments, "batch_size", 8)
 
-    LEARNING_RATE_TIMES_WIDTH = 0.5
+    # 微世界里 100 步：0.25 时多步题答对 86 %、简单题 84 %（底座 85 %），0.5 时 95 % 与 74 %，取中间
+    LEARNING_RATE_TIMES_WIDTH = 0.3
 
     def __post_init__(self):
         super().__post_init__()

@@ -9,6 +9,7 @@ from minimind.model.model_lora import (
     LINEAR_NAMES,
     LoRALinear,
     apply_lora,
+    effective_weight,
     load_adapter,
     lora_layers,
     lora_state_dict,
@@ -223,3 +224,39 @@ def test_半精度的底座_合并按fp32算():
     want = (layer.weight.float() + layer.delta()).half()
     merge_lora(net)
     assert layer.weight.dtype == torch.float16 and torch.equal(layer.weight, want)
+
+
+def test_推理引擎直接取权重_也算上没合并的增量():
+    from minimind.inference.engine import Engine
+    from minimind.inference.sampling import GREEDY
+
+    def write(net):
+        engine = Engine(net, eos_ids=[2])
+        engine.add_request(IDS[0].tolist(), GREEDY, 8)
+        done = []
+        while engine.has_unfinished:
+            done += engine.step()
+        return done[0].ids, done[0].logprobs
+
+    net = model()
+    apply_lora(net, rank=4)
+    fill(net)
+    ids, logprobs = write(net)
+    merge_lora(net)
+    merged = write(net)
+    assert merged[0] == ids and torch.allclose(torch.tensor(merged[1]), torch.tensor(logprobs), atol=1e-5)
+    assert write(model())[1] != logprobs
+
+
+def test_实际起作用的权重_没合并时加上增量():
+    net = model()
+    apply_lora(net, rank=4)
+    layer = next(iter(lora_layers(fill(net)).values()))
+    plain = layer.weight.detach().clone()
+    apart = effective_weight(layer)
+    merge_lora(net)
+    assert torch.equal(effective_weight(layer), layer.weight) and torch.allclose(
+        apart, layer.weight, atol=1e-6
+    )
+    assert (apart - plain).abs().max() > 1e-2
+    assert effective_weight(net.lm_head) is net.lm_head.weight
