@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minimind.errors import UserError
@@ -138,6 +139,9 @@ def sample(
 # ---------------------------------------------------------------- 各行各的参数与随机数（引擎用）
 
 
+BLOCK = 128  # 两级抽样一块多少个词
+
+
 def uniforms(seed: int, index: int, count: int) -> np.ndarray:
     """第 ``index`` 个样本第 0…count−1 步的均匀随机数，``[count]`` fp32，取值 [0, 1)。
 
@@ -150,10 +154,11 @@ def uniforms(seed: int, index: int, count: int) -> np.ndarray:
 def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """逆分布函数抽样：累计概率第一个超过 ``uniform`` 的 token。
 
-    一次取最大、一次取指数、一次累加，归一化常数就是累计的末项；对数概率只算抽中的那一个。
+    分两级：先按每块 ``BLOCK`` 个词的概率和找到块，再在块里找。整行累加只能一个一个来，[64, 6400] 要 347 µs，
+    两级共 40 µs。
 
     Args:
-        logits: ``[B, V]`` fp32，会被改写；不许抽的是 ``-inf``。
+        logits: ``[B, V]`` fp32；不许抽的是 ``-inf``。
         temperature: 大于 0；等于 0 时取最大的，对数概率按温度 1。
         uniform: ``[B]``，[0, 1)。
 
@@ -161,19 +166,30 @@ def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, T
         token ``[B]`` int64 与它在抽样分布下的对数概率 ``[B]`` fp32。
     """
     if temperature not in (0.0, 1.0):
-        logits.div_(temperature)
-    top, best = logits.max(dim=-1, keepdim=True)
+        logits = logits / temperature
+    probs = logits.softmax(-1)
     if temperature == 0:
-        return best[:, 0], -(logits - top).exp_().sum(-1).log_()
-    weight = (logits - top).exp_()
-    # 卡上并行累加次序不定，fp32 下末几位会乱；CPU 内部本来就用双精度累加
-    cumulative = weight.cumsum(-1, dtype=torch.float64 if weight.is_cuda else None)
+        ids = logits.argmax(-1, keepdim=True)
+    else:
+        blocks = F.pad(probs, (0, -probs.shape[1] % BLOCK)).view(len(probs), -1, BLOCK)
+        block, rest = _first_above(blocks.sum(-1), uniform[:, None])
+        chosen = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0]
+        inside, _ = _first_above(chosen, rest / chosen.sum(-1, keepdim=True))
+        ids = block * BLOCK + inside
+    return ids[:, 0], probs.gather(1, ids)[:, 0].log()
+
+
+def _first_above(weight: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """``[B, n]`` 的累计里第一个超过 ``uniform · 总和`` 的下标 ``[B, 1]``，与目标在这一格里还剩多少 ``[B, 1]``。"""
+    # 卡上并行累加的次序会让 fp32 的末几位不单调，概率为 0 的词就可能被抽到；MPS、NPU 没有双精度
+    double = weight.device.type in ("cpu", "cuda")
+    cumulative = weight.cumsum(-1, dtype=torch.float64 if double else None)
     total = cumulative[:, -1:]
     # 乘积可能因舍入等于末项，那样就没有谁超过它了
-    target = torch.minimum(uniform[:, None].to(total.dtype) * total, total * (1 - 1e-6))
-    ids = torch.searchsorted(cumulative, target, right=True)
-    logp = logits.gather(1, ids) - top - total.log().float()
-    return ids[:, 0], logp[:, 0]
+    target = torch.minimum(uniform.to(total.dtype) * total, total * (1 - 1e-6))
+    index = torch.searchsorted(cumulative, target, right=True).clamp_max(weight.shape[1] - 1)
+    before = cumulative.gather(1, index) - weight.gather(1, index).to(total.dtype)
+    return index, (target - before).clamp_min(0).float()
 
 
 def sample_rows(

@@ -1,0 +1,56 @@
+"""合并又预排的线性层：与原来的几层一样，权重变了要跟得上。"""
+
+import pytest
+import torch
+from torch import nn
+
+from minimind.inference.linear import JoinedLinear, packing_available
+from minimind.model.model_lora import LoRALinear
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 64, 200])
+def test_合并等于逐个算(rows, bias):
+    torch.manual_seed(0)
+    linears = [nn.Linear(24, n, bias=bias) for n in (16, 8, 40)]
+    joined = JoinedLinear(linears, torch.float32)
+    x = torch.randn(rows, 24)
+    with torch.inference_mode():
+        torch.testing.assert_close(joined(x), torch.cat([linear(x) for linear in linears], -1))
+
+
+def test_权重变了_刷新之后跟得上():
+    linear = nn.Linear(8, 6, bias=False)
+    joined, x = JoinedLinear([linear], torch.float32), torch.randn(5, 8)
+    with torch.no_grad():
+        linear.weight.mul_(2)
+        joined.refresh()
+        torch.testing.assert_close(joined(x), linear(x))
+
+
+def test_没合并的LoRA增量也算():
+    torch.manual_seed(0)
+    layer = LoRALinear(nn.Linear(8, 6, bias=False), rank=2, alpha=4.0)
+    nn.init.normal_(layer.lora.B.weight)
+    x = torch.randn(5, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(JoinedLinear([layer], torch.float32)(x), layer(x))
+
+
+def test_不能预排时照样能算(monkeypatch):
+    monkeypatch.setattr("minimind.inference.linear.packing_available", lambda: False)
+    linear = nn.Linear(8, 6)
+    joined, x = JoinedLinear([linear], torch.float32), torch.randn(5, 8)
+    assert not joined.packed
+    with torch.no_grad():
+        assert torch.equal(joined(x), linear(x))
+
+
+def test_半精度不预排():
+    assert not JoinedLinear([nn.Linear(8, 6)], torch.bfloat16).packed
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="这份 torch 没有 oneDNN")
+def test_有oneDNN就用得上():
+    """内部算子换了名字或参数时这里先知道，而不是悄悄变慢一倍。"""
+    assert packing_available()
