@@ -1,0 +1,169 @@
+"""OpenAI 兼容的服务：路由、鉴权、限额、生命周期。"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.concurrency import run_in_threadpool
+
+from minimind.errors import UserError
+from minimind.serve.chat import ChatAnswer, encode_messages
+from minimind.serve.completions import TextAnswer
+from minimind.serve.errors import ApiError, install_handlers
+from minimind.serve.generation import Settings, check_ids, submit, until_disconnected
+from minimind.serve.guard import Guard
+from minimind.serve.metrics import Metrics
+from minimind.serve.models import ModelTable
+from minimind.serve.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from minimind.tokenizer import encode_plain
+
+log = logging.getLogger("minimind.serve")
+
+STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+def create_app(
+    load: Callable[[], ModelTable], settings: Settings | None = None, cors: list[str] | None = None
+) -> FastAPI:
+    """建服务。
+
+    Args:
+        load: 载入模型的函数，启动后在别的线程里调用：载入期间 ``/health`` 已经能答 503。失败时日志里说明，
+            服务器随之退出。
+        settings: 限额与密钥。
+        cors: 允许的来源；不给就不放行跨源请求。
+    """
+    settings = settings or Settings()
+    metrics = Metrics()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        loading = asyncio.create_task(fill_table(app, load))
+        yield
+        await loading
+        for runner in app.state.table.runners if app.state.table else ():
+            await run_in_threadpool(runner.close)
+
+    app = FastAPI(title="MiniMind", version="1", lifespan=lifespan, docs_url="/docs", redoc_url=None)
+    app.state.table, app.state.settings, app.state.metrics = None, settings, metrics
+    install_handlers(app, log)
+    app.add_middleware(Guard, settings=settings, metrics=metrics)
+    if cors:
+        app.add_middleware(CORSMiddleware, allow_origins=cors, allow_methods=["*"], allow_headers=["*"])
+    add_generation(app, settings, metrics)
+    add_models(app)
+    add_tokens(app)
+    add_status(app, metrics)
+    return app
+
+
+async def fill_table(app: FastAPI, load: Callable[[], ModelTable]) -> None:
+    """载入模型；不成就请服务器退出（给自己发 SIGTERM，uvicorn 照常收尾）。"""
+    try:
+        app.state.table = await run_in_threadpool(load)
+    except UserError as error:
+        app.state.failure = error
+        log.error("%s", error)
+        signal.raise_signal(signal.SIGTERM)
+
+
+def table_of(app: FastAPI) -> ModelTable:
+    """
+    Raises:
+        ApiError: 模型还在载入（503）。
+    """
+    if app.state.table is None:
+        raise ApiError(503, "模型还在载入，请稍后再试", code="loading", retry_after=2)
+    return app.state.table
+
+
+def add_generation(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
+    """聊天与续写。"""
+
+    async def answer(request: Request, made: Any, tickets: Any, stream: bool) -> Response:
+        if stream:
+            lines = made.stream(tickets, settings, metrics)
+            return StreamingResponse(lines, media_type="text/event-stream", headers=STREAM_HEADERS)
+        async with until_disconnected(request):
+            return JSONResponse(await made.whole(tickets, settings, metrics))
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        model = table_of(app).find(body.model)
+        # 渲染、分词与编译文法都可能要几十毫秒，不占事件循环
+        made = await run_in_threadpool(ChatAnswer, model, body)
+        return await answer(request, made, submit(made.job, settings), body.stream)
+
+    @app.post("/v1/completions")
+    async def complete(body: CompletionRequest, request: Request) -> Response:
+        model = table_of(app).find(body.model)
+        made = await run_in_threadpool(TextAnswer, model, body)
+        return await answer(request, made, made.submit(settings), body.stream)
+
+
+def add_models(app: FastAPI) -> None:
+    """模型表。"""
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [model.card() for model in table_of(app).models.values()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def one(name: str) -> dict[str, Any]:
+        return table_of(app).find(name).card()
+
+
+def add_tokens(app: FastAPI) -> None:
+    """分词与还原，字段与 vLLM 的相同。"""
+
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        model = table_of(app).find(body.model)
+
+        def encode() -> list[int]:
+            if body.messages is None:
+                ids = encode_plain(model.tokenizer, body.prompt)
+                return [model.tokenizer.bos_token_id, *ids] if body.add_special_tokens else ids
+            tools = [tool.model_dump(exclude_none=True) for tool in body.tools] if body.tools else None
+            return encode_messages(
+                model, body.messages, tools, add_generation_prompt=body.add_generation_prompt
+            )
+
+        ids = await run_in_threadpool(encode)
+        texts = [model.vocabulary.text_of(token) for token in ids]
+        return {
+            "count": len(ids),
+            "max_model_len": model.runner.max_length,
+            "tokens": ids,
+            "token_strs": texts,
+        }
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+        model = table_of(app).find(body.model)
+        check_ids(body.tokens, model)
+        return {"prompt": model.tokenizer.decode(body.tokens, skip_special_tokens=False)}
+
+
+def add_status(app: FastAPI, metrics: Metrics) -> None:
+    """健康与指标。"""
+
+    @app.get("/health")
+    async def health() -> Response:
+        ready = app.state.table is not None
+        body = {"status": "ok" if ready else "loading"}
+        return JSONResponse(body, 200 if ready else 503)
+
+    @app.get("/metrics")
+    async def show_metrics() -> Response:
+        table = app.state.table
+        metrics.in_flight.set(sum(runner.in_flight for runner in table.runners) if table else 0)
+        return Response(metrics.render(), media_type=metrics.content_type)

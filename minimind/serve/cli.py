@@ -1,0 +1,105 @@
+"""``minimind serve`` 与 ``python scripts/serve_openai_api.py``：启动 OpenAI 兼容的服务。"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from minimind.arguments import arg, parse_args
+from minimind.console import say
+from minimind.errors import UserError, guard
+
+LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass
+class ServeArguments:
+    """OpenAI 兼容的服务与网页。"""
+
+    load_from: str = arg("model", "model 表示本项目训练的 .pth 权重；也可以是 Hugging Face 格式的模型目录")
+    save_dir: str = arg("out", "权重所在的目录")
+    weight: str = arg("full_sft", "权重的名字：full_sft、dpo、reason、grpo……")
+    lora_weight: str = arg(
+        "None", "LoRA 的名字，逗号分隔；每一份另成一个模型，请求时 model 写它的名字；None 表示不用"
+    )
+    model_name: str | None = arg(None, "底座在 API 里叫什么；不给则 minimind")
+    hidden_size: int | None = arg(None, "隐层宽度；不给则由权重文件决定")
+    num_hidden_layers: int | None = arg(None, "层数；不给则由权重旁的 JSON 决定")
+    use_moe: int | None = arg(None, "是否混合专家；不给则由权重文件决定", (0, 1))
+    arch: str | None = arg(None, "模型结构；不给则由权重旁的 JSON 决定", ("v2", "v3"))
+    tokenizer_path: str | None = arg(None, "分词器目录；不给则用自带的（HF 目录用它自己的）")
+    inference_rope_scaling: int = arg(0, "用 YaRN 把上下文外推到训练长度之外", (0, 1))
+    device: str = arg("auto", "设备：auto、cpu、cuda:0、npu:0、mps")
+    dtype: str = arg(
+        "auto", "计算精度；auto：CPU 用 float32，显卡用半精度", ("auto", "float32", "bfloat16", "float16")
+    )
+
+    host: str = arg("127.0.0.1", "监听的地址；对外开放时请同时设 --api_key")
+    port: int = arg(8998, "端口")
+    api_key: str | None = arg(None, "要求客户端带的密钥；不给则不要求")
+    cors: str | None = arg(None, "允许跨源请求的来源，逗号分隔；不给则不放行")
+    max_slots: int = arg(32, "同时写多少个样本")
+    max_queue: int = arg(128, "另外最多排多少个样本，再多就答 429")
+    max_length: int = arg(8192, "提示加回答的上限，不超过模型的上下文")
+    request_seconds: float = arg(600.0, "一个请求最多多少秒")
+
+
+def model_table(args: ServeArguments):
+    """载入底座与各个 LoRA，各建一个引擎。"""
+    from minimind.inference.loading import load_for_inference, stop_ids
+    from minimind.serve.models import ModelTable, ServedModel
+    from minimind.serve.runner import EngineRunner
+
+    def open_model(lora: str) -> ServedModel:
+        loaded = load_for_inference(
+            load_from=args.load_from,
+            save_dir=args.save_dir,
+            weight=args.weight,
+            lora_weight=lora,
+            hidden_size=args.hidden_size,
+            num_hidden_layers=args.num_hidden_layers,
+            use_moe=args.use_moe,
+            arch=args.arch,
+            tokenizer_path=args.tokenizer_path,
+            inference_rope_scaling=bool(args.inference_rope_scaling),
+            device=args.device,
+            dtype=args.dtype,
+        )
+        runner = EngineRunner(
+            loaded.model,
+            stop_ids(loaded.model, loaded.tokenizer),
+            max_slots=args.max_slots,
+            max_queue=args.max_queue,
+            max_length=args.max_length,
+        )
+        base = args.model_name or "minimind"
+        return ServedModel(base if lora == "None" else lora, loaded, runner, None if lora == "None" else base)
+
+    names = [] if args.lora_weight in ("None", "none", "") else args.lora_weight.split(",")
+    return ModelTable([open_model("None"), *(open_model(name.strip()) for name in names)])
+
+
+def run(args: ServeArguments) -> None:
+    """启动，直到收到 SIGTERM 或 Ctrl-C：在写的写完才退出。"""
+    try:
+        import uvicorn
+
+        from minimind.serve.app import create_app
+        from minimind.serve.generation import Settings
+    except ImportError as error:
+        raise UserError(f"没有装服务要用的库（{error.name}）", fix="pip install 'minimind[serve]'") from error
+
+    if args.host not in LOCAL and not args.api_key:
+        say(f"留意：监听 {args.host} 而没有 --api_key，能连到这台机器的人都可以用。")
+    settings = Settings(api_key=args.api_key, request_seconds=args.request_seconds)
+    cors = [origin.strip() for origin in args.cors.split(",")] if args.cors else None
+    app = create_app(lambda: model_table(args), settings, cors)
+    say(f"服务在 http://{args.host}:{args.port} ，接口在 /v1，说明在 /docs；Ctrl-C 停止。")
+    uvicorn.run(app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=None)
+    if failure := getattr(app.state, "failure", None):
+        raise failure
+
+
+@guard
+def main(argv: list[str] | None = None) -> None:
+    """命令行入口。"""
+    run(parse_args(ServeArguments, argv))

@@ -1,0 +1,176 @@
+"""``POST /v1/completions``：续写，提示可以是文字或词元，可以几条一起。"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from minimind.inference.generate import TextStream
+from minimind.serve.errors import ApiError
+from minimind.serve.generation import Job, Settings, check_ids, fit, new_id, progress_of, submit, usage_of
+from minimind.serve.hooks import make_hook
+from minimind.serve.metrics import Metrics
+from minimind.serve.models import ServedModel
+from minimind.serve.runner import Ticket, TokenOut, prompt_logprobs
+from minimind.serve.samples import TextSample
+from minimind.serve.schemas import CompletionRequest
+from minimind.serve.stops import StopMatcher
+from minimind.tokenizer import encode_plain
+
+MAX_PROMPTS = 64
+
+
+class TextAnswer:
+    """一次续写请求。
+
+    文字的提示按纯文本编码，前面加上模型训练时用的开头记号；词元的提示原样使用。
+    """
+
+    def __init__(self, model: ServedModel, request: CompletionRequest):
+        self.model, self.request = model, request
+        self.id, self.created = new_id("cmpl"), int(time.time())
+        try:
+            given = request.prompts()
+        except ValueError as error:
+            raise ApiError(400, str(error), param="prompt") from None
+        if len(given) > MAX_PROMPTS:
+            raise ApiError(400, f"一次至多 {MAX_PROMPTS} 条提示，给了 {len(given)} 条", param="prompt")
+        self.texts = [value if isinstance(value, str) else None for value in given]
+        prompts = [self._encode(value) for value in given]
+        self.only_score = request.max_tokens == 0
+        asked = 16 if request.max_tokens is None else max(request.max_tokens, 1)
+        top = request.logprobs
+        self.jobs = [
+            Job(
+                model,
+                prompt,
+                request.params(),
+                fit(prompt, asked, model),
+                request.samples,
+                make_hook(request, None),
+                top,
+            )
+            for prompt in prompts
+        ]
+
+    def _encode(self, value: str | list[int]) -> list[int]:
+        if isinstance(value, str):
+            return [self.model.tokenizer.bos_token_id, *encode_plain(self.model.tokenizer, value)]
+        check_ids(value, self.model)
+        return value
+
+    def submit(self, settings: Settings) -> list[Ticket]:
+        """排进引擎；后面的排不进时，前面的也取消。"""
+        tickets: list[Ticket] = []
+        if self.only_score:
+            return tickets
+        try:
+            for job in self.jobs:
+                tickets.append(submit(job, settings))
+        except ApiError:
+            for ticket in tickets:
+                self.model.runner.cancel(ticket)
+            raise
+        return tickets
+
+    def _sample(self, index: int) -> TextSample:
+        eos = self.model.eos_ids
+        return TextSample(index, TextStream(self.model.tokenizer), StopMatcher(self.request.stops), eos)
+
+    async def _echo(self, which: int) -> tuple[str, list[TokenOut]]:
+        """``echo`` 时提示的文字与（要的话）逐词元的对数概率；自己加的开头记号不算。"""
+        job, text = self.jobs[which], self.texts[which]
+        skip = int(text is not None)
+        if text is None:
+            text = self.model.tokenizer.decode(job.prompt, skip_special_tokens=False)
+        if self.request.logprobs is None:
+            return text, []
+        top = self.request.logprobs
+        model = self.model.loaded.model
+        scored = await self.model.runner.call(lambda: prompt_logprobs(model, job.prompt, top))
+        return text, scored[skip:]
+
+    async def pieces(
+        self, which: int, ticket: Ticket, settings: Settings, metrics: Metrics
+    ) -> AsyncIterator[tuple[TextSample, str]]:
+        """第 ``which`` 条提示的各样本：逐段给出（样本，文字）；写完时文字可以是空的。"""
+        n = self.request.samples
+        samples = [self._sample(which * n + index) for index in range(n)]
+        async for progress in progress_of(self.jobs[which], ticket, settings, metrics):
+            sample = samples[progress.index]
+            if sample.finish_reason is not None:
+                continue
+            text = sample.push(progress)
+            if sample.finish_reason is not None and not progress.finished:
+                self.model.runner.cancel(ticket, progress.index)
+            if text or sample.finish_reason is not None:
+                yield sample, text
+
+    def _choice(self, sample: TextSample, text: str, prompt: list[TokenOut] = (), reason: str | None = None):
+        choice = {"index": sample.index, "text": text, "logprobs": None, "finish_reason": reason}
+        if self.request.logprobs is not None:
+            choice["logprobs"] = sample.take_logprobs(self.model.vocabulary, prompt)
+        if self.request.return_token_ids:
+            choice["token_ids"] = sample.take_ids()
+            choice["prompt_token_ids"] = self.jobs[sample.index // self.request.samples].prompt
+        return choice
+
+    async def whole(self, tickets: list[Ticket], settings: Settings, metrics: Metrics) -> dict[str, Any]:
+        """一次给出的答案。"""
+        n = self.request.samples
+        texts: dict[int, str] = {}
+        samples: dict[int, TextSample] = {}
+        try:
+            for which, ticket in enumerate(tickets):
+                async for sample, text in self.pieces(which, ticket, settings, metrics):
+                    samples[sample.index] = sample
+                    texts[sample.index] = texts.get(sample.index, "") + text
+        finally:  # 前面的半途而废时，后面的也不要了；写完的取消是空操作
+            for ticket in tickets:
+                self.model.runner.cancel(ticket)
+        choices = []
+        for which in range(len(self.jobs)):
+            prefix, scored = await self._echo(which) if self.request.echo else ("", [])
+            for index in range(which * n, which * n + n):
+                sample = samples.get(index) or self._sample(index)
+                reason = "length" if self.only_score else sample.finish_reason
+                choices.append(self._choice(sample, prefix + texts.get(index, ""), scored, reason))
+        prompt_tokens = sum(len(job.prompt) for job in self.jobs)
+        usage = usage_of(prompt_tokens, sum(sample.written for sample in samples.values()))
+        return self._envelope(choices) | {"usage": usage}
+
+    async def stream(self, tickets: list[Ticket], settings: Settings, metrics: Metrics) -> AsyncIterator[str]:
+        """流式的各行；几条提示依次给出。"""
+
+        def line(choices: list[dict[str, Any]], **extra: Any) -> str:
+            return f"data: {json.dumps(self._envelope(choices) | extra, ensure_ascii=False)}\n\n"
+
+        written, n = 0, self.request.samples
+        try:
+            for which, ticket in enumerate(tickets):
+                prefix, scored = await self._echo(which) if self.request.echo else ("", [])
+                if prefix:
+                    for index in range(which * n, which * n + n):
+                        yield line([self._choice(self._sample(index), prefix, scored)])
+                async for sample, text in self.pieces(which, ticket, settings, metrics):
+                    yield line([self._choice(sample, text, reason=sample.finish_reason)])
+                    written += sample.written if sample.finish_reason is not None else 0
+            if self.request.include_usage:
+                yield line([], usage=usage_of(sum(len(job.prompt) for job in self.jobs), written))
+        except ApiError as error:
+            yield f"data: {json.dumps(error.body(), ensure_ascii=False)}\n\n"
+        finally:
+            for ticket in tickets:
+                self.model.runner.cancel(ticket)
+        yield "data: [DONE]\n\n"
+
+    def _envelope(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": "text_completion",
+            "created": self.created,
+            "model": self.model.id,
+            "choices": choices,
+        }

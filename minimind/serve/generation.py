@@ -1,0 +1,171 @@
+"""一次生成的来龙去脉：排队、计时、客户端走了就取消、超时、用量。"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.requests import Request
+
+from minimind.inference.engine import LogitsHook
+from minimind.inference.sampling import SamplingParams
+from minimind.serve.errors import ApiError
+from minimind.serve.metrics import Metrics
+from minimind.serve.models import ServedModel
+from minimind.serve.runner import Progress, QueueFull, ShuttingDown, Ticket
+
+
+@dataclass
+class Settings:
+    """服务器的限额。
+
+    Args:
+        api_key: 要求的密钥；``None`` 不要求。
+        request_seconds: 一个请求最多多久。
+        max_body: 请求体最多多少字节。
+        retry_after: 排满时让客户端过几秒再来。
+    """
+
+    api_key: str | None = None
+    request_seconds: float = 600.0
+    max_body: int = 4 << 20
+    retry_after: int = 1
+
+
+@dataclass
+class Job:
+    """排进引擎的一次生成。"""
+
+    model: ServedModel
+    prompt: list[int]
+    params: SamplingParams
+    limit: int
+    n: int = 1
+    hook: Callable[[], LogitsHook] | None = None
+    top_logprobs: int | None = None
+    start: float = field(default_factory=time.perf_counter)
+    first: float | None = None
+    written: int = 0
+
+
+def fit(prompt: list[int], asked: int | None, model: ServedModel) -> int:
+    """能写多少个词元；没要求就写到上下文用完。
+
+    Raises:
+        ApiError: 提示是空的，或已占满上下文（400，写明两个长度）。
+    """
+    room = model.runner.max_length - len(prompt)
+    if not prompt:
+        raise ApiError(400, "提示里没有任何词元", param="prompt")
+    if room < 1:
+        raise ApiError(
+            400,
+            f"提示有 {len(prompt)} 个词元，模型的上下文是 {model.runner.max_length} 个，至少要留一个给回答",
+            param="messages",
+            code="context_length_exceeded",
+        )
+    return room if asked is None else min(asked, room)
+
+
+def check_ids(prompt: list[int], model: ServedModel) -> None:
+    """客户端直接给的词元要在词表里。"""
+    size = model.loaded.model.config.vocab_size
+    bad = next((token for token in prompt if not 0 <= token < size), None)
+    if bad is not None:
+        raise ApiError(400, f"词元 {bad} 不在 0 到 {size - 1} 之间", param="prompt", code="invalid_value")
+
+
+def submit(job: Job, settings: Settings) -> Ticket:
+    """排进引擎。
+
+    Raises:
+        ApiError: 排满了（429）或正在停机（503），带 ``Retry-After``。
+    """
+    runner = job.model.runner
+    if job.n > runner.max_slots + runner.max_queue:
+        raise ApiError(
+            400, f"一次要 {job.n} 个样本，服务器至多 {runner.max_slots + runner.max_queue} 个", param="n"
+        )
+    try:
+        return runner.submit(
+            job.prompt, job.params, job.limit, n=job.n, hook=job.hook, top_logprobs=job.top_logprobs
+        )
+    except QueueFull:
+        raise ApiError(
+            429, "排队的请求太多，请稍后再试", code="queue_full", retry_after=settings.retry_after
+        ) from None
+    except ShuttingDown:
+        raise ApiError(
+            503, "服务器正在停机，不再接新的请求", code="shutting_down", retry_after=settings.retry_after
+        ) from None
+
+
+async def progress_of(
+    job: Job, ticket: Ticket, settings: Settings, metrics: Metrics
+) -> AsyncIterator[Progress]:
+    """依次给出各样本的进展，到全部写完；中途退出（客户端走了、超时、出错）就取消。
+
+    Raises:
+        ApiError: 超时（503），或引擎出错（500）。
+    """
+    model, left = job.model, job.n
+    metrics.prompt_tokens.inc(len(job.prompt))
+    try:
+        while left:
+            remaining = job.start + settings.request_seconds - time.perf_counter()
+            try:
+                event = await asyncio.wait_for(ticket.events.get(), max(remaining, 0.001))
+            except asyncio.TimeoutError:
+                raise ApiError(503, f"超过了 {settings.request_seconds:g} 秒的时限", code="timeout") from None
+            if isinstance(event, Exception):
+                raise event
+            if event.tokens:
+                if job.first is None:
+                    job.first = time.perf_counter()
+                    metrics.first_token.observe(job.first - job.start)
+                job.written += len(event.tokens)
+                metrics.generated_tokens.inc(len(event.tokens))
+            left -= event.finished is not None
+            yield event
+    finally:
+        if left:
+            model.runner.cancel(ticket)
+        now = time.perf_counter()
+        metrics.duration.observe(now - job.start)
+        if job.first is not None and job.written > job.n:
+            metrics.per_token.observe((now - job.first) / (job.written - job.n) * job.n)
+
+
+@asynccontextmanager
+async def until_disconnected(request: Request) -> AsyncIterator[None]:
+    """不流式的请求：客户端走了就取消里面的事（流式的由 Starlette 自己管）。"""
+    task = asyncio.current_task()
+
+    async def watch() -> None:
+        while not await request.is_disconnected():
+            await asyncio.sleep(0.2)
+        task.cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        watcher.cancel()
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def usage_of(prompt_tokens: int, written: int) -> dict[str, Any]:
+    """用量；写出的词元含结束符。"""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": written,
+        "total_tokens": prompt_tokens + written,
+    }

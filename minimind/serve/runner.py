@@ -1,0 +1,280 @@
+"""引擎线程：独占一个 :class:`Engine`，把异步的请求排进去，把写出的词元送回各自的请求。
+
+torch 的计算不能放在事件循环里（一步几毫秒到几十毫秒，期间谁也得不到响应），所以引擎在自己的线程里不停地 ``step``；
+两边只通过命令队列与 ``call_soon_threadsafe`` 说话。客户端走了就取消，槽位在下一步之前空出来。
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from minimind.inference.engine import Engine, LogitsHook
+from minimind.inference.engine import Sequence as Sample
+from minimind.inference.sampling import SamplingParams
+
+
+class QueueFull(Exception):
+    """排队的样本太多。"""
+
+
+class ShuttingDown(Exception):
+    """正在停机，不再接新的。"""
+
+
+@dataclass(frozen=True)
+class TokenOut:
+    """写出的一个词元。
+
+    Args:
+        logprob: 模型自己的分布下的对数概率（温度 1，惩罚与约束之前）；没要就是 0。
+        top: 概率最高的几个 ``(id, 对数概率)``，没要就是空的。
+    """
+
+    id: int
+    logprob: float = 0.0
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Progress:
+    """一个样本新写出的词元；``finished`` 为 ``"stop"``、``"length"``、``"cancelled"``，还在写是 ``None``。"""
+
+    index: int
+    tokens: list[TokenOut]
+    finished: str | None
+
+
+@dataclass
+class Ticket:
+    """一个在途的请求；``events`` 里依次是 :class:`Progress`，或引擎出的错。"""
+
+    prompt: list[int]
+    params: SamplingParams
+    limit: int
+    n: int
+    hook: Callable[[], LogitsHook] | None
+    top_logprobs: int | None
+    loop: asyncio.AbstractEventLoop
+    events: asyncio.Queue = field(default_factory=asyncio.Queue)
+    request_id: int | None = None
+    sent: list[int] = field(default_factory=list)
+    open: int = 0  # 还没写完的样本数
+
+    def put(self, event: Any) -> None:
+        """从引擎线程送到事件循环；事件循环已经关了就不必送。"""
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+
+
+class EngineRunner:
+    """引擎线程。
+
+    Args:
+        model: 已在目标设备上的模型。
+        max_slots: 同时写多少个样本。
+        max_queue: 另外最多排多少个样本，再多就 :class:`QueueFull`。
+        max_length: 提示加回答的上限。
+    """
+
+    def __init__(
+        self, model: nn.Module, eos_ids: set[int], *, max_slots: int, max_queue: int, max_length: int
+    ):
+        self.model, self.max_slots, self.max_queue = model, max_slots, max_queue
+        self.engine = Engine(model, eos_ids=eos_ids, max_slots=max_slots, max_length=max_length)
+        self.max_length = self.engine.max_length
+        self._commands: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._tickets: dict[int, Ticket] = {}
+        self._closing = self._stopped = False
+        self.in_flight = 0  # 排队与在写的样本数
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        self._thread.start()
+
+    # ---------------------------------------------------------------- 事件循环一侧
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        limit: int,
+        *,
+        n: int = 1,
+        hook: Callable[[], LogitsHook] | None = None,
+        top_logprobs: int | None = None,
+    ) -> Ticket:
+        """排进队里。
+
+        Args:
+            hook: 每个样本一份的干预（约束、偏置、惩罚）。
+            top_logprobs: 每个词元要几个候选；``None`` 表示连它自己的对数概率也不要。
+
+        Raises:
+            QueueFull: 排满了。
+            ShuttingDown: 正在停机。
+        """
+        loop = asyncio.get_running_loop()
+        ticket = Ticket(list(prompt), params, limit, n, hook, top_logprobs, loop, sent=[0] * n, open=n)
+        with self._wake:
+            if self._closing:
+                raise ShuttingDown
+            if self.in_flight + n > self.max_slots + self.max_queue:
+                raise QueueFull
+            self.in_flight += n
+            self._commands.append(lambda: self._start(ticket))
+            self._wake.notify()
+        return ticket
+
+    def cancel(self, ticket: Ticket, index: int | None = None) -> None:
+        """不要了：整个请求，或其中第 ``index`` 个样本。"""
+        self._command(lambda: self._cancel(ticket, index))
+
+    async def call(self, work: Callable[[], Any]) -> Any:
+        """在引擎线程里做一件事（例如给一段提示逐词元打分），不与 ``step`` 抢计算。"""
+        future: Future = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(work())
+            except Exception as error:
+                future.set_exception(error)
+
+        self._command(run)
+        return await asyncio.wrap_future(future)
+
+    def close(self, wait: bool = True) -> None:
+        """不再接新的；``wait`` 时等在写的写完。"""
+        with self._wake:
+            self._closing = True
+            if not wait:
+                self._stopped = True
+            self._wake.notify()
+        if wait:
+            self._thread.join()
+
+    @property
+    def idle(self) -> bool:
+        return self.in_flight == 0
+
+    def _command(self, work: Callable[[], None]) -> None:
+        with self._wake:
+            self._commands.append(work)
+            self._wake.notify()
+
+    # ---------------------------------------------------------------- 引擎线程一侧
+
+    def _loop(self) -> None:
+        while True:
+            with self._wake:
+                self._wake.wait_for(
+                    lambda: self._commands or self.engine.has_unfinished or self._closing or self._stopped
+                )
+                commands = list(self._commands)
+                self._commands.clear()
+                finished = self._closing and not commands and not self.engine.has_unfinished
+                if self._stopped or finished:
+                    return
+            for command in commands:
+                command()
+            if not self.engine.has_unfinished:
+                continue
+            try:
+                done = self.engine.step()
+            except Exception as error:
+                self._fail(error)
+                continue
+            self._deliver(done)
+
+    def _start(self, ticket: Ticket) -> None:
+        if ticket.open == 0:  # 还没开始就不要了
+            return
+        try:
+            ticket.request_id = self.engine.add_request(
+                ticket.prompt,
+                ticket.params,
+                ticket.limit,
+                n=ticket.n,
+                hook=ticket.hook,
+                top_logprobs=ticket.top_logprobs,
+            )
+        except Exception as error:
+            self._finish(ticket, ticket.open)
+            ticket.put(error)
+            return
+        self._tickets[ticket.request_id] = ticket
+
+    def _cancel(self, ticket: Ticket, index: int | None) -> None:
+        if ticket.request_id is None:
+            if index is None:
+                self._finish(ticket, ticket.open)
+        elif ticket.request_id in self._tickets:
+            self.engine.cancel(ticket.request_id, index)
+
+    def _deliver(self, done: list[Sample]) -> None:
+        """新写出的词元送给各自的请求。"""
+        for sample in [*done, *self.engine.running]:
+            ticket = self._tickets.get(sample.request_id)
+            if ticket is None:
+                continue
+            start, ticket.sent[sample.index] = ticket.sent[sample.index], len(sample.ids)
+            tokens = [self._token(sample, at) for at in range(start, len(sample.ids))]
+            if tokens or sample.finished:
+                ticket.put(Progress(sample.index, tokens, sample.finished))
+            if sample.finished:
+                self._finish(ticket, 1)
+
+    @staticmethod
+    def _token(sample: Sample, at: int) -> TokenOut:
+        if not sample.top:
+            return TokenOut(sample.ids[at])
+        logprob, top = sample.top[at]
+        return TokenOut(sample.ids[at], logprob, top)
+
+    def _finish(self, ticket: Ticket, samples: int) -> None:
+        ticket.open -= samples
+        with self._wake:
+            self.in_flight -= samples
+        if ticket.open == 0 and ticket.request_id is not None:
+            self._tickets.pop(ticket.request_id, None)
+
+    def _fail(self, error: Exception) -> None:
+        """引擎出错：在途的请求都得到这个错误，引擎重新来过，别的请求不受牵连。"""
+        for ticket in list(self._tickets.values()):
+            ticket.put(error)
+            self._finish(ticket, ticket.open)
+        self.engine = Engine(
+            self.model, eos_ids=self.engine.eos_ids, max_slots=self.max_slots, max_length=self.max_length
+        )
+
+
+@torch.inference_mode()
+def prompt_logprobs(model: nn.Module, prompt: Sequence[int], top: int) -> list[TokenOut]:
+    """提示里每个词元在前文之下的对数概率；第一个没有前文，记 ``nan``。
+
+    Args:
+        prompt: ``[T]``。
+        top: 每处另给几个最可能的。
+    """
+    device = next(model.parameters()).device
+    logits = model(input_ids=torch.tensor([list(prompt)], device=device)).logits[0, :-1]
+    first = TokenOut(prompt[0], float("nan"))
+    if len(prompt) == 1:
+        return [first]
+    logp = logits.float().log_softmax(-1)
+    own = logp.gather(1, torch.tensor(prompt[1:], device=device)[:, None])[:, 0].tolist()
+    values, ids = logp.topk(max(top, 1), dim=-1)
+    rest = [
+        TokenOut(token, value, tuple(zip(near[:top], nearby[:top])))
+        for token, value, near, nearby in zip(prompt[1:], own, ids.tolist(), values.tolist())
+    ]
+    return [first, *rest]

@@ -1,0 +1,10 @@
+"""OpenAI 兼容的服务：``python scripts/serve_openai_api.py``；正文在 minimind/serve/。"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from minimind.serve.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())
