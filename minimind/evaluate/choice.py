@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,6 @@ def grade_questions(
     chat: bool = False,
     max_length: int = 0,
     max_tokens: int = 0,
-    advance: Callable[[int], None] = lambda count: None,
 ) -> list[Graded]:
     """考一批题，结果与 ``questions`` 同序。
 
@@ -164,7 +163,8 @@ def grade_questions(
             row, shots = encoder.row(item.question, examples.get(item.question.subject, []))
             item.shots = max(item.shots, shots)
             rows.append(row)
-        values = choice_logprobs(model, rows, max_tokens=max_tokens, advance=advance)
+        with progress(f"选择题 {scoring}", total=sum(row.width for row in rows), unit="token") as bar:
+            values = choice_logprobs(model, rows, max_tokens=max_tokens, advance=bar.advance)
         for item, sums in zip(graded, values):
             item.scores[scoring] = sums
             if scoring == "text":
@@ -281,18 +281,16 @@ def main(argv: list[str] | None = None) -> None:
         say(f"{path.name}：{count:,} 道{reason}的不考。")
     loaded, clock = open_model(args), Clock()
     chat = not loaded.plain if args.chat is None else bool(args.chat)
-    with progress("选择题", total=len(questions) * len(scorings), unit="题") as bar:
-        graded = grade_questions(
-            loaded.model,
-            loaded.tokenizer,
-            questions,
-            scorings=scorings,
-            examples=examples,
-            chat=chat,
-            max_length=args.max_length,
-            max_tokens=args.max_tokens,
-            advance=bar.advance,
-        )
+    graded = grade_questions(
+        loaded.model,
+        loaded.tokenizer,
+        questions,
+        scorings=scorings,
+        examples=examples,
+        chat=chat,
+        max_length=args.max_length,
+        max_tokens=args.max_tokens,
+    )
     result = {"data": path.name, "chat": chat, "skipped": skipped, **summarize(graded)}
     without = sum(question.subject not in examples for question in questions)
     if args.shots and without:

@@ -72,7 +72,7 @@ def test_一枝也放不下_说出两个长度():
         choice_logprobs(OURS, [Row((), (3,) * 60, ((4,) * 6, (5,)))])
 
 
-def test_进度按题数走完_空卷也行():
+def test_进度按位置数走完_空卷也行():
     seen = []
     rows = [
         Row((), (3, 4), ((5,), (6, 7))),
@@ -80,5 +80,6 @@ def test_进度按题数走完_空卷也行():
         Row((9,), (3,), ((5,), (6,))),
     ]
     choice_logprobs(OURS, rows, max_tokens=4, advance=seen.append)
-    assert sum(seen) == 3
+    # 第二道拆成两枝，题干算了两遍
+    assert sum(seen) == rows[0].width + 2 * (40 + 19) + rows[2].width
     assert choice_logprobs(OURS, []) == []
