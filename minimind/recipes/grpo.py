@@ -47,7 +47,7 @@ class GRPOArguments(RLArguments):
     dynamic_sampling: int = arg(0, "全组同分的提示不参与更新，也不进分母", (0, 1))
 
     save_weight: str = override(RLArguments, "save_weight", "grpo")
-    accumulation_steps: int = override(RLArguments, "accumulation_steps", 4)
+    accumulation_steps: int = override(RLArguments, "accumulation_steps", 8)
 
     def __post_init__(self):
         super().__post_init__()

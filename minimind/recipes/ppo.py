@@ -65,7 +65,7 @@ class PPOArguments(RLArguments):
 
     save_weight: str = override(RLArguments, "save_weight", "ppo_actor")
     num_generations: int = override(RLArguments, "num_generations", 1)
-    accumulation_steps: int = override(RLArguments, "accumulation_steps", 32)
+    accumulation_steps: int = override(RLArguments, "accumulation_steps", 64)
 
     def __post_init__(self):
         super().__post_init__()

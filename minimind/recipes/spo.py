@@ -51,7 +51,7 @@ class SPOArguments(RLArguments):
 
     save_weight: str = override(RLArguments, "save_weight", "spo")
     num_generations: int = override(RLArguments, "num_generations", 1)
-    accumulation_steps: int = override(RLArguments, "accumulation_steps", 32)
+    accumulation_steps: int = override(RLArguments, "accumulation_steps", 64)
 
     def __post_init__(self):
         super().__post_init__()

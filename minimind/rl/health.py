@@ -12,6 +12,7 @@ ENTROPY_DROP = 0.1  # 熵跌到开始时的这个比例以下
 ENTROPY_FLOOR = 0.01  # 或者绝对值低于它（nat / 词元）：基本只会一种写法
 CLIPPED = 0.4  # 这么多的词元被截断，一步走得太大
 BAD_CRITIC = -0.5  # 解释方差低于它：价值网络远不如报平均数
+BAD_TRACKER = -1.0  # 记分牌同理；它从 0.5 起步，开头几步到 −0.5 是正常的
 
 
 @dataclass
@@ -27,7 +28,7 @@ class RLHealth:
 
     def __call__(self, record: dict[str, float]) -> list[str]:
         """认得的键：``reward reward_std zero_spread kl approx_kl truncated kept entropy clip_share
-        explained_variance tracker_error unlearnable``，缺的不看。"""
+        explained_variance tracker_explained tracker_bias``，缺的不看。"""
         entropy = record.get("entropy")
         if self.first_entropy is None:
             self.first_entropy = entropy
@@ -69,6 +70,11 @@ class RLHealth:
             sentences.append(
                 f"价值网络的解释方差是 {record['explained_variance']:.2f}，不如报平均数："
                 "多训几步再看，或调 --critic_learning_rate"
+            )
+        if record.get("tracker_explained", 0.0) < BAD_TRACKER:
+            sentences.append(
+                f"记分牌的把握与得分差得远（解释方差 {record['tracker_explained']:.2f}，偏差 {record['tracker_bias']:+.2f}）："
+                "检查 --reward_low、--reward_high，或用 --offline_samples 先定起点"
             )
         return sentences
 

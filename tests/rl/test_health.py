@@ -28,6 +28,7 @@ def test_健康时不说话():
         ({"kept": 0.0}, ["全被遮掉", "--mask_truncated"]),
         ({"clip_share": 0.6}, ["60%", "截断"]),
         ({"explained_variance": -2.0}, ["-2.00", "--critic_learning_rate"]),
+        ({"tracker_explained": -1.5, "tracker_bias": 0.6}, ["-1.50", "+0.60", "--offline_samples"]),
         ({"entropy": 0.005}, ["0.005", "--temperature"]),
     ],
 )

@@ -1,0 +1,94 @@
+"""PPO、GRPO、SPO 共用：同样多的采样、同一份留出的多步题，训练前后各考一次。"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from bench_stages import Bench, Goal, Outcome
+
+from minimind.evaluate.microworld import Answered, accuracy, evaluate_items
+from minimind.report.logs import read_log
+
+# 每个算法都采样 30 步 × 128 条；GRPO 是 16 题 × 8 条，另两个是 128 题 × 1 条
+STEPS, ROLLOUTS = 30, 128
+GOALS = [
+    Goal("solved", "多步题答对（留出）", at_least=0.20, change=True),
+    Goal("unsolved", "底座答错的那些题，现在答对"),
+    Goal("sampled", "采样的平均奖励（末五步）"),
+    Goal("length", "回答长度（词元）", percent=False),
+    Goal("truncated", "写不完的回答", at_most=0.02),
+    Goal("others", "一步就够的简单题答对"),
+]
+
+
+def problems(bench: Bench) -> list[dict[str, Any]]:
+    """留出的强化学习题，写成考题的样子。"""
+    lines = (bench.world / "rl_heldout.jsonl").read_text("utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    return [{**record, "messages": record["conversations"][:-1]} for record in records]
+
+
+def answer(bench: Bench, folder: Path, weight: str) -> list[Answered]:
+    loaded = bench.open(folder, weight, dtype="float32")
+    return evaluate_items(loaded.model, loaded.tokenizer, problems(bench), max_new_tokens=64)
+
+
+@cache
+def base_answers(bench: Bench) -> list[Answered]:
+    """底座的回答。"""
+    return answer(bench, bench.base, "full_sft")
+
+
+def exam(bench: Bench, folder: Path, weight: str) -> dict[str, float]:
+    results = base_answers(bench) if folder == bench.base else answer(bench, folder, weight)
+    missed = [now for now, base in zip(results, base_answers(bench)) if base.score < 1]
+    loaded = bench.open(folder, weight, dtype="float32")
+    easy = evaluate_items(loaded.model, loaded.tokenizer, bench.items("easy"), description="简单题")
+    return {
+        "solved": accuracy(results),
+        "unsolved": accuracy(missed),
+        "truncated": sum(not one.finished for one in results) / len(results),
+        "others": accuracy(easy),
+    }
+
+
+def before(bench: Bench) -> dict[str, float]:
+    return exam(bench, bench.base, "full_sft")
+
+
+def common(bench: Bench, seed: int, folder: Path) -> dict[str, Any]:
+    """三个算法都一样的设置；其余用各自的默认值。"""
+    settings = bench.common(seed, folder, "rl")
+    return {**settings, "max_gen_len": 64, "max_steps": STEPS, "log_interval": 1, "eval_interval": STEPS // 3}
+
+
+def outcome(bench: Bench, folder: Path, result: Any, vitals: tuple[str, ...]) -> Outcome:
+    """考一次，曲线的横轴是已采样的条数。"""
+    records = read_log(result.log)
+    steps = [row for row in records if "reward" in row]
+    curves = {
+        name: [[row["step"] * ROLLOUTS, round(row[name], 4)] for row in steps]
+        for name in ("reward", "response_length", "entropy", *vitals)
+    }
+    tested = [row for row in records if "val_reward" in row]
+    curves["val_reward"] = [[row["step"] * ROLLOUTS, round(row["val_reward"], 4)] for row in tested]
+    metrics = exam(bench, folder, result.weights.stem.rpartition("_")[0])
+    last = steps[-5:]
+    metrics["sampled"] = sum(row["reward"] for row in last) / len(last)
+    metrics["length"] = sum(row["response_length"] for row in last) / len(last)
+    return Outcome(metrics, curves)
+
+
+def train_and_examine(
+    bench: Bench,
+    seed: int,
+    settings: Callable[[Bench, int, Path], Any],
+    train: Callable,
+    vitals: tuple[str, ...],
+) -> Outcome:
+    folder = bench.folder(seed)
+    return outcome(bench, folder, train(settings(bench, seed, folder)), vitals)
