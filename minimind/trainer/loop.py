@@ -32,8 +32,8 @@ from minimind.trainer.run import Run
 from minimind.trainer.step import Window, forward_backward, report_nonfinite, update_weights
 from minimind.trainer.validation import count_targets, validate
 
-# 走过这么多步之后才估全程用时：头一步含预热，不作数
-FIRST_STEPS = 3
+# 走过这么多步就估全程用时（头一步含预热，不作数）；一步就要几十秒的，等不到那么久
+FIRST_STEPS, SLOW_SECONDS = 3, 20.0
 
 # 批里交给模型的键；其余（如 num_tokens）是给训练循环看的，传进去会让 torch.compile 反复重编
 MODEL_INPUTS = (
@@ -173,6 +173,7 @@ def train(
             state.interval["seconds"] = state.interval.get("seconds", 0.0) + seconds
             # 只要有一个进程收到信号，大家走完这一步一起停
             stopping = any_process(stop.requested, run.device)
+            announce_total(run)
             last = state.step == progress.total_steps
             if due(state.step, args.log_interval) or last:
                 record = log_interval(run, epoch, lr)
@@ -234,22 +235,30 @@ def log_interval(run: Run, epoch: int, lr: float) -> dict[str, Any]:
     run.write_log(record)
     state.interval.clear()
 
-    left = run.meter.seconds_left(
-        progress.total_steps - state.step,
-        events_left(state.step, progress.total_steps, args.eval_interval) if run.evaluates else 0,
-        events_left(state.step, progress.total_steps, args.save_interval),
-    )
     metrics = "".join(f" {k} {v:.4f}" for k, v in extras.items())
-    if run.meter.seen >= FIRST_STEPS and not run.announced_total:
-        run.announced_total = True
-        say(f"按现在的速度，本次全程约 {format_duration(run.meter.elapsed() + left)}（含验证与存盘）。")
     say(
         f"第 {epoch + 1}/{args.epochs} 轮 {state.step}/{progress.total_steps} 步 loss {run.train_loss:.4f}{metrics}"
         f" lr {lr:.2e} {speed:,.0f} 词元/秒"
         + (f" 利用率 {record['mfu']:.0%}" if "mfu" in record else "")
-        + f" 剩余 {format_duration(left)}"
+        + f" 剩余 {format_duration(seconds_left(run))}"
     )
     return record
+
+
+def seconds_left(run: Run) -> float:
+    """按现在的速度还要多久，含验证与存盘。"""
+    args, step, total = run.args, run.state.step, run.progress.total_steps
+    evals = events_left(step, total, args.eval_interval) if run.evaluates else 0
+    return run.meter.seconds_left(total - step, evals, events_left(step, total, args.save_interval))
+
+
+def announce_total(run: Run) -> None:
+    """尽早说一声全程要多久，只说一次。"""
+    meter = run.meter
+    if run.announced_total or (meter.seen < FIRST_STEPS and meter.elapsed() < SLOW_SECONDS):
+        return
+    run.announced_total = True
+    say(f"按现在的速度，本次全程约 {format_duration(meter.elapsed() + seconds_left(run))}（含验证与存盘）。")
 
 
 def interval_metrics(sums: dict[str, float]) -> dict[str, float]:

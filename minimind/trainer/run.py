@@ -95,14 +95,18 @@ class Run:
         self.progress = Progress(args, len(train_ds), self.world_size, self.state)
         self._open_log(saved)
         self._seed(saved)
-        eval_rows = min(len(val_ds), args.val_max_rows or len(val_ds)) if val_ds is not None else 0
-        # 验证只有前向，约为训练的三分之一
-        self.meter = Meter(
-            eval_guess_steps=eval_rows / (self.progress.global_batch * args.accumulation_steps) / 3
-        )
+        self.meter = Meter(eval_guess_steps=self._eval_guess())
         self.saved_step = self.state.step if saved else -1
 
     # ------------------------------------------------------------ 建立
+
+    def _eval_guess(self) -> float:
+        """还没验证过时，猜一次验证抵多少个训练步。"""
+        if self.val_ds is None:  # 只有 on_eval：强化学习作答留出的题，与一步的采样相当
+            return 1.0 if self.evaluates else 0.0
+        rows = min(len(self.val_ds), self.args.val_max_rows or len(self.val_ds))
+        # 验证只有前向，约为训练的三分之一
+        return rows / (self.progress.global_batch * self.args.accumulation_steps) / 3
 
     def _load(self) -> dict[str, Any] | None:
         """读续训存档并核对：结构、数据、种子、优化器必须相同。"""

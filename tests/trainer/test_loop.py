@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from trainer_helpers import ToyRows, assert_same_weights, saved_model, stack, tiny_args, tiny_model, toy_train
 
 from minimind.errors import UserError
+from minimind.trainer import loop
 from minimind.trainer.checkpoint import load_file
 from minimind.trainer.loop import language_model_loss, train
 from minimind.trainer.optim import build_optimizer, set_learning_rate
@@ -261,3 +262,18 @@ def test_编译后的键名干净(tmp_path, monkeypatch):
     assert compiled and isinstance(eager(compiled[0]), OptimizedModule)
     keys = set(saved_model(tmp_path)) | set(torch.load(result.weights, weights_only=True))
     assert keys == set(tiny_model().state_dict())
+
+
+def test_全程用时早早就说_只说一次(tmp_path, capsys, monkeypatch):
+    """日志间隔再长也不等：走过三步就说；一步就要几十秒的，走完头一步就说。"""
+    settings = {"log_interval": 100, "max_steps": 6}
+    toy_train(tmp_path / "a", **settings)
+    lines = capsys.readouterr().err.splitlines()
+    told = [i for i, line in enumerate(lines) if "本次全程约" in line]
+    logged = [i for i, line in enumerate(lines) if "步 loss" in line]
+    assert len(told) == 1 and told[0] < logged[0]
+    toy_train(tmp_path / "b", **{**settings, "max_steps": 2})
+    assert "本次全程约" not in capsys.readouterr().err  # 两步就完的不用说
+    monkeypatch.setattr(loop, "SLOW_SECONDS", 0.0)
+    toy_train(tmp_path / "c", **{**settings, "max_steps": 2})
+    assert capsys.readouterr().err.count("本次全程约") == 1
