@@ -26,6 +26,7 @@ from minimind.evaluate.common import (
     EvalArguments,
     Rate,
     data_file,
+    document_start,
     open_model,
     pick,
     print_table,
@@ -129,7 +130,7 @@ class Encoder:
             ]
             return encode_chat(self.tokenizer, turns).ids
         text = "".join(f"{asked}{answer}\n\n" for asked, answer in pairs)
-        return [self.tokenizer.bos_token_id, *(encode_plain(self.tokenizer, text) if text else [])]
+        return [*document_start(self.tokenizer), *(encode_plain(self.tokenizer, text) if text else [])]
 
 
 # ---------------------------------------------------------------- 考试

@@ -85,6 +85,11 @@ def pick(items: Sequence[T], limit: int, seed: int) -> list[T]:
     return [items[i] for i in sorted(random.Random(seed).sample(range(len(items)), limit))]
 
 
+def document_start(tokenizer: Any) -> list[int]:
+    """续写时放在最前面的 token：分词器有 bos 就是它，没有（如 Qwen）就不放。"""
+    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+
+
 @dataclass(frozen=True)
 class Rate:
     """答对的比例与它的 95 % 置信区间。
@@ -160,7 +165,7 @@ def save_result(args: EvalArguments, task: str, loaded: Any, clock: Clock, resul
 
     folder = resolve_path(args.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{loaded.source.stem}_{task}.json"
+    path = folder / f"{loaded.source.name.removesuffix('.pth')}_{task}.json"
     content = {
         "task": task,
         "model": loaded.source.name,

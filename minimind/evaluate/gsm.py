@@ -25,6 +25,7 @@ from minimind.evaluate.common import (
     Clock,
     EvalArguments,
     data_file,
+    document_start,
     open_model,
     pick,
     print_table,
@@ -213,7 +214,7 @@ def encode_problem(
         turns.append({"role": "user", "content": problem.question})
         return encode_chat(tokenizer, turns, add_generation_prompt=True, enable_thinking=thinking).ids
     text = "".join(f"题目：{example.question}\n解答：{example.solution}\n\n" for example in examples)
-    return [tokenizer.bos_token_id, *encode_plain(tokenizer, f"{text}题目：{problem.question}\n解答：")]
+    return [*document_start(tokenizer), *encode_plain(tokenizer, f"{text}题目：{problem.question}\n解答：")]
 
 
 @guard
