@@ -43,7 +43,7 @@ class LoRAArguments(TrainArguments):
         "加在哪些层上：all 注意力与前馈的全部线性层（含各专家），square 只要方阵（q_proj、o_proj，公共项目的选法），"
         "或逗号分隔的层名，如 q_proj,v_proj",
     )
-    save_weight: str = override(TrainArguments, "save_weight", "lora_identity")
+    save_weight: str | None = arg(None, "同 --lora_name（各训练命令都有的参数）；不给则用 --lora_name")
     from_weight: str = override(TrainArguments, "from_weight", "full_sft")
     epochs: int = override(TrainArguments, "epochs", 50)
     optimizer: str = override(TrainArguments, "optimizer", "adamw")
@@ -54,7 +54,8 @@ class LoRAArguments(TrainArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        self.save_weight = self.lora_name  # 续训存档与日志也用 LoRA 的名字
+        # 权重、续训存档与日志都用这个名字
+        self.lora_name = self.save_weight = self.save_weight or self.lora_name
         for name in ("lora_rank", "lora_alpha"):
             if not getattr(self, name) > 0:
                 raise UserError(f"值是 {getattr(self, name)}", where=f"--{name}", expected="大于 0")

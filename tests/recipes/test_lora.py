@@ -183,3 +183,10 @@ def test_用同名的数据文件(home, monkeypatch, capsys):
     result = train(lora_name="lora_medical", data_path=None, epochs=1)
     assert "dataset/lora_medical.jsonl" in capsys.readouterr().err
     assert result.weights.name == "lora_medical_64.pth"
+
+
+def test_名字_save_weight_与_lora_name_同义():
+    for flags in (["--lora_name", "lora_a"], ["--save_weight", "lora_a"]):
+        args = lora.parse_args(lora.LoRAArguments, flags)
+        assert (args.lora_name, args.save_weight) == ("lora_a", "lora_a")
+    assert lora.LoRAArguments().save_weight == "lora_identity"
