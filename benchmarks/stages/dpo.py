@@ -30,7 +30,7 @@ GOALS = [
 SETTINGS = {
     "max_seq_len": 256,
     "batch_size": 16,
-    "learning_rate": 1.5e-4,
+    "learning_rate": 1.8e-4,
     "embed_lr_scale": 0.5,
     "sft_coef": 1.0,
     "log_interval": 5,
