@@ -94,8 +94,9 @@ def test_每字节比特数_坏文件一句话(out, capsys, content, said):
     assert said in capsys.readouterr().err
 
 
-def test_整批生成与逐条流式一致_与题目同序():
-    model, _ = make_pair()
+@pytest.mark.parametrize("which", [0, 1], ids=["minimind", "llama"])
+def test_整批生成与逐条流式一致_与题目同序(which):
+    model = make_pair()[which]
     tokenizer = load_tokenizer()
     prompts = [[1, 50, 60, 70], [1, 80], [1, *range(100, 130)]]
     seen = []

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minimind.dataset.microworld.tasks.tools import CALCULATOR as LEARNED_CALCULATOR
+from minimind.dataset.microworld.tasks import tools as learned
 from minimind.errors import UserError
 from minimind.inference.tool_calls import read_call
 from minimind.tools import EXAMPLE_TOOLS, Tool, Toolbox, ToolError
@@ -30,8 +30,9 @@ def test_四样工具都能用():
     assert set(run("get_time")) == {"time", "date", "weekday"}
 
 
-def test_计算器的说明与微世界里学过的一字不差():
-    assert BOX.tools["calculator"].schema() == LEARNED_CALCULATOR
+def test_计算器与时钟的说明与微世界里学过的一字不差():
+    assert BOX.tools["calculator"].schema() == learned.CALCULATOR
+    assert BOX.tools["get_time"].schema() == learned.CLOCK
 
 
 @pytest.mark.parametrize(
