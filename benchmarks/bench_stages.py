@@ -16,10 +16,12 @@
 from __future__ import annotations
 
 import importlib
+import multiprocessing
 import shutil
 import statistics
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -46,6 +48,7 @@ class StageArguments:
     work_dir: str = arg("out/bench_stages", "训练产物的目录")
     items_per_task: int = arg(0, "每个任务至多考几题；0 表示全部")
     threads: int = arg(0, "CPU 线程数；0 表示按环境")
+    jobs: int = arg(1, "同时跑几个种子，各用一个进程")
     device: str = arg("auto", "设备")
     dtype: str = arg("auto", "训练精度")
     name: str = arg("", "结果文件名的后缀")
@@ -220,6 +223,34 @@ def table_rows(stage: ModuleType, before: dict[str, float], outcomes: list[Outco
     return rows
 
 
+def run_seed(args: StageArguments, seed: int) -> tuple[Outcome, float]:
+    """一个种子的结果与用时（秒）。"""
+    import torch
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    say(f"阶段 {args.stage}，种子 {seed}/{args.seeds}。")
+    start = time.perf_counter()
+    outcome = load_stage(args.stage).run(Bench(args), seed)
+    return outcome, round(time.perf_counter() - start, 1)
+
+
+def run_seeds(args: StageArguments) -> tuple[list[Outcome], list[float]]:
+    """全部种子，次序固定；``--jobs`` 大于 1 时几个进程同时跑。"""
+    seeds = range(1, args.seeds + 1)
+    if args.jobs == 1:
+        results = [run_seed(args, seed) for seed in seeds]
+    else:
+        with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+            results = list(pool.map(_run_seed_in_child, [args] * len(seeds), seeds))
+    return [outcome for outcome, _ in results], [seconds for _, seconds in results]
+
+
+def _run_seed_in_child(args: StageArguments, seed: int) -> tuple[Outcome, float]:
+    # 子进程里这个模块叫 __mp_main__，阶段文件 import 的 bench_stages 是另一份；结果用后者的类，父进程才认得
+    return importlib.import_module("bench_stages").run_seed(args, seed)
+
+
 @guard
 def main(argv: list[str] | None = None) -> None:
     """命令行入口。"""
@@ -233,12 +264,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     bench, device = Bench(args), resolve_device(args.device)
     before = stage.before(bench) if hasattr(stage, "before") else {}
-    outcomes, seconds = [], []
-    for seed in range(1, args.seeds + 1):
-        say(f"阶段 {args.stage}，种子 {seed}/{args.seeds}。")
-        start = time.perf_counter()
-        outcomes.append(stage.run(bench, seed))
-        seconds.append(round(time.perf_counter() - start, 1))
+    outcomes, seconds = run_seeds(args)
     rows = table_rows(stage, before, outcomes)
     columns = ["指标", "底座", "训练后：平均（最小，最大）", "差（百分点）", "目标"]
     caption = f"{args.seeds} 个种子；每个种子训练加评测 {'、'.join(format_duration(s) for s in seconds)}"

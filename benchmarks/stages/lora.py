@@ -42,7 +42,7 @@ def settings(bench: Bench, seed: int, folder: Path) -> LoRAArguments:
         **bench.common(seed, folder, "lora_identity"),
         max_seq_len=256,
         batch_size=4,
-        epochs=5,
+        epochs=4,
     )
 
 

@@ -17,7 +17,7 @@ from .stages import Corpus
 from .tasks import build_tasks
 
 # 语料的写法一变就加一，旧缓存随之作废
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 DEFAULT_DIR = "dataset/microworld"
 
 
