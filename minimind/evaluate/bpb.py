@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from minimind.console import progress
 from minimind.dataset import PretrainDataset, SFTDataset, collate_packed
 from minimind.dataset.schema import detect_kind
 from minimind.errors import UserError
@@ -69,7 +71,10 @@ def text_loss(
                 "偏好数据没有单一的文本可量", where=str(data_path), fix="换一个 text 或 conversations 文件"
             )
         dataset_type = PretrainDataset if kind == "pretrain" else SFTDataset
-        return _measure(model, tokenizer, dataset_type(str(path), tokenizer, **options), batch_size, max_rows)
+        dataset = dataset_type(str(path), tokenizer, **options)
+        rows = min(len(dataset), max_rows or len(dataset))
+        with progress("每字节比特数", total=rows, unit="行") as bar:
+            return _measure(model, tokenizer, dataset, batch_size, max_rows, bar.advance)
 
 
 def _as_jsonl(path: Path, folder: Path) -> Path:
@@ -86,11 +91,19 @@ def _as_jsonl(path: Path, folder: Path) -> Path:
     return target
 
 
-def _measure(model, tokenizer, dataset, batch_size: int, max_rows: int) -> dict[str, float | int]:
+def _measure(
+    model,
+    tokenizer,
+    dataset,
+    batch_size: int,
+    max_rows: int,
+    advance: Callable[[int], None] = lambda rows: None,
+) -> dict[str, float | int]:
     byte_lengths = torch.from_numpy(token_byte_lengths(tokenizer))
     counted = {"tokens": 0, "bytes": 0}
 
     def collate(rows):
+        advance(len(rows))
         batch = collate_packed(rows)
         counted["tokens"] += int(count_targets(batch))
         counted["bytes"] += int(count_bytes(batch, byte_lengths))

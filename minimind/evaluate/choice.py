@@ -221,6 +221,16 @@ def show(result: dict[str, Any], title: str) -> None:
         return [name, f"{total:,}", f"{guess:.1%}", *shown]
 
     rows = [cells(name, row["total"], row["chance"], row) for name, row in result["subjects"].items()]
+    families = {name.split("/", 1)[0] for name in result["subjects"] if "/" in name}
+    for family in sorted(families) if len(families) > 1 else ():
+        group = [row for name, row in result["subjects"].items() if name.startswith(f"{family}/")]
+        total = sum(row["total"] for row in group)
+        guess = sum(row["chance"] * row["total"] for row in group) / total
+        sums = {
+            method: {"correct": sum(row[method]["correct"] for row in group), "total": total}
+            for method in methods
+        }
+        rows.append(cells(f"{family} 合计", total, guess, sums))
     if len(rows) != 1:
         rows.append(cells("总计", result["questions"], result["chance"], result["methods"]))
     print_table(title, ["学科", "题数", "乱猜", *methods], rows)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from minimind.arguments import arg, parse_args
-from minimind.console import say
 from minimind.errors import UserError, guard
 from minimind.evaluate.common import (
     Clock,
@@ -118,7 +117,6 @@ def main_bpb(argv: list[str] | None = None) -> None:
     args = parse_args(BpbArguments, argv)
     path = data_file(args.data_path, "pretrain_heldout.jsonl", "jsonl 或纯文本文件")
     loaded, clock = open_model(args), Clock()
-    say("计算每字节比特数……")
     result = text_loss(
         loaded.model,
         loaded.tokenizer,

@@ -228,6 +228,7 @@ def test_命令行_结果文件与表格(out, capsys):
         "--out_dir",
         str(out / "eval"),
     ]
+    assert read_questions(data)[0][2] == RIVER
     assert choice.main([*common, "--dev_path", str(data), "--shots", "1", "--save_items"]) == 0
     said = capsys.readouterr()
     assert "cmmlu/anatomy" in said.out and "总计" in said.out and "乱猜" in said.out
