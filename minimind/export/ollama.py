@@ -22,8 +22,11 @@ CHAT = """\
 {{- end }}@TAIL@
 {{- end }}<|im_end|>
 {{ end }}
+{{- $open := false }}
 {{- range $i, $message := .Messages }}
 {{- $last := eq (len (slice $.Messages $i)) 1 }}
+{{- if and $open (ne .Role "tool") }}<|im_end|>
+{{ $open = false }}{{ end }}
 {{- if eq .Role "user" }}<|im_start|>user
 {{ .Content }}<|im_end|>
 {{ else if eq .Role "assistant" }}<|im_start|>assistant
@@ -38,11 +41,14 @@ CHAT = """\
 </tool_call>
 {{- end }}{{ if not $last }}<|im_end|>
 {{ end }}
-{{- else if eq .Role "tool" }}<|im_start|>user
-<tool_response>
+{{- else if eq .Role "tool" }}
+{{- if $open }}
+{{ else }}<|im_start|>user
+{{ end }}<tool_response>
 {{ .Content }}
-</tool_response><|im_end|>
+</tool_response>{{ $open = true }}{{ if $last }}<|im_end|>
 {{ end }}
+{{- end }}
 {{- if and $last (ne .Role "assistant") }}<|im_start|>assistant
 {{ if and $.IsThinkSet (not $.Think) }}<think>
 
