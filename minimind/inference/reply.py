@@ -9,13 +9,12 @@
     for event in parser.finish():
         ...
 
-按 token 分时只有真正的标签 token 算标签；模型引用的“<tool_call>”这几个普通字符仍是正文。分词器没有这些
-token（早期的公共权重），或手上只有文字，就按文字认，可能是标签开头的几个字先扣着。
+按 token 分时只有真正的标签 token 算标签；模型引用的“<tool_call>”这几个普通字符仍是正文。分词器没有的标签
+（早期的公共权重一个也没有，Qwen2.5 没有 ``<think>``），或手上只有文字，就按文字认，可能是标签开头的几个字先扣着。
 """
 
 from __future__ import annotations
 
-import re
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -27,7 +26,6 @@ from minimind.tokenizer.loading import codec_of
 from minimind.tokenizer.special import END_THINK, END_TOOL_CALL, THINK, TOOL_CALL
 
 TAGS = (THINK, END_THINK, TOOL_CALL, END_TOOL_CALL)
-_TAG = re.compile("|".join(map(re.escape, TAGS)))
 
 
 @dataclass(frozen=True)
@@ -130,6 +128,7 @@ class ReplyParser:
         self._stream = TextStream(tokenizer) if tokenizer is not None else None
         controls = codec_of(tokenizer).controls if tokenizer is not None else {}
         self._tag_ids = {controls[tag]: tag for tag in TAGS if tag in controls}
+        self._spelled = tuple(tag for tag in TAGS if tag not in controls)  # 这些标签按文字认
 
     @classmethod
     def for_tokenizer(cls, tokenizer: Any, thinking: bool = False, **options: Any) -> ReplyParser:
@@ -141,27 +140,27 @@ class ReplyParser:
     def push(self, token: int) -> list[Event]:
         """放入一个 token。"""
         if token in self._tag_ids:
-            return [*self._literal(self._stream.finish()), *self._tag(self._tag_ids[token])]
-        piece = self._stream.push(token)
-        return self._literal(piece) if self._tag_ids else self.feed(piece)
+            events = self.feed(self._stream.finish())
+            held, self._held = self._held, ""
+            return [*events, *self._literal(held), *self._tag(self._tag_ids[token])]
+        return self.feed(self._stream.push(token))
 
     def feed(self, text: str) -> list[Event]:
         """放入一段文字，其中的标签按字面认。"""
         events: list[Event] = []
         self._held += text
-        while match := _TAG.search(self._held):
-            events += self._literal(self._held[: match.start()])
-            self._held = self._held[match.end() :]
-            events += self._tag(match[0])
-        keep = _tag_prefix(self._held)
-        ready = self._held[: len(self._held) - keep]
+        while found := _first_tag(self._held, self._spelled):
+            at, tag = found
+            events += self._literal(self._held[:at])
+            self._held = self._held[at + len(tag) :]
+            events += self._tag(tag)
+        ready = self._held[: len(self._held) - _tag_prefix(self._held, self._spelled)]
         self._held = self._held[len(ready) :]
         return [*events, *self._literal(ready)]
 
     def finish(self) -> list[Event]:
         """输出到头了（写完或被截断）。"""
-        rest = self._stream.finish() if self._stream is not None else ""
-        events = self.feed(rest) if rest and not self._tag_ids else self._literal(rest)
+        events = self.feed(self._stream.finish()) if self._stream is not None else []
         held, self._held = self._held, ""
         events += self._literal(held)
         if self.state == "call":
@@ -247,10 +246,16 @@ class ReplyParser:
         return events
 
 
-def _tag_prefix(text: str) -> int:
+def _first_tag(text: str, tags: tuple[str, ...]) -> tuple[int, str] | None:
+    """最早出现的标签与它的位置；标签互不为前缀，同一处不会有两个。"""
+    found = [(at, tag) for tag in tags if (at := text.find(tag)) >= 0]
+    return min(found, default=None)
+
+
+def _tag_prefix(text: str, tags: tuple[str, ...]) -> int:
     """末尾有多少个字可能是标签的开头。"""
-    for size in range(min(len(text), max(map(len, TAGS)) - 1), 0, -1):
-        if any(tag.startswith(text[-size:]) for tag in TAGS):
+    for size in range(min(len(text), max(map(len, tags), default=1) - 1), 0, -1):
+        if any(tag.startswith(text[-size:]) for tag in tags):
             return size
     return 0
 

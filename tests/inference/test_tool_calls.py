@@ -21,6 +21,7 @@ from minimind.inference.reply import (
 from minimind.inference.tool_calls import CallScanner, read_call
 from minimind.inference.tool_loop import reply_message
 from minimind.tokenizer import encode_chat, encode_plain, load_tokenizer, render_text
+from minimind.tokenizer.loading import codec_of
 from minimind.tokenizer.special import TAGS
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
@@ -179,6 +180,21 @@ def test_按_token_解析_引用的标签文字不是标签():
     reply = parse_reply([*encode_plain(tokenizer, quoted), *body], tokenizer=tokenizer)
     assert reply.text == quoted
     assert [(c.name, c.values()) for c in reply.calls] == [("f", {"x": "</tool_call>甲"})]
+
+
+def test_分词器没有的标签按文字认(monkeypatch):
+    tokenizer = load_tokenizer()
+    controls = dict(codec_of(tokenizer).controls)
+    monkeypatch.setattr(
+        codec_of(tokenizer), "controls", {k: v for k, v in controls.items() if "think" not in k}
+    )
+    call = {"name": "f", "arguments": {}}
+    message = {"role": "assistant", "content": "好", "reasoning_content": "想", "tool_calls": [call]}
+    ids = encode_chat(tokenizer, [message]).ids
+    assert controls["<think>"] not in ids and controls["<tool_call>"] in ids
+    start = len(encode_chat(tokenizer, [], add_generation_prompt=True).ids)
+    reply = parse_reply(ids[start : ids.index(tokenizer.eos_token_id)], tokenizer=tokenizer)
+    assert (reply.text, reply.reasoning, reply.calls[0].name) == ("好", "想", "f")
 
 
 def test_流式的名字在参数之前给出_汉字不拆开():
