@@ -11,6 +11,7 @@ from typing import Any
 
 from bench_stages import Bench, Goal, Outcome
 
+from minimind.dataset.locking import file_lock
 from minimind.evaluate.microworld import accuracy, evaluate_items
 from minimind.recipes.distillation import DistillationArguments
 from minimind.recipes.distillation import run as train_student
@@ -32,13 +33,15 @@ GOALS = [
 STUDENT = {"hidden_size": 96, "num_hidden_layers": 4}
 COMMON = {"max_seq_len": 256, "batch_size": 8, "log_interval": 10, "eval_interval": 0, "save_interval": 0}
 PRETRAIN = {"max_steps": 300, "learning_rate": 1e-2, "schedule": "wsd", "decay_ratio": 0.7}
-DISTILL = {"learning_rate": 6e-3, "max_steps": 120, "alpha": 0.5, "temperature": 1.5}
+DISTILL = {"learning_rate": 3e-3, "max_steps": 120, "alpha": 0.5, "temperature": 1.5}
 
 
 def student_start(bench: Bench) -> Path:
     """预训练过的学生；训练过就直接用。"""
     folder = bench.work / "student"
-    if not (folder / "pretrain_96.pth").is_file():
+    with file_lock(bench.work / "student.lock", lambda: None):  # 几个种子同时跑时只训练一次
+        if (folder / "pretrain_96.pth").is_file():
+            return folder
         pretrain(
             PretrainArguments(
                 **STUDENT,
