@@ -31,18 +31,18 @@ from common import print_table, write_result
 ROOT = Path(__file__).resolve().parents[1]
 # 名字 → (命令, 产出的权重)；顺序即依赖，后面的从前面的权重开始
 COMMANDS = {
-    "pretrain": ("trainer/train_pretrain.py --epochs 1 --batch_size 32", "pretrain_512.pth"),
-    "full_sft": ("trainer/train_full_sft.py --epochs 2 --batch_size 16", "full_sft_512.pth"),
-    "lora": ("trainer/train_lora.py --epochs 50 --batch_size 32", "lora/lora_identity_512.pth"),
-    "dpo": ("trainer/train_dpo.py --epochs 1 --batch_size 4", "dpo_512.pth"),
-    "ppo": ("trainer/train_ppo.py --epochs 1 --batch_size 2", "ppo_actor_512.pth"),
-    "grpo": ("trainer/train_grpo.py --epochs 1 --batch_size 2", "grpo_512.pth"),
-    "spo": ("trainer/train_spo.py --epochs 1 --batch_size 2", "spo_512.pth"),
+    "pretrain": ("trainer/train_pretrain.py --epochs 1 --batch_size 32", "pretrain_*.pth"),
+    "full_sft": ("trainer/train_full_sft.py --epochs 2 --batch_size 16", "full_sft_*.pth"),
+    "lora": ("trainer/train_lora.py --epochs 50 --batch_size 32", "lora/lora_identity_*.pth"),
+    "dpo": ("trainer/train_dpo.py --epochs 1 --batch_size 4", "dpo_*.pth"),
+    "ppo": ("trainer/train_ppo.py --epochs 1 --batch_size 2", "ppo_actor_*.pth"),
+    "grpo": ("trainer/train_grpo.py --epochs 1 --batch_size 2", "grpo_*.pth"),
+    "spo": ("trainer/train_spo.py --epochs 1 --batch_size 2", "spo_*.pth"),
     "distillation": ("trainer/train_distillation.py --epochs 6 --batch_size 32", "full_dist_*.pth"),
-    "reason": ("trainer/train_reason.py --epochs 1 --batch_size 8", "reason_512.pth"),
+    "reason": ("trainer/train_reason.py --epochs 1 --batch_size 8", "reason_*.pth"),
     "torchrun": (
         "-m torch.distributed.run --nproc_per_node 4 trainer/train_pretrain.py --epochs 1 --batch_size 32",
-        "pretrain_512.pth",
+        "pretrain_*.pth",
     ),
 }
 ANNOUNCED = re.compile(r"本次全程约 (.+?)（")
@@ -60,7 +60,7 @@ def fresh_copy(folder: Path, weights: str | None) -> Path:
     subprocess.run(["tar", "-x", "-C", str(folder)], input=archive.stdout, check=True)
     if weights:
         (folder / "out").mkdir()
-        for path in Path(weights).glob("*_512.*"):
+        for path in Path(weights).glob("*_*.*"):
             shutil.copy(path, folder / "out")
     return folder
 
@@ -72,7 +72,7 @@ def run_one(name: str, home: Path, args: argparse.Namespace) -> dict:
     if args.inside:  # cd trainer && python train_x.py
         words = [word.removeprefix("trainer/") for word in words]
         cwd = home / "trainer"
-    extra = ["--max_steps", str(args.max_steps)] if args.max_steps else []
+    extra = args.extra.split() + (["--max_steps", str(args.max_steps)] if args.max_steps else [])
     before = {path: path.stat().st_mtime for path in (home / "out").glob(weights)}
     start, announced = time.monotonic(), None
     process = subprocess.Popen(
@@ -85,17 +85,22 @@ def run_one(name: str, home: Path, args: argparse.Namespace) -> dict:
         start_new_session=True,
     )
     timer = threading.Timer(args.limit, os.killpg, (process.pid, signal.SIGTERM))
+    timer.daemon = True  # 中途 Ctrl-C 时不必等它
     timer.start()
     tail: list[str] = []
-    for line in process.stdout:
-        tail = [*tail[-30:], line.rstrip()]
-        if args.verbose:
-            print(f"[{name}] {line}", end="", flush=True)
-        if announced is None and (found := ANNOUNCED.search(line)):
-            announced = seconds_of(found[1])
-            told_after = time.monotonic() - start
-            if not (args.to_the_end or args.max_steps):
-                os.killpg(process.pid, signal.SIGTERM)
+    try:
+        for line in process.stdout:
+            tail = [*tail[-30:], line.rstrip()]
+            if args.verbose:
+                print(f"[{name}] {line}", end="", flush=True)
+            if announced is None and (found := ANNOUNCED.search(line)):
+                announced = seconds_of(found[1])
+                told_after = time.monotonic() - start
+                if not (args.to_the_end or args.max_steps):
+                    os.killpg(process.pid, signal.SIGTERM)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     _, status, usage = os.wait4(process.pid, 0)
     code = process.returncode = os.waitstatus_to_exitcode(status)
     timer.cancel()
@@ -126,6 +131,7 @@ def main() -> None:
     parser.add_argument("--inside", action="store_true", help="从 trainer/ 里运行")
     parser.add_argument("--to_the_end", action="store_true", help="走到头，而不是报出用时就停")
     parser.add_argument("--max_steps", type=int, default=0, help="加上 --max_steps，只看通不通")
+    parser.add_argument("--extra", default="", help="加在每条后面的参数，例如 '--preset tiny'")
     parser.add_argument("--weights", help="起点权重所在的目录；不给则依次训练出来")
     parser.add_argument("--limit", type=float, default=3600, help="一条最多运行多少秒")
     parser.add_argument("--verbose", action="store_true", help="把各命令的输出也打印出来")

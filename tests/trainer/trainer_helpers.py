@@ -161,7 +161,7 @@ def in_processes(world: int, work: Callable, *, wait: bool = True, log: Path | N
     if not wait:
         return processes
     for process in processes:
-        process.join(120)
+        process.join(300)  # 真卡住才会等这么久；机器再忙也够
         if process.is_alive():
             process.kill()
     return [process.exitcode for process in processes]
