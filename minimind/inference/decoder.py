@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from minimind.inference.kv_cache import SlotKVCache
 from minimind.inference.linear import JoinedLinear
+from minimind.model import MiniMindForCausalLM
 from minimind.model.model_minimind import (
     AttentionPlan,
     apply_rope,
@@ -37,7 +38,7 @@ def make_decoder(model: nn.Module, max_slots: int, dtype: torch.dtype | None = N
         max_slots: 同时最多多少行。
         dtype: 矩阵乘与缓存的精度，默认与权重相同；只有 :class:`FusedDecoder` 能换。
     """
-    if model.config.model_type == "minimind" or _is_plain_llama(model):
+    if isinstance(model, MiniMindForCausalLM) or _is_plain_llama(model):
         return FusedDecoder(model, max_slots, dtype)
     return ForwardDecoder(model, max_slots)
 

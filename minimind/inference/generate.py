@@ -1,23 +1,25 @@
-"""生成循环：一行的流式生成给对话用，整批的生成给评测用。
-
-循环写在这里而不用 transformers 的 ``generate``：后者的内部缓存类每个大版本都变。
-两个入口都认任何 ``forward(input_ids, attention_mask, past_key_values, use_cache, logits_to_keep)`` 的因果模型。
-"""
+"""生成的两个简便入口：一行的流式生成给对话用，整批的生成给评测用；都走 :mod:`minimind.inference.engine`。"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
-from minimind.inference.engine import context_length, room_for_prompt
-from minimind.inference.kv_cache import StaticKVCache
-from minimind.inference.sampling import GREEDY, SamplingParams, sample
+from minimind.inference.engine import Engine, context_length, room_for_prompt
+from minimind.inference.sampling import GREEDY, SamplingParams
+from minimind.trainer.device import mix_seeds
 
-# 在加速卡上每隔这么多步才问一次「都写完了吗」：每问一次主机就要等设备一次
-SYNC_EVERY = 8
+__all__ = [
+    "Completion",
+    "TextStream",
+    "context_length",
+    "generate_batch",
+    "room_for_prompt",
+    "stream_generate",
+    "stream_tokens",
+]
 
 
 @dataclass(frozen=True)
@@ -33,23 +35,6 @@ class Completion:
     finished: bool
 
 
-def new_cache(model: torch.nn.Module, batch_size: int, max_length: int):
-    """我们的模型用预分配缓存；从 HF 目录加载的其他结构用 transformers 自己的。"""
-    if model.config.model_type == "minimind":
-        return StaticKVCache.for_model(model, batch_size, max_length)
-    from transformers import DynamicCache
-
-    return DynamicCache()
-
-
-def _seen_mask(prompt: Tensor, vocab_size: int, valid: Tensor | None = None) -> Tensor:
-    """``[B, T]`` 的提示里出现过哪些 token，``[B, V]`` bool；``valid`` 为假的（填充）位置不算。"""
-    counts = torch.zeros(prompt.size(0), vocab_size, dtype=torch.int32, device=prompt.device)
-    ones = torch.ones_like(prompt, dtype=torch.int32) if valid is None else valid.to(torch.int32)
-    return counts.scatter_add_(1, prompt, ones) > 0
-
-
-@torch.inference_mode()
 def stream_tokens(
     model: torch.nn.Module,
     prompt_ids: Sequence[int],
@@ -57,31 +42,30 @@ def stream_tokens(
     max_new_tokens: int,
     eos_ids: Collection[int],
     params: SamplingParams = GREEDY,
+    engine: Engine | None = None,
 ) -> Iterator[int]:
-    """逐个产出新 token，遇到结束符（不产出）或长度上限为止。
+    """逐个产出新 token，遇到结束符（不产出）或长度上限为止；中途不要了，槽位随即空出。
+
+    Args:
+        engine: 现成的引擎（结束符以它的为准）；不给就当场造一个，26M 参数约 20 ms。
 
     Raises:
         UserError: 提示比模型的上下文还长。
     """
-    limit = room_for_prompt(len(prompt_ids), max_new_tokens, context_length(model))
-    device = next(model.parameters()).device
-    generator = params.make_generator(device)
-    cache = new_cache(model, 1, len(prompt_ids) + limit)
-    input_ids = torch.tensor([list(prompt_ids)], dtype=torch.long, device=device)
-    seen = None
-    for _ in range(limit):
-        output = model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        logits = output.logits[:, -1]
-        if params.repetition_penalty != 1.0 and seen is None:
-            seen = _seen_mask(input_ids, logits.size(-1))
-        next_id = sample(logits, params, generator, seen)
-        token = int(next_id)
-        if token in eos_ids:
-            return
-        yield token
-        input_ids = next_id.unsqueeze(-1)
-        if seen is not None:
-            seen.scatter_(1, input_ids, True)
+    engine = engine or Engine(model, eos_ids=eos_ids, max_slots=1)
+    request = engine.add_request(prompt_ids, params, max_new_tokens)
+    shown, done = 0, None
+    try:
+        while done is None:
+            finished = engine.step()
+            done = next((one for one in finished if one.request_id == request), None)
+            current = done or next(one for one in engine.running if one.request_id == request)
+            end = len(current.ids) - (current.finished == "stop")
+            yield from current.ids[shown:end]
+            shown = end
+    finally:
+        if done is None:
+            engine.cancel(request)
 
 
 class TextStream:
@@ -144,77 +128,6 @@ def stream_generate(
         yield piece
 
 
-def _left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device) -> tuple[Tensor, Tensor]:
-    """左填充成 ``[B, T]``，连同 ``[B, T]`` bool 的有效位置。"""
-    longest = max(map(len, prompts))
-    ids = torch.full((len(prompts), longest), pad_id, dtype=torch.long)
-    valid = torch.zeros(len(prompts), longest, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
-        valid[row, longest - len(prompt) :] = True
-    return ids.to(device), valid.to(device)
-
-
-def _generate_rows(
-    model: torch.nn.Module,
-    prompts: Sequence[Sequence[int]],
-    limit: int,
-    eos: Tensor,
-    pad_id: int,
-    params: SamplingParams,
-    generator: torch.Generator | None,
-) -> list[Completion]:
-    """一个批次；写完的行超过一半时从缓存里拿掉，短答案不必陪长答案算到底。"""
-    device = eos.device
-    input_ids, valid = _left_pad(prompts, pad_id, device)
-    rows, width = input_ids.shape
-    cache = new_cache(model, rows, width + limit)
-    # 长度相同就不需要掩码，注意力走最快的那条路
-    mask = None
-    if any(len(prompt) != width for prompt in prompts):
-        mask = torch.cat([valid, valid.new_ones(rows, limit)], dim=1)
-    written = torch.full((rows, limit), -1, dtype=torch.long, device=device)
-    stopped = torch.zeros(rows, dtype=torch.bool, device=device)
-    alive = torch.arange(rows, device=device)
-    seen = None
-    for step in range(limit):
-        # 提示用 [B, T] 的掩码；之后每步只有一个查询，直接给 [B, 1, 1, S]，模型不必再问「有没有填充」
-        visible = mask
-        if mask is not None:
-            visible = valid.long() if step == 0 else mask[:, None, None, : width + step]
-        output = model(
-            input_ids=input_ids,
-            attention_mask=visible,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits = output.logits[:, -1]
-        if params.repetition_penalty != 1.0 and seen is None:
-            seen = _seen_mask(input_ids, logits.size(-1), valid)
-        next_ids = sample(logits, params, generator, seen)
-        stopped[alive] |= torch.isin(next_ids, eos)
-        written[alive, step] = torch.where(stopped[alive], -1, next_ids)
-        input_ids = next_ids.unsqueeze(-1)
-        if seen is not None:
-            seen.scatter_(1, input_ids, True)
-        if device.type != "cpu" and step % SYNC_EVERY != SYNC_EVERY - 1:
-            continue
-        keep = (~stopped[alive]).nonzero().squeeze(-1)
-        if keep.numel() == 0:
-            break
-        if keep.numel() * 2 <= alive.numel() and isinstance(cache, StaticKVCache):
-            cache.keep_rows(keep)
-            alive, input_ids = alive[keep], input_ids[keep]
-            mask = None if mask is None else mask[keep]
-            seen = None if seen is None else seen[keep]
-    return [
-        Completion([token for token in row if token >= 0], bool(done))
-        for row, done in zip(written.tolist(), stopped.tolist())
-    ]
-
-
-@torch.inference_mode()
 def generate_batch(
     model: torch.nn.Module,
     prompts: Sequence[Sequence[int]],
@@ -225,28 +138,26 @@ def generate_batch(
     params: SamplingParams = GREEDY,
     batch_size: int = 64,
 ) -> Iterator[tuple[int, Completion]]:
-    """整批生成，按长度相近的分组，逐条产出 ``(提示的序号, 结果)``（次序不定，便于显示进度）。
+    """整批生成，写完一条产出一条 ``(提示的序号, 结果)``；写完的行让位给排队的。
 
-    左填充不改变结果：RoPE 只看相对位置，填充位置被掩码遮住。
+    Args:
+        pad_id: 引擎不填充，这个参数只为旧的调用留着。
+        params: 有种子时第 0 条从这个种子开始，其余各有自己的。
+        batch_size: 同时写多少条。
 
     Raises:
         UserError: 有提示比模型的上下文还长。
     """
-    context = context_length(model)
-    limits = [room_for_prompt(len(prompt), max_new_tokens, context) for prompt in prompts]
-    device = next(model.parameters()).device
-    eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
-    generator = params.make_generator(device)
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    for start in range(0, len(order), batch_size):
-        group = order[start : start + batch_size]
-        rows = _generate_rows(
-            model,
-            [prompts[index] for index in group],
-            min(limits[index] for index in group),
-            eos,
-            pad_id,
-            params,
-            generator,
-        )
-        yield from zip(group, rows)
+    engine = Engine(model, eos_ids=eos_ids, max_slots=batch_size)
+    index_of: dict[int, int] = {}
+    # 长短相近的排在一起：注意力要算到同时在写的最长一行
+    for index in sorted(range(len(prompts)), key=lambda index: len(prompts[index])):
+        one = params
+        if params.seed is not None and index:
+            one = replace(params, seed=mix_seeds(params.seed, index))
+        index_of[engine.add_request(prompts[index], one, max_new_tokens)] = index
+    while engine.has_unfinished:
+        for sequence in engine.step():
+            stopped = sequence.finished == "stop"
+            ids = sequence.ids[:-1] if stopped else sequence.ids
+            yield index_of[sequence.request_id], Completion(ids, stopped)
