@@ -48,8 +48,8 @@ def plan(road: Road, stages: dict[str, Stage], start: float) -> Clock:
     """
     import torch
 
-    from minimind.dataset import PretrainDataset, SFTDataset
-    from minimind.demo.base import heldout_bpb, pretrain_arguments, sft_arguments
+    from minimind.dataset import DPODataset, PretrainDataset, SFTDataset
+    from minimind.demo.base import heldout_bpb, pretrain_arguments
     from minimind.model import count_parameters
     from minimind.trainer.device import device_name
     from minimind.trainer.trainer_utils import init_model, model_config, start_run
@@ -61,9 +61,19 @@ def plan(road: Road, stages: dict[str, Stage], start: float) -> Clock:
         return init_model(model_config(settings), "none", None, road.args.out_dir, device)
 
     model, tokenizer = fresh_model()
-    pretrain_rows = PretrainDataset(settings.data_path, tokenizer, max_length=ROW_LENGTH)
-    sft_rows = SFTDataset(sft_arguments(road).data_path, tokenizer, max_length=ROW_LENGTH)
-    road.rows = {"pretrain": len(pretrain_rows), "sft": len(sft_rows)}
+
+    def packed(cls, name: str):
+        return cls(road.data(name)["data_path"], tokenizer, max_length=ROW_LENGTH)
+
+    pretrain_rows = packed(PretrainDataset, "pretrain")
+    pairs = packed(DPODataset, "dpo")
+    road.rows = {
+        "pretrain": len(pretrain_rows),
+        "sft": len(packed(SFTDataset, "sft")),
+        "lora_identity": len(packed(SFTDataset, "lora_identity")),
+        # 一对两条，参考模型多算一遍前向
+        "dpo": round(int(pairs.cache.offsets[-1]) * 4 / 3 / ROW_LENGTH),
+    }
     say("测速……")
     road.dtype, speed = probe_speed(model, pretrain_rows, road.args.batch_size, ROW_LENGTH)
     start_run(settings)  # 测速动过随机数与权重，重新开始
@@ -142,7 +152,9 @@ def run(args: DemoArguments) -> Path:
         facts[stage.title] = format_duration(clock.actual[name])
         facts.pop("全程", None)  # 总在最后一行
         facts["全程"] = f"{format_duration(clock.elapsed())}（开始时预计 {format_duration(clock.expected)}）"
-        path = road.write_report()
+        road.write_report()
+    road.draw_scoreboard()
+    path = road.write_report()
     console.print()
     console.print(road.report.scoreboard())
     say(f"报告：{path}")

@@ -26,7 +26,7 @@ class Road:
         papers: 考卷。
         dtype: 测速选出的精度。
         untrained_bpb: 没训练过的模型的每字节比特数。
-        rows: 预训练与微调的语料各有多少行，排时间表用。
+        rows: 按轮数走的语料各有多少行（偏好折合成行），排时间表用。
         title: 正在走的阶段，记分牌的第一列。
         answers: ``{考试: 回答}``，写进 answers.jsonl；微调的成绩是后面各阶段的“之前”。
         rewards: ``{强化学习的阶段: (日志, 每步采样多少条)}``，画在同一张图里。
@@ -90,6 +90,8 @@ class Road:
         self, exam: str, loaded: Any, items: Sequence[dict], description: str, **options: Any
     ) -> list[Answered]:
         """考一次，记下回答。"""
+        if self.args.fast:  # 没训练好的模型每题都写到上限
+            options["max_new_tokens"] = 8
         results = evaluate_items(loaded.model, loaded.tokenizer, items, description=description, **options)
         self.answers[exam] = results
         return results
@@ -134,10 +136,12 @@ class Road:
 
     def write_report(self) -> Path:
         """把到此为止的结果写盘，返回 report.md 的路径。"""
-        folder = self.folder()
+        write_answers(self.folder() / "answers.jsonl", self.answers)
+        return self.report.write(self.folder())
+
+    def draw_scoreboard(self) -> None:
+        """记分牌的图，全程走完才画。"""
         rows = [(f"{m.stage}：{m.name}", m.before, m.after) for m in self.report.metrics if m.kind == "ratio"]
         if rows:
-            plot_scores(rows, folder / "scoreboard.png")
+            plot_scores(rows, self.folder() / "scoreboard.png")
             self.report.figures["scoreboard.png"] = "各阶段前后"
-        write_answers(folder / "answers.jsonl", self.answers)
-        return self.report.write(folder)

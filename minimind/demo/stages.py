@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from minimind.demo import base, reinforce, tuning
-from minimind.demo.arguments import ROW_LENGTH
+from minimind.demo.arguments import ROW_LENGTH, ROWS
 from minimind.demo.road import Road
 
 # 考一道题的时间折合多少个训练词元（实测 40 到 60：逐词生成没有训练那样的大矩阵，但一题只写十几个词）
@@ -38,22 +38,25 @@ class Stage:
         return self.training(road) + items * TOKENS_PER_ITEM
 
 
-def epochs_of(kind: str, epochs: str) -> Callable[[Road], float]:
+def epochs_of(data: str, epochs: int, rows_per_step: int) -> Callable[[Road], float]:
     """按轮数走完一份语料的阶段。"""
 
     def tokens(road: Road) -> float:
-        rows = road.rows[kind] * getattr(road.args, epochs)
-        most = road.args.max_steps * road.args.batch_size
+        rows, most = road.rows[data] * epochs, road.args.max_steps * rows_per_step
         return (min(rows, most) if most else rows) * ROW_LENGTH
 
     return tokens
 
 
-def steps_of(planned: int, positions: int, factor: float) -> Callable[[Road], float]:
+def steps_of(planned: int, positions: int, factor: float = 1.0) -> Callable[[Road], float]:
     """走固定步数的阶段：每步 ``positions`` 个位置，每个位置的代价是预训练的 ``factor`` 倍（实测）。"""
     return lambda road: road.steps(planned) * positions * factor
 
 
+STUDENT_COSTS = (
+    steps_of(tuning.STUDENT_PRETRAIN["max_steps"], ROWS * ROW_LENGTH, 0.35),
+    steps_of(tuning.STUDENT_STEPS, ROWS * ROW_LENGTH, 0.35 + 0.7),
+)
 # 一条采样：约三十个词元的提示、十几到三十个词元的回答，逐词写出来，再前向反向一遍（PPO 另有价值网络与几轮更新）
 ROLLOUTS = reinforce.PROMPTS * reinforce.GENERATIONS
 
@@ -62,7 +65,7 @@ STAGES: dict[str, Stage] = {
         "预训练",
         "读百科、算式和故事，学会接着往下写",
         base.run_pretrain,
-        epochs_of("pretrain", "pretrain_epochs"),
+        lambda road: epochs_of("pretrain", road.args.pretrain_epochs, road.args.batch_size)(road),
         ("cloze", "chats"),
         needs=None,
     ),
@@ -70,7 +73,7 @@ STAGES: dict[str, Stage] = {
         "微调",
         "学会按问答的样子回答",
         base.run_sft,
-        epochs_of("sft", "sft_epochs"),
+        lambda road: epochs_of("sft", road.args.sft_epochs, road.args.batch_size)(road),
         ("chats", "multistep"),
         needs="pretrain",
     ),
@@ -78,28 +81,28 @@ STAGES: dict[str, Stage] = {
         "LoRA",
         "换一个身份，只训练几十分之一大的增量",
         tuning.run_lora,
-        steps_of(tuning.LORA_STEPS, tuning.LORA_ROWS * ROW_LENGTH, 1.0),
+        epochs_of("lora_identity", tuning.LORA["epochs"], tuning.LORA["batch_size"]),
         ("identity", "identity", "easy"),
     ),
     "dpo": Stage(
         "DPO",
         "从一好一坏两个回答里学会客气",
         tuning.run_dpo,
-        steps_of(tuning.DPO_STEPS, tuning.DPO_PAIRS * 2 * 45, 1.4),
+        epochs_of("dpo", 1, tuning.DPO["batch_size"]),
         ("easy",),
     ),
     "distill": Stage(
         "蒸馏",
         "四分之一大的学生，没有教师与有教师各学一遍",
         tuning.run_distill,
-        steps_of(tuning.STUDENT_STEPS, 8 * ROW_LENGTH, 1.0),
+        lambda road: sum(cost(road) for cost in STUDENT_COSTS),
         ("easy", "easy"),
     ),
     "reason": Stage(
         "推理",
         "先把步骤写在 <think> 里再答，与只报答案的对照",
         tuning.run_reason,
-        steps_of(2 * tuning.REASON_STEPS, 8 * ROW_LENGTH, 1.0),
+        steps_of(2 * tuning.REASON_STEPS, ROWS * ROW_LENGTH),
         ("multistep", "multistep"),
     ),
     "ppo": Stage(

@@ -5,15 +5,16 @@ from __future__ import annotations
 from minimind.demo.exam import of_level, polite_share, well_formed_share
 from minimind.demo.road import Road
 from minimind.evaluate.microworld import Answered, accuracy
-from minimind.recipes import distillation, dpo, full_sft, lora, reason
+from minimind.recipes import distillation, dpo, full_sft, lora, pretrain, reason
 
-# 各段走多少步、每步多大。配方自己的默认学习率，除非写明
-LORA_STEPS, LORA_ROWS = 280, 4
-DPO_STEPS, DPO_PAIRS = 150, 16
-STUDENT_STEPS = 400
-REASON_STEPS = 120
-# 学生的宽与层：参数约是 tiny 的四分之一
-STUDENT = (96, 4)
+# 与 benchmarks/stages 里三个种子测过的设置相同
+LORA = {"batch_size": 4, "epochs": 4}
+DPO = {"batch_size": 16, "learning_rate": 1.8e-4, "embed_lr_scale": 0.5, "sft_coef": 1.0}
+REASON_STEPS = 200
+# 学生的宽与层：参数是 tiny 的四分之一多；先预训练不多的几步，再有无教师各学一遍
+STUDENT = {"hidden_size": 96, "num_hidden_layers": 4}
+STUDENT_PRETRAIN = {"max_steps": 300, "learning_rate": 1e-2, "schedule": "wsd", "decay_ratio": 0.7}
+STUDENT_STEPS, STUDENT_LR = 120, 3e-3
 
 
 def easy(results: list[Answered], skip: tuple[str, ...] = ()) -> list[Answered]:
@@ -23,8 +24,7 @@ def easy(results: list[Answered], skip: tuple[str, ...] = ()) -> list[Answered]:
 
 def lora_arguments(road: Road) -> lora.LoRAArguments:
     """与 ``minimind lora`` 是同一个 dataclass；以下各段同理。"""
-    plan = {"batch_size": LORA_ROWS, "epochs": 100, "max_steps": road.steps(LORA_STEPS)}
-    return lora.LoRAArguments(**road.common(**plan), **road.data("lora_identity"))
+    return lora.LoRAArguments(**road.common(**LORA), **road.data("lora_identity"))
 
 
 def run_lora(road: Road) -> None:
@@ -41,8 +41,7 @@ def run_lora(road: Road) -> None:
 
 
 def dpo_arguments(road: Road) -> dpo.DPOArguments:
-    plan = {"batch_size": DPO_PAIRS, "epochs": 100, "max_steps": road.steps(DPO_STEPS)}
-    return dpo.DPOArguments(**road.common(**plan), **road.data("dpo"))
+    return dpo.DPOArguments(**road.common(**DPO), **road.data("dpo"))
 
 
 def run_dpo(road: Road) -> None:
@@ -58,33 +57,46 @@ def run_dpo(road: Road) -> None:
     road.score("对话答对", accuracy(before), accuracy(after))
 
 
+def student_start(road: Road) -> pretrain.PretrainArguments:
+    """学生自己的预训练，两边共用。"""
+    plan = {**STUDENT_PRETRAIN, "max_steps": road.steps(STUDENT_PRETRAIN["max_steps"])}
+    common = road.common(preset=None, **STUDENT, **plan, epochs=100, save_weight="student_pretrain")
+    return pretrain.PretrainArguments(**common, **road.data("pretrain"))
+
+
 def student_arguments(road: Road) -> full_sft.SFTArguments:
-    """没有教师的学生：同样的尺寸、数据、次序与步数，只有交叉熵。"""
-    width, layers = STUDENT
-    plan = {"epochs": 100, "max_steps": road.steps(STUDENT_STEPS), "learning_rate": 6e-3}
-    size = {"preset": None, "hidden_size": width, "num_hidden_layers": layers}
-    return full_sft.SFTArguments(
-        **road.common(**size, **plan, from_weight="none", save_weight="student"), **road.data("sft")
-    )
+    """没有教师的学生：同样的起点、数据、次序、步数与学习率，只有交叉熵。"""
+    plan = {"epochs": 100, "max_steps": road.steps(STUDENT_STEPS), "learning_rate": STUDENT_LR}
+    start = {"from_weight": "student_pretrain", "save_weight": "student"}
+    return full_sft.SFTArguments(**road.common(preset=None, **STUDENT, **plan, **start), **road.data("sft"))
 
 
 def distill_arguments(road: Road) -> distillation.DistillationArguments:
-    width, layers = STUDENT
-    plan = {"epochs": 100, "max_steps": road.steps(STUDENT_STEPS), "learning_rate": 6e-3}
-    size = {"preset": None, "student_hidden_size": width, "student_num_layers": layers}
-    return distillation.DistillationArguments(
-        **road.common(**size, **plan, from_student_weight="none"), **road.data("sft")
-    )
+    plan = {"epochs": 100, "max_steps": road.steps(STUDENT_STEPS), "learning_rate": STUDENT_LR}
+    size = {
+        "student_hidden_size": STUDENT["hidden_size"],
+        "student_num_layers": STUDENT["num_hidden_layers"],
+        "from_student_weight": "student_pretrain",
+    }
+    return distillation.DistillationArguments(**road.common(preset=None, **size, **plan), **road.data("sft"))
 
 
 def run_distill(road: Road) -> None:
     """四分之一大的学生：自己学，与跟着教师学，训练量相同。"""
+    pretrain.run(student_start(road))
     alone, taught = full_sft.run(student_arguments(road)), distillation.run(distill_arguments(road))
     road.draw_curve("distill", "蒸馏曲线：没有教师与有教师", alone.log, taught.log)
-    width = STUDENT[0]
+    width = STUDENT["hidden_size"]
     before = road.sit("student", road.load("student", hidden_size=width), road.papers.easy, "没有教师的学生")
     after = road.sit("distill", road.load("full_dist", hidden_size=width), road.papers.easy, "有教师的学生")
     road.score("小学生对话答对（没有教师 → 有）", accuracy(before), accuracy(after))
+    road.score(
+        "留出对话的交叉熵（没有教师 → 有，越低越好）",
+        alone.metrics["val_loss"],
+        taught.metrics["val_ce"],
+        kind="number",
+        higher_is_better=False,
+    )
 
 
 def reason_arguments(road: Road, data: str) -> reason.ReasonArguments:
