@@ -47,13 +47,13 @@ class Stopped:
     rounds: int
 
 
-def reply_message(reply: Reply) -> dict[str, Any]:
-    """解析好的回答 → 历史里的一条消息。
+def reply_message(reply: Reply, enable_thinking: bool | None = None) -> dict[str, Any]:
+    """解析好的回答 → 历史里的一条消息；生成时的思考开关也要给，关着时提示里预填的空思考块才会留在历史里。
 
     写坏的调用不能放进 ``tool_calls``（那里要求合法的 JSON），就把原文放回标签里；渲染出来与模型写的一致。
     """
     message: dict[str, Any] = {"role": "assistant", "content": reply.text}
-    if reply.reasoning:
+    if reply.reasoning or enable_thinking is False:
         message["reasoning_content"] = reply.reasoning
     if any(call.error for call in reply.calls):
         calls = "\n".join(f"{TOOL_CALL}{call.raw}{END_TOOL_CALL}" for call in reply.calls)
@@ -111,7 +111,7 @@ class ToolSession:
             for event in self._generate(turn, start):
                 reply.add(event)
                 yield event
-            turn.append(reply_message(reply))
+            turn.append(reply_message(reply, self.chat.enable_thinking))
             if not reply.calls:
                 break
             if done == self.max_rounds:

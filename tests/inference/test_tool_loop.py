@@ -31,6 +31,9 @@ def make_session(tokenizer, monkeypatch, replies, **options):
     def speak(model, ids, **_):
         seen.append(tokenizer.decode(ids))
         written = encode_chat(tokenizer, [{"role": "assistant", **next(script)}]).ids[start:]
+        if seen[-1].endswith("<think>\n"):  # 提示里预填了 <think> 与换行，模型从思考的正文写起
+            assert tokenizer.decode(written[:2]) == "<think>\n"
+            written = written[2:]
         return iter(written[: written.index(tokenizer.eos_token_id)])
 
     monkeypatch.setattr(tool_loop, "stream_tokens", speak)
@@ -56,6 +59,22 @@ def test_调用_结果_回答_走完一圈(tokenizer, monkeypatch):
     # 第二次的提示以第一次的提示为前缀：KV 缓存可以接着用
     assert seen[1].startswith(seen[0])
     assert session.speed.tokens > 0
+
+
+@pytest.mark.parametrize("switch", [None, False, True])
+def test_思考开关三种状态下_后一次的提示都以前一次写完为止的全文开头(tokenizer, monkeypatch, switch):
+    """否则 KV 缓存接不上，模型看到的历史也与它写的不同。"""
+    first = call("calculator", expression="1+1") | ({"reasoning_content": "想想"} if switch else {})
+    session, seen = make_session(
+        tokenizer,
+        monkeypatch,
+        [first, {"content": "2"} | ({"reasoning_content": "嗯"} if switch else {})],
+        enable_thinking=switch,
+    )
+    list(session.reply("1+1？"))
+    tail = {None: "", False: "<think>\n\n</think>\n\n", True: "<think>\n"}[switch]
+    assert seen[0].endswith(f"assistant\n{tail}") and seen[1].startswith(seen[0])
+    assert session.turns[0][1].get("reasoning_content") == {None: None, False: "", True: "想想"}[switch]
 
 
 def test_一次几个调用_逐个给结果(tokenizer, monkeypatch):
