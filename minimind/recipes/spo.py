@@ -124,6 +124,7 @@ def start_tracker(run: Run, collector: Collector, tracker: PromptTracker, to_uni
     """每个提示采样 ``--offline_samples`` 条定起点；各进程分着做。"""
     args, mine, found = run.args, range(run.rank, len(run.train_ds), run.world_size), []
     say(f"给 {len(run.train_ds):,} 个提示各采样 {args.offline_samples} 条，定记分牌的起点……")
+    collector.push_weights(run)
     for start in track(range(0, len(mine), args.rollout_slots), "定起点", unit="批"):
         prompts = list(mine[start : start + args.rollout_slots])
         experience, _ = collector.sample(run, prompts, args.offline_samples, mix_seeds(args.seed, -1 - start))

@@ -15,7 +15,7 @@ from minimind.rl.objectives import mean_and_std, moments, zero_spread
 from minimind.rl.rewards import Rewards, make_samples
 from minimind.rl.rollout import LocalRollout, Rollout, response_batch
 from minimind.trainer.device import mix_seeds
-from minimind.trainer.distributed import all_reduce_sum, gather_objects, is_main_process
+from minimind.trainer.distributed import all_reduce_sum, barrier, gather_objects, is_main_process
 from minimind.trainer.run import Run
 from minimind.trainer.step import Window
 
@@ -106,10 +106,19 @@ class Collector:
 
     def collect(self, run: Run, prompts: list[int]) -> Experience:
         """答这几个提示（训练集里的编号，可以一个也没有），打分，记下体征；每个进程都要调用。"""
+        self.push_weights(run)
         seed = mix_seeds(self.args.seed, run.state.step, run.rank)
         experience, parts = self.sample(run, prompts, self.args.num_generations, seed)
         self._record(run, experience, parts)
         return experience
+
+    def push_weights(self, run: Run) -> None:
+        """把此刻的策略交给远处的采样服务；在本进程里采样时什么也不做。每个进程都要调用。"""
+        if self.args.rollout_url:
+            model = self.policy(run.model)
+            if is_main_process():
+                self._sampler(run, model).push_weights(model)
+            barrier()  # 权重送到之前谁也别采样
 
     def sample(
         self, run: Run, prompts: list[int], num_generations: int, seed: int
@@ -127,15 +136,13 @@ class Collector:
         args = self.args
         options = {"max_new_tokens": args.max_gen_len, "temperature": args.temperature}
         if self.sampler is None and args.rollout_url:
-            from minimind.rl.rollout import RemoteRollout
+            from minimind.rl.remote import RemoteRollout
 
             self.sampler = RemoteRollout(args.rollout_url, self.tokenizer, **options)
         elif self.sampler is None:
             self.sampler = LocalRollout(
                 model, self.tokenizer, max_slots=args.rollout_slots, dtype=run.dtype, **options
             )
-        if args.rollout_url and is_main_process():
-            self.sampler.push_weights(model)
         return self.sampler
 
     def _record(self, run: Run, experience: Experience, parts: dict[str, Tensor]) -> None:

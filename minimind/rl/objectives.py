@@ -68,9 +68,9 @@ def group_advantages(
     Returns:
         ``[R]``；全组同分的是 0。
     """
-    groups = rewards.view(-1, num_generations)
+    groups = rewards.view(len(rewards) // num_generations, num_generations)  # 可以一条也没有
     centered = groups - groups.mean(dim=1, keepdim=True)
-    if scale == "group" and num_generations > 1:
+    if scale == "group" and num_generations > 1 and len(groups):
         centered = centered / (groups.std(dim=1, keepdim=True) + SCALE_EPSILON)
     elif scale == "batch":
         centered = centered / (
@@ -81,7 +81,7 @@ def group_advantages(
 
 def zero_spread(rewards: Tensor, num_generations: int) -> Tensor:
     """``[R / num_generations]`` bool：哪些组全组同分，没有可学的。"""
-    groups = rewards.view(-1, num_generations)
+    groups = rewards.view(len(rewards) // num_generations, num_generations)
     return (groups.amax(dim=1) - groups.amin(dim=1)) <= 1e-8
 
 
@@ -98,7 +98,7 @@ def token_rewards(
         ``[N]``。
     """
     rewards = -kl_coef * (logp - ref_logp)
-    last = torch.tensor(lengths).cumsum(0) - 1
+    last = torch.tensor(lengths, dtype=torch.int64).cumsum(0) - 1
     return rewards.index_add(0, last.to(rewards.device), scores.to(rewards))
 
 
@@ -117,6 +117,8 @@ def gae(
     Returns:
         优势 ``[N]`` 与回报 ``[N]``。
     """
+    if not lengths:  # 没有分到样本的进程
+        return rewards, values
     padded_rewards, padded_values = (  # [R, T]，右侧补零：补的地方 δ = 0，正好充当终点
         pad_sequence(x.split(lengths), batch_first=True) for x in (rewards, values)
     )

@@ -49,6 +49,13 @@ def test_只有一条的组没有优势也没有_NaN():
     close(obj.group_advantages(torch.tensor([1.0, 0.5]), 1), [0, 0])
 
 
+def test_没有样本的进程():
+    assert obj.group_advantages(torch.zeros(0), 4).shape == (0,)
+    assert obj.zero_spread(torch.zeros(0), 4).shape == (0,)
+    assert obj.gae(torch.zeros(0), torch.zeros(0), [])[0].shape == (0,)
+    assert obj.token_rewards(torch.zeros(0), torch.zeros(0), torch.zeros(0), [], 0.1).shape == (0,)
+
+
 def test_奖励整体加减乘不改变优势():
     torch.manual_seed(0)
     rewards = torch.rand(12)
