@@ -71,7 +71,7 @@ def modelfile(source: Source, gguf_name: str, context: int = 2048) -> str:
     """
     template = PLAIN
     if not source.plain:
-        template = CHAT.replace("@HEAD@", TOOLS_HEAD).replace("@TAIL@", TOOLS_TAIL)
+        template = CHAT.replace("@HEAD@", TOOLS_HEAD.rstrip("\n")).replace("@TAIL@", TOOLS_TAIL)
     by_id = {token_id: token for token, token_id in source.tokenizer.get_vocab().items()}
     stops = "".join(f'PARAMETER stop "{by_id[token_id]}"\n' for token_id in source.stop_ids)
     return (

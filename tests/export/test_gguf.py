@@ -17,6 +17,7 @@ from minimind.export.gguf_tokenizer import pre_tokenizer_name
 from minimind.export.layouts import hf_config
 from minimind.export.ollama import modelfile
 from minimind.tokenizer import load_tokenizer
+from minimind.tokenizer.render import TOOLS_HEAD
 
 gguf = pytest.importorskip("gguf", reason='没有安装 gguf：pip install "minimind[export]"')
 
@@ -199,6 +200,7 @@ def test_Modelfile_的布局与停止符(make_source):
     text = modelfile(source, "m.gguf")
     assert 'PARAMETER stop "<|im_end|>"' in text and "@" not in text
     template = re.search(r'TEMPLATE """(.*)"""', text, re.DOTALL)[1]
+    assert f"{TOOLS_HEAD}{{{{ range" in template  # 工具说明后面恰好一个换行
     opened = len(re.findall(r"{{-? ?(?:if|range)\b", template))
     assert opened == len(re.findall(r"{{-? ?end\b", template))
     source.plain = True  # 预训练权重只会续写，不套对话模板
