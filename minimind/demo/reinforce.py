@@ -8,7 +8,7 @@ from minimind.rl.arguments import RLArguments
 from minimind.trainer.loop import TrainResult
 
 # 每步采样 16 题 × 8 条（PPO、SPO 是 128 题 × 1 条），三种算法相同
-RL_STEPS, PROMPTS, GENERATIONS, MAX_LENGTH = 60, 16, 8, 64
+RL_STEPS, PROMPTS, GENERATIONS, MAX_LENGTH = 45, 16, 8, 64
 
 
 def rl_common(road: Road, generations: int) -> dict:
@@ -22,7 +22,7 @@ def rl_common(road: Road, generations: int) -> dict:
         max_steps=road.steps(RL_STEPS),
         max_gen_len=length,
         log_interval=5,
-        eval_interval=20,
+        eval_interval=15,
         **road.data("rl"),
     )
 
@@ -30,7 +30,8 @@ def rl_common(road: Road, generations: int) -> dict:
 def ppo_arguments(road: Road) -> RLArguments:
     from minimind.recipes.ppo import PPOArguments
 
-    return PPOArguments(**rl_common(road, 1))
+    # 走两轮多用六成时间；价值网络从头学，步子大些
+    return PPOArguments(**rl_common(road, 1), ppo_epochs=1, critic_learning_rate=1e-3)
 
 
 def grpo_arguments(road: Road) -> RLArguments:
