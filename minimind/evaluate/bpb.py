@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from minimind.console import progress
 from minimind.dataset import PretrainDataset, SFTDataset, collate_packed
@@ -109,10 +111,11 @@ def _measure(
         counted["bytes"] += int(count_bytes(batch, byte_lengths))
         return batch
 
+    ours = model.config.model_type == "minimind"
     result = validate(
         model,
         dataset,
-        language_model_loss,
+        language_model_loss if ours else packed_loss,
         collate,
         batch_size=batch_size,
         device=next(model.parameters()).device,
@@ -120,3 +123,23 @@ def _measure(
         max_rows=max_rows,
     )
     return {"bpb": result["val_bpb"], "loss": result["val_loss"], **counted}
+
+
+def packed_loss(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """别家结构在打包的批上的损失：它们不认 ``cu_seqlens``，就把“注意力不出文档”写成 4 维掩码。
+
+    Returns:
+        目标词元上的负对数似然之和、目标数、空的 metrics；与 ``language_model_loss`` 同形。
+    """
+    ids, labels = batch["input_ids"], batch["labels"]
+    places = torch.arange(ids.numel(), device=ids.device)
+    document = torch.bucketize(places, batch["cu_seqlens"][1:].long(), right=True).view_as(ids)
+    visible = (document.unsqueeze(2) == document.unsqueeze(1)).tril().unsqueeze(1)
+    bias = torch.zeros(visible.shape, dtype=model.dtype, device=ids.device)
+    bias.masked_fill_(~visible, torch.finfo(model.dtype).min)
+    logits = model(
+        input_ids=ids, position_ids=batch["position_ids"], attention_mask=bias, use_cache=False
+    ).logits
+    targets = labels[:, 1:].flatten()
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, reduction="sum", ignore_index=-100)
+    return loss, (targets != -100).sum(), {}
