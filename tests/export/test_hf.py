@@ -16,6 +16,7 @@ from minimind.export import hf
 from minimind.export.cli import main_hf
 from minimind.export.hf import export_hf
 from minimind.export.source import open_source
+from minimind.inference.loading import load_for_inference
 from minimind.tokenizer import encode_chat, load_tokenizer
 
 TOOL = {
@@ -87,11 +88,15 @@ def test_v2_混合专家带着模型文件_没装本项目也能打开(make_sour
         "assert type(model).__module__.startswith('transformers_modules.'), type(model)\n"
         "torch.save(model(torch.load(sys.argv[2])).logits.detach(), sys.argv[3])\n"
     )
+    here = load_for_inference(load_from=str(tmp_path / "hf"), device="cpu", dtype="float32").model
+    assert type(here) is type(ours)  # 装了本项目时用自己的类，不执行目录里的代码
     torch.save(ids, tmp_path / "ids.pt")
     names = [str(tmp_path / name) for name in ("hf", "ids.pt", "logits.pt")]
     subprocess.run([sys.executable, "-c", code, *names], check=True, cwd=tmp_path, timeout=120)
     with torch.no_grad():
-        assert (torch.load(tmp_path / "logits.pt") - ours(ids).logits).abs().max() < 1e-4
+        expected = ours(ids).logits
+        assert torch.equal(here(ids).logits, expected)
+    assert (torch.load(tmp_path / "logits.pt") - expected).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
