@@ -7,11 +7,13 @@ import logging
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from fastapi.staticfiles import StaticFiles
 from starlette.concurrency import run_in_threadpool
 
 from minimind.errors import UserError
@@ -27,6 +29,12 @@ from minimind.tokenizer import encode_plain
 
 log = logging.getLogger("minimind.serve")
 
+STATIC = Path(__file__).parent / "static"
+# 页面只用自己的脚本与样式；样式里的宽度是逐个设的，所以放行内联样式
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:",
+    "Cache-Control": "no-cache",
+}
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -62,6 +70,7 @@ def create_app(
     add_models(app)
     add_tokens(app)
     add_status(app, metrics)
+    add_page(app)
     return app
 
 
@@ -167,3 +176,12 @@ def add_status(app: FastAPI, metrics: Metrics) -> None:
         table = app.state.table
         metrics.in_flight.set(sum(runner.in_flight for runner in table.runners) if table else 0)
         return Response(metrics.render(), media_type=metrics.content_type)
+
+
+def add_page(app: FastAPI) -> None:
+    """网页：几个静态文件，不用外部资源。"""
+    app.mount("/static", StaticFiles(directory=STATIC), name="static")
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return FileResponse(STATIC / "index.html", headers=PAGE_HEADERS)
