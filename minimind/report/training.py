@@ -44,6 +44,10 @@ def summarize(records: list[dict]) -> str:
     _, bpb = series(records, "val_bpb")
     if bpb:
         parts.append(f"验证每字节比特 {bpb[0]:.3f} → {bpb[-1]:.3f}（最低 {min(bpb):.3f}）")
+    for key, name in (("reward", "奖励"), ("val_reward", "留出题得分"), ("accuracy", "分得清好坏")):
+        _, values = series(records, key)
+        if values:
+            parts.append(f"{name} {values[0]:.3f} → {values[-1]:.3f}")
     return "，".join(parts)
 
 

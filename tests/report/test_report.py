@@ -79,5 +79,40 @@ def test_画曲线(tmp_path, monkeypatch, recwarn, font):
     assert not (tmp_path / "none.png").exists()
     bars = curves.plot_tasks({"add": 0.0}, {"add": 0.9, "sort": 0.8}, tmp_path / "tasks.png")
     assert png_size(bars)[1] > 100
+    rewards = [{"step": s, "reward": s / 20} for s in range(1, 20)]
+    both = curves.plot_rewards({"GRPO": (rewards, 128), "SPO": (rewards, 128)}, tmp_path / "rewards.png")
+    board = curves.plot_scores([("预训练：填空", None, 0.8), ("DPO：客气", 0.1, 0.9)], tmp_path / "board.png")
+    assert png_size(both)[0] > png_size(board)[0] > 300
     # 画不出的字会有 Glyph missing 警告
     assert not [w for w in recwarn if "missing from" in str(w.message)]
+
+
+@pytest.mark.parametrize(
+    ("keys", "panels"),
+    [
+        (("loss", "val_loss", "val_bpb"), ["loss", "val_bpb"]),
+        (("loss", "val_loss"), ["loss", "val_loss"]),
+        (("loss", "margin", "accuracy"), ["margin", "accuracy", "loss"]),
+        (("loss", "reward", "entropy", "val_reward"), ["reward", "val_reward", "entropy"]),
+        (("lr",), []),
+    ],
+)
+def test_画哪几格由日志里有什么决定(keys, panels):
+    logs = {"a": [{"step": 1, keys[0]: 0.5}], "b": [{"step": 2, **dict.fromkeys(keys, 0.5)}]}
+    assert [panel[0] for panel in curves.choose_panels(logs)] == panels
+
+
+def test_横轴是采样的条数(tmp_path, monkeypatch):
+    """预算相同才好比：步数不同、每步条数不同的两次，走到同一处。"""
+    drawn = []
+    monkeypatch.setattr(curves, "_save", lambda figure, style, path: drawn.append(figure) or path)
+    few = [{"step": s, "reward": 0.1} for s in (1, 8)]
+    many = [{"step": s, "reward": 0.2} for s in (1, 4)]
+    curves.plot_rewards({"GRPO": (few, 64), "SPO": (many, 128)}, tmp_path / "r.png")
+    lines = drawn[0].axes[0].get_lines()
+    assert [line.get_xdata()[-1] for line in lines] == [512, 512]
+
+
+def test_没走完的阶段写在报告里():
+    report = Report(title="演示", failures={"DPO": "显存不够|在第 3 步"})
+    assert "| DPO | `显存不够\\|在第 3 步` |" in report.to_markdown()

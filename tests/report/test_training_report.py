@@ -40,3 +40,11 @@ def test_只看一个名字(tmp_path):
 def test_没有日志_说出去哪里找(tmp_path, capsys):
     assert training.main(["--save_dir", str(tmp_path)]) == 2
     assert "先运行一个训练命令" in capsys.readouterr().err
+
+
+def test_强化学习与偏好的摘要说奖励与准确率():
+    rewards = [{"step": s, "loss": 0.0, "reward": s / 10} for s in (1, 5)] + [{"step": 5, "val_reward": 0.75}]
+    assert "奖励 0.100 → 0.500，留出题得分 0.750 → 0.750" in training.summarize(rewards)
+    assert "分得清好坏 0.500 → 0.900" in training.summarize(
+        [{"step": 1, "accuracy": 0.5}, {"step": 2, "accuracy": 0.9}]
+    )
