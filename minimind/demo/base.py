@@ -39,10 +39,15 @@ def run_pretrain(road: Road) -> None:
     base = road.load("pretrain")
     bpb = heldout_bpb(road, base.model, base.tokenizer)
     road.score(
-        "每字节比特（留出文本，越低越好）", road.untrained_bpb, bpb, kind="number", higher_is_better=False
+        "每字节比特（留出文本，越低越好）",
+        "pretrain: bits per byte",
+        road.untrained_bpb,
+        bpb,
+        kind="number",
+        higher_is_better=False,
     )
     cloze = road.sit("cloze", base, road.papers.cloze, "填空", max_new_tokens=16)
-    road.score(f"填空答对（留出 {len(cloze)} 题）", None, accuracy(cloze))
+    road.score(f"填空答对（留出 {len(cloze)} 题）", "pretrain: cloze", None, accuracy(cloze))
     road.sit("before_sft", base, road.papers.chats, "微调前的对话", max_new_tokens=32)
 
 
@@ -54,7 +59,7 @@ def run_sft(road: Road) -> None:
     for level, title in (("easy", "对话答对"), ("hard", "难题答对（多步、多位数）")):
         if new := of_level(after, level):
             old = accuracy(of_level(before, level)) if before else None
-            road.score(f"{title}（留出 {len(new)} 题）", old, accuracy(new))
+            road.score(f"{title}（留出 {len(new)} 题）", f"sft: {level} dialogue", old, accuracy(new))
     road.report.tasks = task_table(before, after)
     road.report.samples = pick_samples(before, after)
     road.draw_tasks()

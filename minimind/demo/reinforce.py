@@ -23,6 +23,7 @@ def rl_common(road: Road, generations: int) -> dict:
         max_gen_len=length,
         log_interval=5,
         eval_interval=15,
+        val_max_rows=8 if road.args.fast else 0,
         **road.data("rl"),
     )
 
@@ -53,7 +54,9 @@ def finish(road: Road, name: str, arguments: RLArguments, result: TrainResult) -
     road.draw_rewards()
     before = road.tuned("multistep")
     after = road.sit(name, road.load(arguments.save_weight), road.papers.multistep, "多步题")
-    road.score(f"多步题答对（留出 {len(after)} 题）", accuracy(before), accuracy(after))
+    road.score(
+        f"多步题答对（留出 {len(after)} 题）", f"{name}: multi-step", accuracy(before), accuracy(after)
+    )
 
 
 def run_ppo(road: Road) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from minimind.demo.arguments import ROW_LENGTH, DemoArguments
 from minimind.demo.exam import Papers
-from minimind.evaluate.microworld import Answered, evaluate_items
+from minimind.evaluate.microworld import Answered, accuracy, evaluate_items
 from minimind.paths import resolve_path
 from minimind.report.build import write_answers
 from minimind.report.curves import plot_rewards, plot_scores, plot_stage, plot_tasks
@@ -105,9 +105,9 @@ class Road:
 
     # ---- 报告 ----
 
-    def score(self, name: str, before: float | None, after: float, **options: Any) -> None:
-        """记分牌上添一行。"""
-        self.report.metrics.append(Metric(self.title, name, before, after, **options))
+    def score(self, name: str, english: str, before: float | None, after: float, **options: Any) -> None:
+        """记分牌上添一行；``english`` 是没有中文字体时图上的短名。"""
+        self.report.metrics.append(Metric(self.title, name, before, after, english=english, **options))
 
     def folder(self) -> Path:
         """报告的目录，没有就建立。"""
@@ -131,7 +131,7 @@ class Road:
     def draw_rewards(self) -> None:
         """已走完的强化学习阶段的奖励，横轴是采样的条数：同样的预算，谁学得快。"""
         curves = {name: (read_log(log), rollouts) for name, (log, rollouts) in self.rewards.items()}
-        plot_rewards(curves, self.folder() / "rewards.png")
+        plot_rewards(curves, self.folder() / "rewards.png", accuracy(self.tuned("multistep")))
         self.report.figures["rewards.png"] = "强化学习的奖励，横轴是采样了多少条回答"
 
     def write_report(self) -> Path:
@@ -141,7 +141,8 @@ class Road:
 
     def draw_scoreboard(self) -> None:
         """记分牌的图，全程走完才画。"""
-        rows = [(f"{m.stage}：{m.name}", m.before, m.after) for m in self.report.metrics if m.kind == "ratio"]
+        ratios = [metric for metric in self.report.metrics if metric.kind == "ratio"]
+        rows = [(f"{m.stage}：{m.name}", m.english, m.before, m.after) for m in ratios]
         if rows:
             plot_scores(rows, self.folder() / "scoreboard.png")
             self.report.figures["scoreboard.png"] = "各阶段前后"

@@ -59,6 +59,8 @@ STUDENT_COSTS = (
 )
 # 一条采样：约三十个词元的提示、十几到三十个词元的回答，逐词写出来，再前向反向一遍（PPO 另有价值网络与几轮更新）
 ROLLOUTS = reinforce.PROMPTS * reinforce.GENERATIONS
+# 开训前、途中三次、结束后
+RL_EXAMS = ("multistep",) * 5
 
 STAGES: dict[str, Stage] = {
     "pretrain": Stage(
@@ -110,20 +112,20 @@ STAGES: dict[str, Stage] = {
         "价值网络估计写到一半能得几分，比估计的好就多写",
         reinforce.run_ppo,
         steps_of(reinforce.RL_STEPS, ROLLOUTS, 150.0),
-        ("multistep",),
+        RL_EXAMS,
     ),
     "grpo": Stage(
         "GRPO",
         "同一道题答八遍，比同组平均好的多写",
         reinforce.run_grpo,
         steps_of(reinforce.RL_STEPS, ROLLOUTS, 95.0),
-        ("multistep",),
+        RL_EXAMS,
     ),
     "spo": Stage(
         "SPO",
         "每题只答一遍，和它自己过去的成绩比",
         reinforce.run_spo,
         steps_of(reinforce.RL_STEPS, ROLLOUTS, 105.0),
-        ("multistep",),
+        RL_EXAMS,
     ),
 }

@@ -34,10 +34,15 @@ def run_lora(road: Road) -> None:
     road.draw_curve("lora", "LoRA 曲线", result.log)
     model = road.load("full_sft", lora_weight="lora_identity")
     after = road.sit("lora_identity", model, road.papers.identity, "新身份")
-    road.score(f"新身份答对（留出 {len(after)} 题）", accuracy(before), accuracy(after))
+    road.score(f"新身份答对（留出 {len(after)} 题）", "lora: new identity", accuracy(before), accuracy(after))
     # 旧身份的题自然答不对了，不算“忘了”
     rest = easy(road.sit("lora_easy", model, road.papers.easy, "别的忘了没有"), skip=("identity",))
-    road.score("别的对话答对", accuracy(easy(road.tuned("chats"), skip=("identity",))), accuracy(rest))
+    road.score(
+        "别的对话答对",
+        "lora: other dialogue",
+        accuracy(easy(road.tuned("chats"), skip=("identity",))),
+        accuracy(rest),
+    )
 
 
 def dpo_arguments(road: Road) -> dpo.DPOArguments:
@@ -52,9 +57,9 @@ def run_dpo(road: Road) -> None:
         easy(road.tuned("chats")),
         road.sit("dpo", road.load("dpo"), road.papers.easy, "答得客气吗"),
     )
-    road.score("分得清好坏（留出的偏好对）", None, result.metrics["val_accuracy"])
-    road.score("开口客气的回答", polite_share(before), polite_share(after))
-    road.score("对话答对", accuracy(before), accuracy(after))
+    road.score("分得清好坏（留出的偏好对）", "dpo: preference accuracy", None, result.metrics["val_accuracy"])
+    road.score("开口客气的回答", "dpo: polite answers", polite_share(before), polite_share(after))
+    road.score("对话答对", "dpo: dialogue", accuracy(before), accuracy(after))
 
 
 def student_start(road: Road) -> pretrain.PretrainArguments:
@@ -89,9 +94,15 @@ def run_distill(road: Road) -> None:
     width = STUDENT["hidden_size"]
     before = road.sit("student", road.load("student", hidden_size=width), road.papers.easy, "没有教师的学生")
     after = road.sit("distill", road.load("full_dist", hidden_size=width), road.papers.easy, "有教师的学生")
-    road.score("小学生对话答对（没有教师 → 有）", accuracy(before), accuracy(after))
+    road.score(
+        "小学生对话答对（没有教师 → 有）",
+        "distill: student without, with teacher",
+        accuracy(before),
+        accuracy(after),
+    )
     road.score(
         "留出对话的交叉熵（没有教师 → 有，越低越好）",
+        "distill: cross-entropy",
         alone.metrics["val_loss"],
         taught.metrics["val_ce"],
         kind="number",
@@ -113,6 +124,16 @@ def run_reason(road: Road) -> None:
         results[data] = road.sit(data, road.load(data), road.papers.multistep, "多步题")
     road.draw_curve("reason", "推理曲线：只报答案与先想再答", *logs)
     direct, thought = results["reason_direct"], results["reason"]
-    road.score(f"多步题答对（留出 {len(thought)} 题）", accuracy(road.tuned("multistep")), accuracy(thought))
-    road.score("训练量相同（只报答案 → 先想再答）", accuracy(direct), accuracy(thought))
-    road.score("标签完整、自己停下", None, well_formed_share(thought))
+    road.score(
+        f"多步题答对（留出 {len(thought)} 题）",
+        "reason: multi-step",
+        accuracy(road.tuned("multistep")),
+        accuracy(thought),
+    )
+    road.score(
+        "训练量相同（只报答案 → 先想再答）",
+        "reason: direct, with thinking",
+        accuracy(direct),
+        accuracy(thought),
+    )
+    road.score("标签完整、自己停下", "reason: well-formed", None, well_formed_share(thought))

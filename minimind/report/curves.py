@@ -133,11 +133,14 @@ def plot_stage(records: list[dict] | dict[str, list[dict]], title: str, path: st
     return _save(figure, style, Path(path))
 
 
-def plot_rewards(runs: dict[str, tuple[list[dict], int]], path: str | Path) -> Path:
+def plot_rewards(
+    runs: dict[str, tuple[list[dict], int]], path: str | Path, start: float | None = None
+) -> Path:
     """几种强化学习的奖励画在一张图里，横轴是采样了多少条：预算相同才比得出谁学得快。
 
     Args:
         runs: ``{名字: (日志, 每步采样多少条)}``，名字用 ASCII。
+        start: 训练前留出题的得分，几种共同的起点。
     """
     label = labeler()
     figure, axes, style = _new_figure(2, 9.0, 3.4)
@@ -148,7 +151,11 @@ def plot_rewards(runs: dict[str, tuple[list[dict], int]], path: str | Path) -> P
     for axis, (key, chinese, english) in zip(axes, panels):
         for color, (name, (records, rollouts)) in zip(COLORS, runs.items()):
             steps, values = series(records, key)
-            marker = {"marker": "o", "markersize": 3} if key == "val_reward" else {}
+            marker = {}
+            if key == "val_reward":
+                marker = {"marker": "o", "markersize": 3}
+                if start is not None:
+                    steps, values = [0, *steps], [start, *values]
             axis.plot(
                 [step * rollouts for step in steps], values, color=color, linewidth=1.6, label=name, **marker
             )
@@ -179,21 +186,20 @@ def plot_tasks(before: dict[str, float], after: dict[str, float], path: str | Pa
     return _save(figure, style, Path(path))
 
 
-def plot_scores(rows: list[tuple[str, float | None, float]], path: str | Path) -> Path:
+def plot_scores(rows: list[tuple[str, str, float | None, float]], path: str | Path) -> Path:
     """记分牌的图：每行一条，前后两点连成线。
 
     Args:
-        rows: ``(名字, 之前, 之后)``，0 到 1；没有之前的只画一点。名字有汉字而没有中文字体时只写序号，对照表格。
+        rows: ``(中文名, English, 之前, 之后)``，0 到 1；没有之前的只画一点。
     """
     label = labeler()
     figure, (axis,), style = _new_figure(1, 8.0, 1.0 + 0.36 * len(rows))
-    for y, (_, before, after) in enumerate(reversed(rows)):
+    for y, (*_, before, after) in enumerate(reversed(rows)):
         if before is not None:
             axis.plot([before * 100, after * 100], [y, y], color="#999999", linewidth=1.5, zorder=1)
             axis.scatter([before * 100], [y], color=ORANGE, s=36, zorder=2, label=label("之前", "before"))
         axis.scatter([after * 100], [y], color=BLUE, s=36, zorder=3, label=label("之后", "after"))
-    names = [label(name, f"#{number}") for number, (name, _, _) in enumerate(rows, 1)]
-    axis.set_yticks(range(len(rows)), names[::-1])
+    axis.set_yticks(range(len(rows)), [label(*names) for *names, _, _ in reversed(rows)])
     axis.set(
         xlim=(-2, 102), title=label("各阶段前后（%，留出题）", "before and after each stage (%, held out)")
     )

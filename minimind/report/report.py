@@ -18,6 +18,7 @@ class Metric:
         before, after: 阶段前后的值；没有「之前」时为 ``None``。
         kind: ``ratio`` 按百分数显示，``number`` 按三位小数。
         higher_is_better: 决定涨是好事还是坏事。
+        english: 画图时没有中文字体用的短名。
     """
 
     stage: str
@@ -26,6 +27,7 @@ class Metric:
     after: float
     kind: str = "ratio"
     higher_is_better: bool = True
+    english: str = ""
 
     def show(self, value: float | None) -> str:
         if value is None:

@@ -81,7 +81,9 @@ def test_画曲线(tmp_path, monkeypatch, recwarn, font):
     assert png_size(bars)[1] > 100
     rewards = [{"step": s, "reward": s / 20} for s in range(1, 20)]
     both = curves.plot_rewards({"GRPO": (rewards, 128), "SPO": (rewards, 128)}, tmp_path / "rewards.png")
-    board = curves.plot_scores([("预训练：填空", None, 0.8), ("DPO：客气", 0.1, 0.9)], tmp_path / "board.png")
+    board = curves.plot_scores(
+        [("预训练：填空", "cloze", None, 0.8), ("DPO：客气", "polite", 0.1, 0.9)], tmp_path / "board.png"
+    )
     assert png_size(both)[0] > png_size(board)[0] > 300
     # 画不出的字会有 Glyph missing 警告
     assert not [w for w in recwarn if "missing from" in str(w.message)]
@@ -108,9 +110,11 @@ def test_横轴是采样的条数(tmp_path, monkeypatch):
     monkeypatch.setattr(curves, "_save", lambda figure, style, path: drawn.append(figure) or path)
     few = [{"step": s, "reward": 0.1} for s in (1, 8)]
     many = [{"step": s, "reward": 0.2} for s in (1, 4)]
-    curves.plot_rewards({"GRPO": (few, 64), "SPO": (many, 128)}, tmp_path / "r.png")
-    lines = drawn[0].axes[0].get_lines()
-    assert [line.get_xdata()[-1] for line in lines] == [512, 512]
+    few.append({"step": 8, "val_reward": 0.5})
+    curves.plot_rewards({"GRPO": (few, 64), "SPO": (many, 128)}, tmp_path / "r.png", start=0.3)
+    left, right = drawn[0].axes
+    assert [line.get_xdata()[-1] for line in left.get_lines()] == [512, 512]
+    assert list(right.get_lines()[0].get_xydata().flat) == [0, 0.3, 512, 0.5]
 
 
 def test_没走完的阶段写在报告里():
