@@ -7,7 +7,7 @@ from typing import Any
 
 from minimind.arguments import ChineseParser
 from minimind.console import say
-from minimind.errors import guard
+from minimind.errors import UserError, guard
 from minimind.paths import resolve_path
 
 PRECISIONS = ("auto", "float32", "float16", "bfloat16")
@@ -101,6 +101,8 @@ def main_gguf(argv: list[str] | None = None) -> None:
     from minimind.export.gguf import export_gguf
     from minimind.export.ollama import modelfile, modelfile_path
 
+    if args.num_ctx < 1:
+        raise UserError(f"--num_ctx={args.num_ctx} 应当至少为 1", fix="改成正整数，如 2048")
     path = resolve_path(args.file)
     force = bool(args.force)
     check_target(path, force)

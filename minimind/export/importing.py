@@ -19,6 +19,7 @@ from torch import Tensor
 from minimind.errors import UserError
 from minimind.export.hf import SIDECAR
 from minimind.export.layouts import NATIVE, config_from_hf
+from minimind.export.shapes import arch_of, config_of_state, is_tied
 from minimind.model import MiniMindConfig, MiniMindForCausalLM
 from minimind.paths import resolve_path
 from minimind.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -74,6 +75,10 @@ def import_model(
         UserError: 来源不存在、结构不支持、键或形状对不上，或目标已存在。
     """
     path = resolve_path(source)
+    if name is not None and not re.fullmatch(r"[^/\\]+", name):
+        raise UserError(
+            f"--name {name!r} 不能当文件名", expected="不含斜杠的名字", fix="目录用 --save_dir 指定"
+        )
     if path.is_dir():
         model = read_folder(path, tokenizer_path)
     elif path.is_file():
@@ -112,7 +117,7 @@ def read_folder(folder: Path, tokenizer_path: str | None = None) -> Imported:
     raw = _read_json(folder / "config.json")
     state, weights = _read_folder_state(folder)
     if raw.get("model_type") == NATIVE and "arch" not in raw:
-        raw["arch"] = _arch_of(state)  # 公共项目的配置没有这一项
+        raw["arch"] = arch_of(state)  # 公共项目的配置没有这一项
     config = config_from_hf(raw, folder / "config.json")
     state = _finish_state(state, config, weights)
     _check(config, state, weights, "config.json 与权重不是一套，重新下载这个目录")
@@ -120,6 +125,10 @@ def read_folder(folder: Path, tokenizer_path: str | None = None) -> Imported:
     tokenizer = load_tokenizer(tokenizer_path or folder) if has_tokenizer else None
     before = _read_json(folder / SIDECAR) if (folder / SIDECAR).is_file() else {}
     return Imported(config, state, tokenizer, _sidecar(config, tokenizer, before, folder.name), [])
+
+
+def _no_constant(word: str) -> None:
+    raise ValueError(f"含有 {word}")  # NaN、Infinity 不是 JSON，也写不回旁注
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -131,7 +140,7 @@ def _read_json(path: Path) -> dict[str, Any]:
             fix="检查路径，或重新下载",
         )
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
     except ValueError as error:
         raise UserError(f"不是合法的 JSON（{error}）", where=str(path), fix="重新下载这个文件") from error
     if not isinstance(value, dict):
@@ -147,7 +156,10 @@ def _read_folder_state(folder: Path) -> tuple[dict[str, Tensor], Path]:
             return _read_weights(folder / name), folder / name
         if index.is_file():
             state: dict[str, Tensor] = {}
-            for shard in sorted(set(_read_json(index).get("weight_map", {}).values())):
+            shards = _read_json(index).get("weight_map")
+            if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+                raise UserError("没有 weight_map", where=str(index), fix="重新下载这个文件")
+            for shard in sorted(set(shards.values())):
                 if not (folder / shard).is_file():
                     raise UserError(f"缺少 {shard}", where=str(index), fix="重新下载缺的那一片")
                 state |= _read_weights(folder / shard)
@@ -177,7 +189,7 @@ def read_pth(path: Path, tokenizer_path: str | None, options: dict[str, Any]) ->
     if before.get("config"):
         config = MiniMindConfig(**before["config"])
     else:
-        config = _config_of_state(state, path, options, notes)
+        config = config_of_state(state, path, options, notes)
     state = _finish_state(state, config, path)
     _check(config, state, path, "检查这份权重是不是本项目或公共 MiniMind 的")
     tokenizer = load_tokenizer(tokenizer_path)
@@ -187,82 +199,7 @@ def read_pth(path: Path, tokenizer_path: str | None, options: dict[str, Any]) ->
     return Imported(config, state, tokenizer, sidecar, notes)
 
 
-def _arch_of(state: dict[str, Tensor]) -> str:
-    return "v3" if any(key.endswith("q_norm.weight") for key in state) else "v2"
-
-
-def _config_of_state(
-    state: dict[str, Tensor], path: Path, options: dict[str, Any], notes: list[str]
-) -> MiniMindConfig:
-    """形状 → 配置。层数、宽度、词表、专家数都看得出来；v2 的头数与每词元专家数看不出来。"""
-
-    def shape(key: str) -> tuple[int, ...]:
-        if key not in state:
-            raise UserError(
-                f"没有 {key}（第一个键是 {next(iter(state), '空')}）",
-                where=str(path),
-                expected="MiniMind2 及以后的权重名",
-                fix="更早的版本结构不同，不能导入；LoRA 文件放进 out/lora/ 直接用 --lora_weight",
-            )
-        return tuple(state[key].shape)
-
-    layer = "model.layers.0."
-    vocab_size, hidden_size = shape("model.embed_tokens.weight")
-    q_width, kv_width = (shape(f"{layer}self_attn.{name}_proj.weight")[0] for name in "qk")
-    arch = _arch_of(state)
-    given = {key: value for key, value in options.items() if value is not None}
-    if arch == "v3":
-        head_dim = shape(f"{layer}self_attn.q_norm.weight")[0]
-        heads = q_width // head_dim
-    else:
-        heads = given.get("num_attention_heads", 8)
-        head_dim = q_width // heads
-        if "num_attention_heads" not in given:
-            notes.append(f"注意力头数按公共项目的 {heads} 个；不是的话加 --num_attention_heads")
-    if heads * head_dim != q_width or kv_width % head_dim:
-        raise UserError(
-            f"q_proj 有 {q_width} 行、k_proj 有 {kv_width} 行，分不成 {heads} 个头",
-            where=str(path),
-            fix="用 --num_attention_heads 写出训练时的头数",
-        )
-    layers = {int(m[1]) for key in state if (m := re.match(r"model\.layers\.(\d+)\.", key))}
-    fields = {
-        "arch": arch,
-        "hidden_size": hidden_size,
-        "vocab_size": vocab_size,
-        "num_hidden_layers": max(layers) + 1,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_width // head_dim,
-        "head_dim": head_dim,
-        "tie_word_embeddings": _tied(state),
-    }
-    if f"{layer}mlp.gate.weight" in state:
-        shared = {m[1] for key in state if (m := re.match(rf"{layer}mlp\.shared_experts\.(\d+)\.", key))}
-        fields |= {
-            "use_moe": True,
-            "n_routed_experts": shape(f"{layer}mlp.gate.weight")[0],
-            "n_shared_experts": len(shared),
-            "moe_intermediate_size": shape(f"{layer}mlp.experts.0.gate_proj.weight")[0],
-        }
-    else:
-        fields["intermediate_size"] = shape(f"{layer}mlp.gate_proj.weight")[0]
-    try:
-        config = MiniMindConfig(**{**fields, **given})
-    except ValueError as error:
-        raise UserError(str(error), where=str(path), fix="检查 --num_attention_heads") from error
-    if config.use_moe and "num_experts_per_tok" not in given:
-        notes.append(f"每词元专家数按默认的 {config.num_experts_per_tok}；不是的话加 --num_experts_per_tok")
-    if "rope_theta" not in given:
-        notes.append(f"rope_theta 按公共项目的 {config.rope_theta:g}；不是的话加 --rope_theta")
-    return config
-
-
 # ---------------------------------------------------------------- 共同的收尾
-
-
-def _tied(state: dict[str, Tensor]) -> bool:
-    head, embed = state.get("lm_head.weight"), state.get("model.embed_tokens.weight")
-    return head is None or (embed is not None and torch.equal(head, embed))
 
 
 def _finish_state(state: dict[str, Tensor], config: MiniMindConfig, path: Path) -> dict[str, Tensor]:
@@ -290,7 +227,7 @@ def _finish_state(state: dict[str, Tensor], config: MiniMindConfig, path: Path) 
                 fix="把 config.json 的 tie_word_embeddings 改成 true，或重新下载权重",
             )
         return result
-    if not _tied(result):
+    if not is_tied(result):
         raise UserError(
             "lm_head.weight 与词嵌入不同，而配置说它们共享",
             where=str(path),
@@ -301,8 +238,21 @@ def _finish_state(state: dict[str, Tensor], config: MiniMindConfig, path: Path) 
 
 
 def _check(config: MiniMindConfig, state: dict[str, Tensor], where: Path, fix: str) -> None:
-    with torch.device("meta"):
-        model = MiniMindForCausalLM(config)
+    """键与形状逐一核对；模型建在 meta 设备上，不占内存。"""
+    layers = {int(m[1]) for key in state if (m := re.match(r"model\.layers\.(\d+)\.", key))}
+    if config.num_hidden_layers != len(layers):  # 先比层数：配置写成十亿层时不去建它
+        raise UserError(
+            f"权重有 {len(layers)} 层",
+            where=str(where),
+            expected=f"配置写的 num_hidden_layers={config.num_hidden_layers}",
+            fix=fix,
+        )
+    try:
+        with torch.device("meta"):
+            model = MiniMindForCausalLM(config)
+    except (RuntimeError, ValueError, TypeError) as error:
+        reason = str(error).splitlines()[0][:160]
+        raise UserError(f"按配置建不出模型（{reason}）", where=str(where), fix=fix) from error
     check_state(model, state, where, fix)
 
 

@@ -140,14 +140,19 @@ def config_from_hf(raw: dict[str, Any], where: Path) -> MiniMindConfig:
         UserError: 结构不认识，或用了这里没有的功能，指出是哪一项。
     """
     kind = raw.get("model_type")
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise UserError(
             f"model_type 是 {kind!r}", where=str(where), expected=_SUPPORTED, fix="只能导入这几种结构的模型"
         )
     try:
         return MiniMindConfig(**(_native_options(raw) if kind == NATIVE else _options(raw, kind, where)))
-    except (ValueError, TypeError) as error:
-        raise UserError(str(error), where=str(where), fix="检查这份配置是否被改过") from error
+    except UserError:
+        raise
+    except Exception as error:  # transformers 对坏配置抛的类型五花八门
+        reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
+        raise UserError(
+            f"配置不成立（{reason}）", where=str(where), fix="检查这份配置是否被改过，或重新下载"
+        ) from error
 
 
 def _native_options(raw: dict[str, Any]) -> dict[str, Any]:
