@@ -17,6 +17,7 @@ from minimind.export.cli import main_hf
 from minimind.export.hf import export_hf
 from minimind.export.source import open_source
 from minimind.inference.loading import load_for_inference
+from minimind.model.model_lora import apply_lora, lora_layers, lora_state_dict
 from minimind.tokenizer import encode_chat, load_tokenizer
 
 TOOL = {
@@ -176,6 +177,24 @@ def test_精度_auto_与权重文件逐位相同(make_source, tmp_path):
     arguments = ["tiny", str(tmp_path / "b"), "--save_dir", str(tmp_path / "out"), "--dtype", "bfloat16"]
     assert main_hf(arguments) == 0
     assert json.loads((tmp_path / "b" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_先合并_LoRA_再导出_与带着_LoRA_算的相同(tmp_path, ids):
+    model = save_small(tmp_path / "out", "v2")
+    with torch.no_grad():
+        plain = model(ids).logits
+    apply_lora(model, 4, 4.0)
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora.B.weight, std=0.2)
+    (tmp_path / "out" / "lora").mkdir()
+    torch.save(lora_state_dict(model), tmp_path / "out" / "lora" / "extra_64.pth")
+    arguments = ["tiny", str(tmp_path / "hf"), "--save_dir", str(tmp_path / "out"), "--dtype", "float32"]
+    assert main_hf([*arguments, "--lora_weight", "extra"]) == 0
+    _, logits = logits_of(tmp_path / "hf", ids)
+    with torch.no_grad():
+        expected = model(ids).logits
+    assert (expected - plain).abs().max() > 0.1
+    assert (logits - expected).abs().max() < 1e-4
 
 
 def test_转不下的值是错误而不是_inf(make_source, tmp_path):
