@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from minimind.demo.exam import of_level, polite_share, well_formed_share
 from minimind.demo.road import Road
 from minimind.evaluate.microworld import Answered, accuracy
+from minimind.paths import resolve_path
 from minimind.recipes import distillation, dpo, full_sft, lora, pretrain, reason
 
 # 与 benchmarks/stages 里三个种子测过的设置相同
@@ -14,7 +17,10 @@ REASON_STEPS = 200
 # 学生的宽与层：参数是 tiny 的四分之一多；先预训练不多的几步，再有无教师各学一遍
 STUDENT = {"hidden_size": 96, "num_hidden_layers": 4}
 STUDENT_PRETRAIN = {"max_steps": 300, "learning_rate": 1e-2, "schedule": "wsd", "decay_ratio": 0.7}
-STUDENT_STEPS, STUDENT_LR = 120, 3e-3
+# 数据少、要反复看时教师才帮得上：一万段对话只过一遍，有无教师差不多
+DIALOGUES = 1000
+STUDENT_PLAN = {"epochs": 6, "learning_rate": 3e-3}
+DISTILL = {"alpha": 0.2, "temperature": 1.0}
 
 
 def easy(results: list[Answered], skip: tuple[str, ...] = ()) -> list[Answered]:
@@ -69,21 +75,30 @@ def student_start(road: Road) -> pretrain.PretrainArguments:
     return pretrain.PretrainArguments(**common, **road.data("pretrain"))
 
 
+def few_dialogues(road: Road) -> dict[str, str]:
+    """学生的数据：微调语料的前 :data:`DIALOGUES` 段；留出部分不变。"""
+    paths = road.data("sft")
+    lines = Path(paths["data_path"]).read_text(encoding="utf-8").splitlines(keepends=True)
+    few = resolve_path(road.args.out_dir) / "student_sft.jsonl"
+    few.write_text("".join(lines[:DIALOGUES]), encoding="utf-8")
+    return {**paths, "data_path": str(few)}
+
+
 def student_arguments(road: Road) -> full_sft.SFTArguments:
     """没有教师的学生：同样的起点、数据、次序、步数与学习率，只有交叉熵。"""
-    plan = {"epochs": 100, "max_steps": road.steps(STUDENT_STEPS), "learning_rate": STUDENT_LR}
     start = {"from_weight": "student_pretrain", "save_weight": "student"}
-    return full_sft.SFTArguments(**road.common(preset=None, **STUDENT, **plan, **start), **road.data("sft"))
+    common = road.common(preset=None, **STUDENT, **STUDENT_PLAN, **start)
+    return full_sft.SFTArguments(**common, **few_dialogues(road))
 
 
 def distill_arguments(road: Road) -> distillation.DistillationArguments:
-    plan = {"epochs": 100, "max_steps": road.steps(STUDENT_STEPS), "learning_rate": STUDENT_LR}
     size = {
         "student_hidden_size": STUDENT["hidden_size"],
         "student_num_layers": STUDENT["num_hidden_layers"],
         "from_student_weight": "student_pretrain",
     }
-    return distillation.DistillationArguments(**road.common(preset=None, **size, **plan), **road.data("sft"))
+    common = road.common(preset=None, **size, **STUDENT_PLAN, **DISTILL)
+    return distillation.DistillationArguments(**common, **few_dialogues(road))
 
 
 def run_distill(road: Road) -> None:
