@@ -65,8 +65,8 @@ class ChatAnswer:
     def __init__(self, model: ServedModel, request: ChatRequest):
         self.model, self.request = model, request
         self.id, self.created = new_id("chatcmpl"), int(time.time())
-        use_tools = request.tools and request.tool_choice != "none"
-        tools = [tool.model_dump(exclude_none=True) for tool in request.tools] if use_tools else None
+        self.use_tools = bool(request.tools) and request.tool_choice != "none"
+        tools = [tool.model_dump(exclude_none=True) for tool in request.tools] if self.use_tools else None
         thinking = request.thinking
         prompt = encode_messages(
             model, request.messages, tools, add_generation_prompt=True, enable_thinking=thinking
@@ -104,6 +104,7 @@ class ChatAnswer:
                 ReplyParser.for_tokenizer(tokenizer, self.thinking),
                 StopMatcher(self.request.stops),
                 self.model.eos_ids,
+                self.use_tools,
                 list(self.opening),
             )
             for index in range(self.request.samples)

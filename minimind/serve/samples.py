@@ -7,7 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minimind.inference.generate import TextStream
-from minimind.inference.reply import CallArguments, CallEnd, CallStart, ReasoningDelta, ReplyParser, TextDelta
+from minimind.inference.reply import (
+    BadCall,
+    CallArguments,
+    CallEnd,
+    CallStart,
+    ReasoningDelta,
+    ReplyParser,
+    TextDelta,
+)
 from minimind.serve.runner import Progress, TokenOut
 from minimind.serve.stops import StopMatcher
 from minimind.serve.vocabulary import Vocabulary
@@ -20,6 +28,7 @@ class ChatSample:
     """聊天的一个样本。
 
     Args:
+        calls: 请求里有没有工具；没有时模型自己写的调用当正文给（标签不给），客户端没有准备接 ``tool_calls``。
         opening: 提示末尾已经替它写好的词元（必须调用工具时是 ``<tool_call>``），一并交给解析器。
     """
 
@@ -27,6 +36,7 @@ class ChatSample:
     parser: ReplyParser
     stops: StopMatcher
     eos_ids: set[int]
+    calls: bool = True
     opening: list[int] = field(default_factory=list)
     tokens: list[TokenOut] = field(default_factory=list)  # 还没随正文报出去的
     written: int = 0
@@ -63,6 +73,9 @@ class ChatSample:
                     yield {"content": text}
             elif isinstance(event, ReasoningDelta):
                 yield {"reasoning_content": event.text}
+            elif not self.calls:
+                if isinstance(event, CallEnd | BadCall) and (text := self.stops.push(event.call.raw.strip())):
+                    yield {"content": text}
             elif isinstance(event, CallStart):
                 self.called = True
                 function = {"name": event.name, "arguments": ""}
