@@ -50,8 +50,8 @@ class DistillationArguments(TrainArguments):
     epochs: int = override(TrainArguments, "epochs", 6)
     max_seq_len: int = override(TrainArguments, "max_seq_len", 512)
 
-    alpha: float = arg(0.5, "标准答案的份量；其余 1 − alpha 给教师")
-    temperature: float = arg(1.5, "摊平两边分布的温度，1 到 4")
+    alpha: float = arg(0.2, "标准答案的份量；其余 1 − alpha 给教师")
+    temperature: float = arg(1.0, "摊平两边分布的温度，1 到 4")
     divergence: str = arg("forward", "与教师的距离：forward、reverse（KL 的两个方向）或 jsd", DIVERGENCES)
     jsd_beta: float = arg(0.5, "jsd 里教师的份量，0 到 1（不含）")
     on_policy: float = arg(0.0, "λ：这么大比例的批由学生自己作答，教师来教")
