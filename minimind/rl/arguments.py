@@ -21,7 +21,13 @@ class RLArguments(TrainArguments):
     reasoning: int = arg(0, "是否先想再答（1：从 reason 权重开始，提示里开着思考，奖励含格式分）", ON_OFF)
     rollout_url: str | None = arg(
         None,
-        "用 OpenAI 兼容的服务（vLLM、SGLang、本项目的 serve）采样，例如 http://127.0.0.1:8000；不给则在本进程里采样",
+        "用 OpenAI 兼容的服务（vLLM、SGLang）采样，例如 http://127.0.0.1:8000；不给则在本进程里采样",
+    )
+    rollout_kind: str = arg(
+        "auto", "采样服务的种类：vllm（含其他照做的 OpenAI 兼容服务）、sglang", ("auto", "vllm", "sglang")
+    )
+    rollout_weights_dir: str | None = arg(
+        None, "每步把权重写到哪个目录让采样服务重读，两边都要看得见；不给则问服务"
     )
     rollout_slots: int = arg(64, "本进程里采样时同时写多少条（省内存用，不影响结果的分布）")
     rows_per_forward: int = arg(16, "训练时一次前向放多少条回答（省内存用，不影响结果）")
