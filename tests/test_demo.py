@@ -104,27 +104,27 @@ def test_每个任务取几题_跳过身份题():
 
 
 def test_坏了一段_别的照走_报告说清(finished, monkeypatch, tmp_path, capsys):
-    """接着上一次的权重只走三段，中间一段出错。"""
+    """接着上一次的权重只走两段，前一段出错。"""
 
     def broken(road):
-        road.score("考了一半", None, 1.0)
+        road.score("考了一半", "half", None, 1.0)
         raise RuntimeError("显存不够")
 
     folder, _ = finished
-    monkeypatch.setitem(STAGES, "dpo", replace(STAGES["dpo"], run=broken))
+    monkeypatch.setitem(STAGES, "lora", replace(STAGES["lora"], run=broken))
     out, report = str(folder / "out/demo"), tmp_path / "report"
     code = demo.main(
-        ["--fast", "--device", "cpu", "--stages", "dpo,lora,reason"]
+        ["--fast", "--device", "cpu", "--stages", "lora,dpo"]
         + ["--out_dir", out, "--report_dir", str(report)]
     )
     assert code == 2
     data = json.loads((report / "report.json").read_text(encoding="utf-8"))
-    assert list(dict.fromkeys(metric["stage"] for metric in data["metrics"])) == ["LoRA", "推理"]
-    assert "RuntimeError：显存不够" in data["failures"]["DPO"]
+    assert list(dict.fromkeys(metric["stage"] for metric in data["metrics"])) == ["DPO"]
+    assert "RuntimeError：显存不够" in data["failures"]["LoRA"]
     assert "没有走完的阶段" in (report / "report.md").read_text(encoding="utf-8")
     said = capsys.readouterr().err
-    assert f"minimind demo --stages dpo --out_dir {out}" in said
-    assert "RuntimeError" in (folder / "out/demo/logs/dpo.error.txt").read_text(encoding="utf-8")
+    assert f"minimind demo --stages lora --out_dir {out}" in said
+    assert "RuntimeError" in (folder / "out/demo/logs/lora.error.txt").read_text(encoding="utf-8")
 
 
 def test_起点没走完_后面的不用旧权重充数(finished, monkeypatch, tmp_path):
