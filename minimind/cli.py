@@ -21,7 +21,7 @@ class Command:
 
 
 COMMANDS = {
-    "demo": Command("minimind.demo:main", "从零走完全程：造数据、预训练、微调、评测、出报告、对话", "先试试"),
+    "demo": Command("minimind.demo:main", "从零走完全程：九个阶段的训练与考试、成绩单、对话", "先试试"),
     "chat": Command("minimind.chat:main", "与训练好的模型对话（同 python eval_llm.py）", "先试试"),
     "pretrain": Command("minimind.recipes.pretrain:main", "预训练", "训练"),
     "sft": Command("minimind.recipes.full_sft:main", "全参数监督微调", "训练"),

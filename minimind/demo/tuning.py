@@ -110,7 +110,7 @@ def run_distill(road: Road) -> None:
     before = road.sit("student", road.load("student", hidden_size=width), road.papers.easy, "没有教师的学生")
     after = road.sit("distill", road.load("full_dist", hidden_size=width), road.papers.easy, "有教师的学生")
     road.score(
-        "小学生对话答对（没有教师 → 有）",
+        "学生对话答对（没有教师 → 有）",
         "distill: student without, with teacher",
         accuracy(before),
         accuracy(after),
