@@ -40,9 +40,7 @@ def curves(result: dict, name: str) -> list[list[list[float]]]:
 
 def smooth(line: list[list[float]]) -> list[list[float]]:
     values = [value for _, value in line]
-    return [
-        [x, statistics.fmean(values[max(0, i + 1 - SMOOTH) : i + 1])] for i, (x, _) in enumerate(line)
-    ]
+    return [[x, statistics.fmean(values[max(0, i + 1 - SMOOTH) : i + 1])] for i, (x, _) in enumerate(line)]
 
 
 def main() -> None:
