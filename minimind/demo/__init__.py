@@ -71,8 +71,8 @@ def plan(road: Road, stages: dict[str, Stage], start: float) -> Clock:
         "pretrain": len(pretrain_rows),
         "sft": len(packed(SFTDataset, "sft")),
         "lora_identity": len(packed(SFTDataset, "lora_identity")),
-        # 一对两条，参考模型多算一遍前向
-        "dpo": round(int(pairs.cache.offsets[-1]) * 4 / 3 / ROW_LENGTH),
+        # 参考模型多算一遍前向，一对两条补齐到一样长
+        "dpo": round(int(pairs.cache.offsets[-1]) * 2 / ROW_LENGTH),
     }
     say("测速……")
     road.dtype, speed = probe_speed(model, pretrain_rows, road.args.batch_size, ROW_LENGTH)

@@ -11,6 +11,8 @@ from minimind.demo.road import Road
 
 # 考一道题的时间折合多少个训练词元（实测 40 到 60：逐词生成没有训练那样的大矩阵，但一题只写十几个词）
 TOKENS_PER_ITEM = 60
+# 途中的验证、存盘与记录（实测）
+OVERHEAD = 1.1
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ def epochs_of(data: str, epochs: int, rows_per_step: int) -> Callable[[Road], fl
 
     def tokens(road: Road) -> float:
         rows, most = road.rows[data] * epochs, road.args.max_steps * rows_per_step
-        return (min(rows, most) if most else rows) * ROW_LENGTH
+        return (min(rows, most) if most else rows) * ROW_LENGTH * OVERHEAD
 
     return tokens
 
@@ -54,12 +56,12 @@ def steps_of(planned: int, positions: int, factor: float = 1.0) -> Callable[[Roa
 
 
 def student_tokens(road: Road) -> float:
-    """学生的三次训练；它每个位置的代价约是 tiny 的三分之一，教师的前向又是三分之一。"""
-    begin = steps_of(tuning.STUDENT_PRETRAIN["max_steps"], ROWS * ROW_LENGTH, 0.35)
+    """学生的三次训练；它每个位置的代价约是 tiny 的六成（矩阵小，喂不满），有教师时再加教师的前向。"""
+    begin = steps_of(tuning.STUDENT_PRETRAIN["max_steps"], ROWS * ROW_LENGTH, 0.6)
     dialogues = len((road.world / "sft.jsonl").read_text(encoding="utf-8").splitlines())
     few = road.rows["sft"] * min(tuning.DIALOGUES / dialogues, 1.0) * tuning.STUDENT_PLAN["epochs"]
     most = road.args.max_steps * ROWS
-    return begin(road) + (min(few, most) if most else few) * ROW_LENGTH * (0.35 + 0.7)
+    return begin(road) + (min(few, most) if most else few) * ROW_LENGTH * (0.6 + 1.0)
 
 
 # 一条采样：约三十个词元的提示、十几到三十个词元的回答，逐词写出来，再前向反向一遍（PPO 另有价值网络与几轮更新）
@@ -116,21 +118,21 @@ STAGES: dict[str, Stage] = {
         "PPO",
         "价值网络估计写到一半能得几分，比估计的好就多写",
         reinforce.run_ppo,
-        steps_of(reinforce.RL_STEPS, ROLLOUTS, 150.0),
+        steps_of(reinforce.RL_STEPS, ROLLOUTS, 195.0),
         RL_EXAMS,
     ),
     "grpo": Stage(
         "GRPO",
         "同一道题答八遍，比同组平均好的多写",
         reinforce.run_grpo,
-        steps_of(reinforce.RL_STEPS, ROLLOUTS, 95.0),
+        steps_of(reinforce.RL_STEPS, ROLLOUTS, 105.0),
         RL_EXAMS,
     ),
     "spo": Stage(
         "SPO",
         "每题只答一遍，和它自己过去的成绩比",
         reinforce.run_spo,
-        steps_of(reinforce.RL_STEPS, ROLLOUTS, 105.0),
+        steps_of(reinforce.RL_STEPS, ROLLOUTS, 130.0),
         RL_EXAMS,
     ),
 }
