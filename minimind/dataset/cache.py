@@ -103,11 +103,21 @@ def build_cache(
             stat = file_stat(path)
             if content is None:
                 content = hash_file(path)
-            cache = _open(root, content, identity, path)
-            if cache is None:
-                cache = _build(
-                    root, content, identity, path, kind, tokenizer, num_workers, on_bad_line, options or {}
-                )
+            # 内容相同的另一个文件可能正在别的进程里建：源文件的锁管不到它，所以再按内容锁一次
+            with file_lock(root / "locks" / f"{_folder(root, content, identity).name}.lock"):
+                cache = _open(root, content, identity, path)
+                if cache is None:
+                    cache = _build(
+                        root,
+                        content,
+                        identity,
+                        path,
+                        kind,
+                        tokenizer,
+                        num_workers,
+                        on_bad_line,
+                        options or {},
+                    )
             if file_stat(path) != stat:
                 shutil.rmtree(cache.folder, ignore_errors=True)
                 raise UserError(
@@ -233,18 +243,29 @@ def _scan(run, path: Path, size: int) -> None:
             bar.advance((end - start) / 1e6)
 
 
+def make_folder(folder: Path, tries: int = 20) -> None:
+    """建目录连同上级；别的进程收走空目录（见 :func:`_lock`）时再来一次。"""
+    for attempt in range(tries):
+        try:
+            folder.mkdir(parents=True)
+            return
+        except FileNotFoundError:
+            if attempt == tries - 1:
+                raise
+
+
 def _tokenize(run, root, content, identity, path, size, kind, tokenizer) -> TokenCache:
     """分词，写进临时目录，完整之后改名到位。"""
     folder = _folder(root, content, identity)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # 上次被 kill -9 的残留；持着锁，不会删到别人正在写的
+    # 上次被 kill -9 的残留；持着这份内容的锁，不会删到别人正在写的
     for stale in folder.parent.glob(f"{folder.name}.tmp*"):
         shutil.rmtree(stale, ignore_errors=True)
     free = shutil.disk_usage(folder.parent).free
     if free < size * 0.7:  # 实测缓存约为原文件的 0.6 倍
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     temporary = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
-    temporary.mkdir()
+    make_folder(temporary)
     started = time.monotonic()
     try:
         with CacheWriter(temporary, id_dtype(tokenizer)) as writer:

@@ -9,6 +9,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -297,3 +298,32 @@ def test_不认识的种类与坏行处理报错(write_jsonl, tokenizer):
         build_cache(path, "预训练", tokenizer)
     with pytest.raises(UserError, match=r"error \| skip"):
         build_cache(path, "pretrain", tokenizer, on_bad_line="忽略")
+
+
+def test_内容相同的两个文件同时建_互不拆台(write_jsonl, own_cache, tokenizer, monkeypatch):
+    """第一个写到一半时第二个才开始：它该等着用现成的，而不是把别人的临时目录当残留删掉。"""
+    first, second = (write_jsonl(TEXTS, name) for name in ("一.jsonl", "二.jsonl"))
+    halfway, results = threading.Event(), {}
+    add = cache_module.CacheWriter.add
+
+    def slow_add(writer, chunk, path):
+        if path == first:
+            halfway.set()
+            time.sleep(0.5)
+        return add(writer, chunk, path)
+
+    def build(path):
+        try:
+            results[path] = build_cache(path, "pretrain", tokenizer, num_workers=0)
+        except Exception as error:
+            results[path] = error
+
+    monkeypatch.setattr(cache_module.CacheWriter, "add", slow_add)
+    threads = [threading.Thread(target=build, args=(path,)) for path in (first, second)]
+    threads[0].start()
+    assert halfway.wait(30)
+    threads[1].start()
+    for thread in threads:
+        thread.join(30)
+    assert all(len(results[path]) == len(TEXTS) for path in (first, second)), results
+    assert not [name for name in everything_under(own_cache) if ".tmp" in name or name.endswith(".lock")]
