@@ -157,8 +157,11 @@ def train(
             lr = progress.learning_rate(samples)
             set_learning_rate(run.optimizer, lr)
 
+            updates = 0
             for update in prepare(run, window) if prepare else (window,):
-                sums, micro_losses = forward_backward(run, update, compute_loss, count)
+                updates += 1
+                sums, micro_losses = forward_backward(run, update, compute_loss, count, stop)
+                stopping = sums.pop("stop") > 0 or stopping
                 if update_weights(run, sums):
                     state.nonfinite_in_row = 0
                 elif sums["count"]:
@@ -171,8 +174,8 @@ def train(
             seconds = run.meter.lap()
             state.seconds += seconds
             state.interval["seconds"] = state.interval.get("seconds", 0.0) + seconds
-            # 只要有一个进程收到信号，大家走完这一步一起停
-            stopping = any_process(stop.requested, run.device)
+            if not updates:  # 平时停不停随更新一起归约，一窗也没有时才单独问
+                stopping = any_process(stop.requested, run.device)
             announce_total(run)
             last = state.step == progress.total_steps
             if due(state.step, args.log_interval) or last:

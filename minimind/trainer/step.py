@@ -15,6 +15,7 @@ from minimind.console import say
 from minimind.errors import UserError
 from minimind.trainer.device import autocast_context
 from minimind.trainer.distributed import all_reduce_sum, gather_objects, on_main
+from minimind.trainer.interrupt import StopSignal
 from minimind.trainer.loader import Batch
 from minimind.trainer.run import Run
 from minimind.trainer.validation import to_device
@@ -26,12 +27,12 @@ Window = list[tuple[list[int], Batch]]
 
 
 def forward_backward(
-    run: Run, window: Window, compute_loss: Callable, count: Callable[[Batch], float]
+    run: Run, window: Window, compute_loss: Callable, count: Callable[[Batch], float], stop: StopSignal
 ) -> tuple[dict[str, float], list[Tensor]]:
     """一窗微批次的前向反向；梯度留在参数上，已按全局目标数归一并反缩放。
 
     Returns:
-        各进程合起来的各项之和（``loss count tokens context`` 与 metrics，加上 ``grad_norm``），
+        各进程合起来的各项之和（``loss count tokens context stop`` 与 metrics，加上 ``grad_norm``），
         以及本进程每个微批次的损失和。全程只与加速卡同步一次。
     """
     counts = [count(batch) if ids else 0.0 for ids, batch in window]
@@ -58,6 +59,7 @@ def forward_backward(
         sums["loss"] = sums["loss"] + micro_losses[-1]
         add_metrics(sums, metrics, n, real)
 
+    sums["stop"] = float(stop.requested)  # 搭这一次归约的车：只要有一个进程收到信号，大家走完这一步一起停
     run.scaler.unscale_(run.optimizer)  # 没启用时是空操作
     grads = [p.grad for p in run.model.parameters() if p.grad is not None]
     grad_norm = torch.nn.utils.get_total_norm(grads)
