@@ -95,8 +95,16 @@ def long_body(**changes):
     return {**CHAT, "max_tokens": 200, "logit_bias": {"2": -100, "0": -100}, **changes}
 
 
-def test_排满了是429_带RetryAfter():
+def slow_down(server, monkeypatch, seconds: float) -> None:
+    """每一步多睡一会儿：200 步的回答长短由此定，与机器快慢无关。"""
+    engine = server.runner.engine
+    step = engine.step
+    monkeypatch.setattr(engine, "step", lambda: time.sleep(seconds) or step())
+
+
+def test_排满了是429_带RetryAfter(monkeypatch):
     with LiveServer(slots=1, queue=1) as server:
+        slow_down(server, monkeypatch, 0.01)
         with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=long_body(stream=True)) as first:
             next(first.iter_lines())
             replies = []
@@ -137,8 +145,9 @@ def test_客户端中途走了_槽位都空出来(live, stream):
     assert live.runner.in_flight == 0 and post(live, CHAT).status_code == 200
 
 
-def test_停机时写完在写的():
+def test_停机时写完在写的(monkeypatch):
     with LiveServer() as server:
+        slow_down(server, monkeypatch, 0.01)
         result = []
 
         def ask():
@@ -153,8 +162,9 @@ def test_停机时写完在写的():
     assert result[0].status_code == 200 and result[0].json()["usage"]["completion_tokens"] == 200
 
 
-def test_超时的请求得到503_槽位空出():
-    with LiveServer(Settings(request_seconds=0.05)) as server:
+def test_超时的请求得到503_槽位空出(monkeypatch):
+    with LiveServer(Settings(request_seconds=0.3)) as server:
+        slow_down(server, monkeypatch, 0.02)
         reply = post(server, long_body(n=4))
         assert reply.status_code == 503 and reply.json()["error"]["code"] == "timeout"
         server.wait_idle()
