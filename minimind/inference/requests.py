@@ -1,0 +1,98 @@
+"""引擎里的几样数据：请求、它的各个样本、正在写的一行；提示放不放得下也在这里判。"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from minimind.errors import UserError
+from minimind.inference.sampling import SamplingParams
+
+
+class LogitsHook(Protocol):
+    """对一个样本的干预：文法约束、词元偏置……每个样本一份，可以有状态。"""
+
+    def adjust(self, logits: Tensor) -> None:
+        """抽样之前就地改 ``[V]`` fp32 的 logits。"""
+
+    def accept(self, token: int) -> bool:
+        """写下了这个 token；返回真就到此为止（``"stop"``）。"""
+
+
+@dataclass
+class Sequence:
+    """一个样本。
+
+    Args:
+        request_id, index: 哪个请求的第几个样本。
+        prompt_ids: 提示。
+        ids: 抽到的 token，抽到结束符时 **含** 结束符。
+        logprobs: 与 ``ids`` 等长，抽样时（惩罚、温度、截断之后的分布下）的对数概率；贪心时按温度 1。
+        finished: ``"stop"`` 写出结束符，``"length"`` 到长度上限，``"cancelled"`` 被取消，``None`` 还在写。
+        top: 要了候选时，各 token 在 *模型自己* 的分布（温度 1，惩罚与干预之前）下的对数概率，与最可能的几个
+            ``(id, 对数概率)``。
+    """
+
+    request_id: int
+    index: int
+    prompt_ids: list[int]
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finished: str | None = None
+    top: list[tuple[float, tuple[tuple[int, float], ...]]] = field(default_factory=list)
+
+
+@dataclass
+class Request:
+    """排着的请求；``waiting`` 是还没进场的样本。"""
+
+    id: int
+    prompt_ids: list[int]
+    params: SamplingParams
+    limit: int
+    seed: int
+    waiting: list[Sequence]
+    hook: Callable[[], LogitsHook] | None = None
+    top_logprobs: int | None = None
+    kept: Any = None  # 槽位不够 n 个时，提示的 KV 与末尾 logits 先存着
+
+
+@dataclass
+class Row:
+    """正在写的一行。"""
+
+    sequence: Sequence
+    params: SamplingParams
+    limit: int
+    hook: LogitsHook | None = None
+    top_logprobs: int | None = None
+
+    @property
+    def length(self) -> int:
+        """缓存里已写的位置数：最新的 token 下一步才写进去。"""
+        return len(self.sequence.prompt_ids) + len(self.sequence.ids) - 1
+
+
+def context_length(model: nn.Module) -> int:
+    """模型位置表的长度，即提示加回答最多多少个 token。"""
+    return int(model.config.max_position_embeddings)
+
+
+def room_for_prompt(prompt_length: int, max_new_tokens: int, context: int) -> int:
+    """还能生成多少个 token。
+
+    Raises:
+        UserError: 提示为空，或提示已占满上下文。
+    """
+    if prompt_length == 0:
+        raise UserError("提示里没有任何 token", expected="至少一个 token", fix="输入一些文字")
+    if prompt_length >= context:
+        raise UserError(
+            f"提示有 {prompt_length} 个 token，模型的上下文只有 {context} 个",
+            expected=f"提示不超过 {context - 1} 个 token，至少留一个给回答",
+            fix="缩短提示或减少 --historys 携带的历史",
+        )
+    return min(max_new_tokens, context - prompt_length)

@@ -1,0 +1,108 @@
+"""正在写的各行在设备上的状态，与从 logits 到下一个 token 的一步：主机不必等设备。"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from minimind.inference.requests import Row
+from minimind.inference.sampling import sample_rows, uniforms
+
+
+class RowState:
+    """各槽位刚写下的 token、它的位置、已写几个、随机数、出现过的 token。
+
+    Args:
+        max_slots: 槽位数。
+        vocab_size: 词表大小。
+        device: 与模型一致。
+    """
+
+    def __init__(self, max_slots: int, vocab_size: int, device: torch.device):
+        self.max_slots, self.vocab_size, self.device = max_slots, vocab_size, device
+        self.tokens = torch.zeros(max_slots, dtype=torch.long, device=device)
+        self.positions = torch.zeros(max_slots, dtype=torch.long, device=device)
+        self.written = torch.zeros(max_slots, dtype=torch.long, device=device)
+        self.uniforms = torch.zeros(max_slots, 0, device=device)
+        self.seen: Tensor | None = None  # 有谁要重复惩罚才建
+
+    def enter(self, rows: Sequence[Row], first: int, seeds: Sequence[int]) -> None:
+        """新行住进第 ``first`` 个起的槽位：位置、随机数与出现过的 token。"""
+        longest = max(row.limit for row in rows)
+        if self.uniforms.shape[1] < longest:
+            grown = torch.zeros(self.max_slots, longest, device=self.device)
+            grown[:, : self.uniforms.shape[1]] = self.uniforms
+            self.uniforms = grown
+        table = torch.zeros(len(rows), self.uniforms.shape[1])
+        for line, row, seed in zip(table, rows, seeds):
+            if not row.params.greedy:
+                line[: row.limit] = torch.from_numpy(uniforms(seed, row.sequence.index, row.limit))
+        block = slice(first, first + len(rows))
+        self.uniforms[block] = table.to(self.device)
+        # 位置指刚写下的 token；第一个 token 抽出来之后才是提示的长度
+        lengths = [len(row.sequence.prompt_ids) - 1 for row in rows]
+        self.positions[block] = torch.tensor(lengths, device=self.device)
+        self.written[block] = 0
+        if any(row.params.repetition_penalty != 1 for row in rows) and self.seen is None:
+            shape = (self.max_slots, self.vocab_size)
+            self.seen = torch.zeros(shape, dtype=torch.bool, device=self.device)
+        if self.seen is not None:
+            self.seen[block] = False
+            for slot, row in enumerate(rows, start=first):
+                self.seen[slot, torch.tensor(row.sequence.prompt_ids, device=self.device)] = True
+
+    def sample(self, logits: Tensor, rows: Sequence[Row], first: int) -> tuple[Tensor, Tensor]:
+        """第 ``first`` 个槽位起的各行抽一个 token，并把状态往前推一步。
+
+        Args:
+            logits: ``[行数, V]``。
+            rows: 这些行。
+
+        Returns:
+            token 与对数概率，都是 ``[行数]``。
+        """
+        block = slice(first, first + len(rows))
+        step = self.written[block].clamp_max(self.uniforms.shape[1] - 1)
+        uniform = self.uniforms[block].gather(1, step[:, None])[:, 0]
+        params = [row.params for row in rows]
+        penalised = self.seen is not None and any(one.repetition_penalty != 1 for one in params)
+        watched = [i for i, row in enumerate(rows) if row.top_logprobs is not None]
+        plain = logits[watched].float() if watched else None
+        logits = adjust(logits, rows)
+        ids, logp = sample_rows(logits, params, uniform, self.seen[block] if penalised else None)
+        if watched:
+            note_top(plain, ids[watched], [rows[i] for i in watched])
+        self.tokens[block] = ids
+        self.positions[block] += 1
+        self.written[block] += 1
+        if self.seen is not None:
+            self.seen[block].scatter_(1, ids[:, None], True)
+        return ids, logp
+
+    def move(self, source: list[int], target: list[int]) -> None:
+        """``source`` 各槽位的状态搬到 ``target``。"""
+        for state in (self.tokens, self.positions, self.written, self.uniforms, self.seen):
+            if state is not None:
+                state[target] = state[source]
+
+
+def adjust(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """各行自己的干预；没有干预的行不动。"""
+    hooked = [(i, row.hook) for i, row in enumerate(rows) if row.hook]
+    if hooked:
+        logits = logits.float() if logits.dtype != torch.float32 else logits.clone()
+        for i, hook in hooked:
+            hook.adjust(logits[i])
+    return logits
+
+
+def note_top(logits: Tensor, ids: Tensor, rows: Sequence[Row]) -> None:
+    """记下候选：``logits [W, V]`` 是模型原本的，``ids [W]`` 是抽到的。"""
+    logp = logits.log_softmax(-1)
+    own = logp.gather(1, ids[:, None])[:, 0].tolist()
+    values, near = logp.topk(max(1, max(row.top_logprobs for row in rows)), dim=-1)
+    for row, mine, value, token in zip(rows, own, values.tolist(), near.tolist()):
+        k = row.top_logprobs
+        row.sequence.top.append((mine, tuple(zip(token[:k], value[:k]))))
