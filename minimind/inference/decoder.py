@@ -202,13 +202,11 @@ class FusedDecoder:
 
     def keep(self, slot: int, length: int) -> Any:
         """把一个槽位的前 ``length`` 个位置另存一份。"""
-        return tuple(s[:, slot, :, :length].clone() for s in (self.cache.keys, self.cache.values))
+        return self.cache.store[:, slot, :, :length].clone()
 
     def restore(self, kept: Any, slots: list[int]) -> None:
         """:meth:`keep` 的结果写进这些槽位。"""
-        length = kept[0].shape[2]
-        for store, saved in zip((self.cache.keys, self.cache.values), kept):
-            store[:, slots, :, :length] = saved.unsqueeze(1)
+        self.cache.store[:, slots, :, : kept.shape[2]] = kept.unsqueeze(1)
 
     # ---------------------------------------------------------------- 一层的各步，x [N, H]
 

@@ -100,7 +100,8 @@ class StaticKVCache:
 class SlotKVCache:
     """每行各走各的 KV 缓存：行就是槽位，每个槽位自己有长度，由引擎记。
 
-    ``keys``、``values`` 形状 ``[层, 槽位, H_kv, 容量, D]``，每个槽位从 0 起左对齐，所以新来的请求可以在别的行
+    K、V 并排放在一个张量 ``store`` ``[层, 槽位, 2·H_kv, 容量, D]`` 里（前一半头是 K），一个新位置的 K、V 一次写进去；
+    ``keys``、``values`` 是它的两半，形状 ``[层, 槽位, H_kv, 容量, D]``。每个槽位从 0 起左对齐，所以新来的请求可以在别的行
     写到一半时住进空槽位，不必等齐。没写到的位置是 0：它们会进注意力再被掩掉，若是随机的内存可能是 NaN，
     掩掉也还是 NaN（CPU 上清零的大块内存用到才真正分配）。容量不够时翻倍，旧内容照搬；一次搬运摊到每个 token 上是常数。
 
@@ -123,13 +124,21 @@ class SlotKVCache:
         device: torch.device | str = "cpu",
     ):
         capacity = -(-capacity // self.GRANULE) * self.GRANULE
-        shape = (num_layers, num_slots, num_kv_heads, capacity, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.num_kv_heads = num_kv_heads
+        shape = (num_layers, num_slots, 2 * num_kv_heads, capacity, head_dim)
+        self.store = torch.zeros(shape, dtype=dtype, device=device)
+
+    @property
+    def keys(self) -> Tensor:
+        return self.store[:, :, : self.num_kv_heads]
+
+    @property
+    def values(self) -> Tensor:
+        return self.store[:, :, self.num_kv_heads :]
 
     @property
     def capacity(self) -> int:
-        return self.keys.shape[3]
+        return self.store.shape[3]
 
     def reserve(self, length: int) -> None:
         """保证每个槽位放得下 ``length`` 个位置。"""
@@ -137,14 +146,11 @@ class SlotKVCache:
         if length <= old:
             return
         wanted = -(-max(length, 2 * old) // self.GRANULE) * self.GRANULE
-        for name in ("keys", "values"):
-            store = getattr(self, name)
-            grown = store.new_zeros((*store.shape[:3], wanted, store.shape[4]))
-            grown[:, :, :, :old] = store
-            setattr(self, name, grown)
+        grown = self.store.new_zeros((*self.store.shape[:3], wanted, self.store.shape[4]))
+        grown[:, :, :, :old] = self.store
+        self.store = grown
 
     def copy(self, source: list[int], target: list[int], length: int) -> None:
         """把 ``source`` 各槽位的前 ``length`` 个位置抄到 ``target``（两边不相交）。"""
-        for store in (self.keys, self.values):
-            for layer in store:
-                layer[target, :, :length] = layer[source, :, :length]
+        for layer in self.store:
+            layer[target, :, :length] = layer[source, :, :length]
