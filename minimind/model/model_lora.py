@@ -16,8 +16,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from minimind.model.model_minimind import Linear, linear
 
 # 注意力与前馈里的全部线性层；混合专家的每个专家（含共享专家）也用这些名字
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -31,8 +32,8 @@ class LoRA(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, rank: int, **factory):
         super().__init__()
-        self.A = nn.Linear(in_features, rank, bias=False, **factory)
-        self.B = nn.Linear(rank, out_features, bias=False, **factory)
+        self.A = Linear(in_features, rank, bias=False, **factory)
+        self.B = Linear(rank, out_features, bias=False, **factory)
         nn.init.kaiming_uniform_(self.A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.B.weight)
 
@@ -57,11 +58,12 @@ class LoRALinear(nn.Linear):
             base.in_features, base.out_features, rank, device=base.weight.device, dtype=base.weight.dtype
         )
         self.scale, self.merged = alpha / rank, False
+        self.plain_type = type(base)
         self.train(base.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out]。"""
-        y = F.linear(x, self.weight, self.bias)
+        y = linear(x, self.weight, self.bias)
         return y if self.merged else torch.add(y, self.lora(x), alpha=self.scale)
 
     def delta(self) -> Tensor:
@@ -147,7 +149,7 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def remove_lora(model: nn.Module) -> None:
     """换回普通线性层。没合并的增量就此丢掉；合并过的留在 ``weight`` 里。"""
     for name, layer in lora_layers(model).items():
-        plain = nn.Linear(
+        plain = layer.plain_type(
             layer.in_features, layer.out_features, layer.bias is not None, device="meta"
         )  # 不分配内存，参数马上换成原来的
         plain.weight, plain.bias = layer.weight, layer.bias

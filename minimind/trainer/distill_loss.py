@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimind.model.model_minimind import compute_dtype
+from minimind.model.model_minimind import compute_dtype, matmul_nt
 
 DIVERGENCES = ("forward", "reverse", "jsd")
 
@@ -105,15 +105,15 @@ class _Chunked(torch.autograd.Function):
                 rows = slice(start, start + chunk)
                 y = targets[rows]
                 n, h = len(y), pad_rows(hidden[rows].detach().to(dtype))
-                teacher_logits = (pad_rows(teacher_hidden[rows].to(teacher_dtype)) @ teacher_w.t())[:n]
+                teacher_logits = matmul_nt(pad_rows(teacher_hidden[rows].to(teacher_dtype)), teacher_w)[:n]
                 with torch.enable_grad():
-                    logits = (h @ w.t())[:n].float().requires_grad_(need_grad)
+                    logits = matmul_nt(h, w)[:n].float().requires_grad_(need_grad)
                     loss, parts = loss_of(logits, teacher_logits.float(), y)
                 if need_grad:
                     (grad,) = torch.autograd.grad(loss, logits)
                     grad = pad_rows(grad.to(dtype))
-                    grad_hidden[rows] = (grad @ w)[:n]
-                    grad_weight += grad.t() @ h
+                    grad_hidden[rows] = matmul_nt(grad, w.t())[:n]
+                    grad_weight += matmul_nt(grad.t(), h.t())
                 values = [loss.detach(), *parts.values()]
                 totals = [a + b for a, b in zip(totals, values)] if totals else values
         if need_grad:
