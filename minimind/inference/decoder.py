@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -18,14 +18,9 @@ from torch import Tensor, nn
 
 from minimind.inference.kv_cache import SlotKVCache
 from minimind.inference.linear import JoinedLinear
+from minimind.inference.prompt_attention import PromptAttention
 from minimind.model import MiniMindForCausalLM
-from minimind.model.model_minimind import (
-    AttentionPlan,
-    apply_rope,
-    segment_attention,
-    varlen_attention,
-    varlen_available,
-)
+from minimind.model.model_minimind import apply_rope
 
 # 与 MiniMind 稠密结构逐层相同的公开结构：权重名也相同
 SAME_LAYOUT = ("LlamaForCausalLM", "Qwen3ForCausalLM")
@@ -88,11 +83,15 @@ class _Layer:
 class FusedDecoder:
     """直接用权重解码。
 
+    ``shareable``：一段 KV 能截取、拼接，给别的请求用。
+
     Args:
         model: MiniMind，或 ``SAME_LAYOUT`` 里的结构。
         max_slots: 槽位数。
         dtype: 矩阵乘与缓存的精度；残差仍用权重的精度，与自动混合精度下的训练一致。
     """
+
+    shareable = True
 
     def __init__(self, model: nn.Module, max_slots: int, dtype: torch.dtype | None = None):
         self.model, self.config = model, model.config
@@ -125,26 +124,29 @@ class FusedDecoder:
             for linear in [self.head, *(linear for layer in self.layers for linear in layer.joined)]:
                 linear.refresh()
 
-    def prefill(self, prompts: Sequence[Sequence[int]], slots: list[int]) -> Tensor:
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], slots: list[int], starts: list[int] | None = None
+    ) -> Tensor:
         """读一批提示，K、V 写进各自的槽位。长短不齐的提示首尾相连成一串，没有填充，注意力不出各条。
 
+        Args:
+            prompts: 各条要读的 token，都不空。
+            slots: 各写进哪个槽位，互不相同。
+            starts: 各从第几个位置读起，之前的 K、V 已在槽位里；默认都从头读。
+
         Returns:
-            每条提示末尾的 logits ``[P, V]``。
+            每条末尾的 logits ``[P, V]``。
         """
+        starts = starts or [0] * len(prompts)
         lengths = [len(prompt) for prompt in prompts]
-        self._reserve(max(lengths))
+        self._reserve(max(start + length for start, length in zip(starts, lengths)))
         ends = list(accumulate(lengths))
         ids = torch.tensor([token for prompt in prompts for token in prompt], device=self.device)
-        positions = torch.cat([torch.arange(length) for length in lengths]).to(self.device)
+        spans = [torch.arange(start, start + length) for start, length in zip(starts, lengths)]
+        positions = torch.cat(spans).to(self.device)
         rows = torch.tensor(slots).repeat_interleave(torch.tensor(lengths)).to(self.device)
         last = torch.tensor(ends, device=self.device) - 1
-        plan = AttentionPlan("segments", list(pairwise([0, *ends])))
-        varlen = self.dtype != torch.float32 and varlen_available(
-            torch.empty(0, device=self.device).to(self.dtype)
-        )
-        if varlen:
-            edges = torch.tensor([0, *ends], dtype=torch.int32, device=self.device)
-            plan = AttentionPlan("varlen", cu_seqlens=edges, max_seqlen=max(lengths))
+        attend = PromptAttention(lengths, starts, slots, self.device, self.dtype)
         x = F.embedding(ids, self.embedding)
         rope = self._rope(positions)
         with self._precision():
@@ -152,7 +154,7 @@ class FusedDecoder:
                 q, k, v = self._project(layer, x, rope)
                 self.cache.keys[index][rows, :, positions] = k
                 self.cache.values[index][rows, :, positions] = v
-                out = varlen_attention(q, k, v, plan) if varlen else segment_attention(q, k, v, plan)
+                out = attend(q, k, v, self.cache.keys[index], self.cache.values[index])
                 if index == len(self.layers) - 1:  # 末层之后只有各条的末尾还用得着
                     x, out = x[last], out[last]
                 x = self._finish(layer, x, out)
@@ -200,12 +202,13 @@ class FusedDecoder:
         """``source`` 搬到 ``target``，原处作废。"""
         self.cache.copy(source, target, length)
 
-    def keep(self, slot: int, length: int) -> Any:
-        """把一个槽位的前 ``length`` 个位置另存一份。"""
-        return self.cache.store[:, slot, :, :length].clone()
+    def keep(self, slot: int, stop: int, start: int = 0) -> Any:
+        """把一个槽位的 ``[start, stop)`` 另存一份：``[层, 2·键值头, 位置, head_dim]``。"""
+        return self.cache.store[:, slot, :, start:stop].clone()
 
     def restore(self, kept: Any, slots: list[int]) -> None:
-        """:meth:`keep` 的结果写进这些槽位。"""
+        """:meth:`keep` 的结果写进这些槽位的开头。"""
+        self._reserve(kept.shape[2])
         self.cache.store[:, slots, :, : kept.shape[2]] = kept.unsqueeze(1)
 
     # ---------------------------------------------------------------- 一层的各步，x [N, H]
@@ -263,6 +266,8 @@ class FusedDecoder:
 class ForwardDecoder:
     """只靠 ``forward(input_ids, past_key_values, use_cache)`` 的解码器：每行一个 transformers 自己的缓存，逐行算。"""
 
+    shareable = False  # 缓存里是什么由模型定（滑动窗口、状态空间），未必能截取
+
     def __init__(self, model: nn.Module, max_slots: int):
         self.model = model
         self.device = next(model.parameters()).device
@@ -271,10 +276,17 @@ class ForwardDecoder:
     def refresh(self) -> None:
         """每步都直接用模型的权重，没有要更新的。"""
 
-    def prefill(self, prompts: Sequence[Sequence[int]], slots: list[int]) -> Tensor:
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], slots: list[int], starts: list[int] | None = None
+    ) -> Tensor:
         """见 :meth:`FusedDecoder.prefill`。"""
-        rows = [self._forward(list(prompt), None, slot) for prompt, slot in zip(prompts, slots)]
-        return torch.cat(rows)
+        pieces = zip(prompts, slots, starts or [0] * len(prompts))
+        return torch.cat(
+            [
+                self._forward(list(ids), self.caches[slot] if start else None, slot)
+                for ids, slot, start in pieces
+            ]
+        )
 
     def decode(self, tokens: Tensor, positions: Tensor, lengths: Sequence[int]) -> Tensor:
         """见 :meth:`FusedDecoder.decode`。"""

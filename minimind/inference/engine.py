@@ -17,13 +17,14 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Collection, Iterable
 
 import torch
 from torch import Tensor, nn
 
+from minimind.inference.admission import Admission
 from minimind.inference.decoder import make_decoder
+from minimind.inference.prefix_store import PrefixStore
 from minimind.inference.requests import (
     LogitsHook,
     Request,
@@ -37,9 +38,6 @@ from minimind.inference.sampling import SamplingParams
 
 __all__ = ["Engine", "LogitsHook", "Sequence", "context_length", "room_for_prompt"]
 
-# 一次最多读这么多个提示位置（含补齐）：再多并不更快，只是占内存
-PREFILL_TOKENS = 8192
-
 
 class Engine:
     """连续批处理引擎。
@@ -52,6 +50,8 @@ class Engine:
         dtype: 计算精度，默认与权重相同。
         stride: 每隔多少个 token 与主机对一次结果；卡上每对一次主机就要等一次设备，采样时可以设大些，
             多写的会丢掉。CPU 上总是 1。
+        prefill_chunk: 一步最多读多少个提示位置，长提示读着的时候别人照写；``None`` 不拆，总的最快。
+        prefix_cache_tokens: 前缀库最多存多少个位置，0 不用；只有 :class:`~minimind.inference.decoder.FusedDecoder` 能用。
     """
 
     def __init__(
@@ -63,9 +63,13 @@ class Engine:
         max_length: int | None = None,
         dtype: torch.dtype | None = None,
         stride: int = 1,
+        prefill_chunk: int | None = None,
+        prefix_cache_tokens: int = 0,
     ):
         if max_slots < 1:
             raise ValueError(f"max_slots 至少为 1，得到 {max_slots}")
+        if (prefill_chunk is not None and prefill_chunk < 1) or prefix_cache_tokens < 0:
+            raise ValueError(f"prefill_chunk={prefill_chunk}、prefix_cache_tokens={prefix_cache_tokens} 越界")
         self.eos_ids, self.max_slots = frozenset(eos_ids), max_slots
         context = context_length(model)
         self.max_length = min(max_length or context, context)
@@ -74,7 +78,10 @@ class Engine:
         self.stride = 1 if self.device.type == "cpu" else stride
         self.vocab_size = model.config.vocab_size
         self._next_id = 0
-        self._waiting: deque[Request] = deque()
+        prefixes = None
+        if prefix_cache_tokens and self.decoder.shareable:
+            prefixes = PrefixStore(prefix_cache_tokens)
+        self._admission = Admission(self.decoder, max_slots, prefill_chunk, prefixes)
         self._rows: list[Row] = []
         self._cancelled: list[Sequence] = []
         self._state = RowState(max_slots, self.vocab_size, self.device)
@@ -107,7 +114,9 @@ class Engine:
         seed = params.seed if params.seed is not None else int(torch.randint(2**62, ()))
         request_id, self._next_id = self._next_id, self._next_id + 1
         waiting = [Sequence(request_id, index, prompt) for index in range(n)]
-        self._waiting.append(Request(request_id, prompt, params, limit, seed, waiting, hook, top_logprobs))
+        self._admission.queue.append(
+            Request(request_id, prompt, params, limit, seed, waiting, hook, top_logprobs)
+        )
         return request_id
 
     @torch.inference_mode()
@@ -117,11 +126,7 @@ class Engine:
         def chosen(sequence: Sequence) -> bool:
             return sequence.request_id == request_id and index in (None, sequence.index)
 
-        for request in [r for r in self._waiting if r.id == request_id]:
-            self._cancelled += [sequence for sequence in request.waiting if chosen(sequence)]
-            request.waiting = [sequence for sequence in request.waiting if not chosen(sequence)]
-            if not request.waiting:
-                self._waiting.remove(request)
+        self._cancelled += self._admission.cancel(chosen)
         rows = [i for i, row in enumerate(self._rows) if chosen(row.sequence)]
         self._cancelled += [self._rows[i].sequence for i in rows]
         self._release(rows)
@@ -129,7 +134,12 @@ class Engine:
     @property
     def has_unfinished(self) -> bool:
         """还有没返回的样本。"""
-        return bool(self._waiting or self._rows or self._cancelled)
+        return bool(self._admission.queue or self._rows or self._cancelled)
+
+    @property
+    def prompt_tokens(self) -> tuple[int, int]:
+        """至今算过与从前缀库抄来的提示位置数。"""
+        return self._admission.computed, self._admission.reused
 
     @property
     def running(self) -> list[Sequence]:
@@ -137,8 +147,11 @@ class Engine:
         return [row.sequence for row in self._rows]
 
     def refresh(self) -> None:
-        """模型的权重变了。正在写的样本沿用旧权重算出的 KV，所以应在空闲时调用。"""
+        """模型的权重变了，前缀库作废。正在写的样本沿用旧权重算出的 KV，所以应在空闲时调用。"""
         self.decoder.refresh()
+        self._admission.forget()
+        for row in self._rows:
+            row.shareable = False
 
     @torch.inference_mode()
     def step(self) -> list[Sequence]:
@@ -147,67 +160,24 @@ class Engine:
         for sequence in finished:
             sequence.finished = "cancelled"
         self._cancelled = []
-        while self._waiting and len(self._rows) < self.max_slots:
+        while self._admission.queue and len(self._rows) < self.max_slots:
             finished += self._admit()
+            if self._admission.chunk:
+                break
         if self._rows:
             finished += self._advance()
         return finished
 
-    # ---------------------------------------------------------------- 进场
-
     def _admit(self) -> list[Sequence]:
-        """从队首取一批请求读提示，写下各行的第一个 token；返回一个 token 就写完的。"""
+        """读一步的提示，进场的各行写下第一个 token；返回一个 token 就写完的。"""
         first = len(self._rows)
-        free = self.max_slots - first
-        batch: list[tuple[Request, int]] = []  # 请求与它这次进来的样本数
-        width = 0
-        while self._waiting and free:
-            request = self._waiting[0]
-            width = max(width, len(request.prompt_ids))
-            if batch and (request.kept is not None or width * (len(batch) + 1) > PREFILL_TOKENS):
-                break
-            count = min(free, len(request.waiting))
-            batch.append((request, count))
-            free -= count
-            if count == len(request.waiting):
-                self._waiting.popleft()
-            if request.kept is not None:
-                break
-        rows, logits = self._read_prompts(batch, first)
-        self._rows += rows
-        self._state.enter(rows, first, [request.seed for request, count in batch for _ in range(count)])
-        ids, logp = self._state.sample(logits, rows, first)
+        admitted = self._admission.admit(first)
+        if admitted.logits is None:
+            return []
+        self._rows += admitted.rows
+        self._state.enter(admitted.rows, first, admitted.seeds)
+        ids, logp = self._state.sample(admitted.logits, admitted.rows, first)
         return self._record(ids.unsqueeze(0), logp.unsqueeze(0), first)
-
-    def _read_prompts(self, batch: list[tuple[Request, int]], first: int) -> tuple[list[Row], Tensor]:
-        """提示的 KV 写进第 ``first`` 个起的槽位，返回新行与它们的 logits ``[行数, V]``。"""
-        starts, slot = [], first
-        for _, count in batch:
-            starts.append(slot)
-            slot += count
-        request, count = batch[0]
-        if request.kept is not None:
-            kept, logits = request.kept
-            self.decoder.restore(kept, list(range(first, slot)))
-        else:
-            logits = self.decoder.prefill([request.prompt_ids for request, _ in batch], starts)
-            request, count = batch[-1]
-            if count < len(request.waiting):
-                request.kept = self.decoder.keep(starts[-1], len(request.prompt_ids)), logits[-1:].clone()
-            for (request, count), start in zip(batch, starts):
-                if count > 1:
-                    targets = list(range(start + 1, start + count))
-                    self.decoder.copy([start] * len(targets), targets, len(request.prompt_ids))
-        rows = []
-        for request, count in batch:
-            taken, request.waiting = request.waiting[:count], request.waiting[count:]
-            for sequence in taken:
-                hook = request.hook() if request.hook else None
-                rows.append(Row(sequence, request.params, request.limit, hook, request.top_logprobs))
-        counts = torch.tensor([count for _, count in batch], device=self.device)
-        return rows, logits.repeat_interleave(counts, dim=0, output_size=len(rows))
-
-    # ---------------------------------------------------------------- 前进
 
     def _advance(self) -> list[Sequence]:
         """每行写 ``stride`` 个 token，其间不与主机同步。"""
@@ -252,6 +222,8 @@ class Engine:
         """这些槽位空出来，末尾还在写的行搬来补上。"""
         if not slots:
             return
+        for slot in slots:
+            self._admission.remember(self._rows[slot], slot)
         gone, count = set(slots), len(self._rows) - len(slots)
         holes = [slot for slot in slots if slot < count]
         movers = [slot for slot in range(count, len(self._rows)) if slot not in gone]

@@ -61,7 +61,9 @@ def stream_tokens(
         while done is None:
             finished = engine.step()
             done = next((one for one in finished if one.request_id == request), None)
-            current = done or next(one for one in engine.running if one.request_id == request)
+            current = done or next((one for one in engine.running if one.request_id == request), None)
+            if current is None:  # 还在排队或读提示
+                continue
             end = len(current.ids) - (current.finished == "stop")
             yield from current.ids[shown:end]
             shown = end

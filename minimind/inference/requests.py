@@ -34,6 +34,7 @@ class Sequence:
         finished: ``"stop"`` 写出结束符，``"length"`` 到长度上限，``"cancelled"`` 被取消，``None`` 还在写。
         top: 要了候选时，各 token 在 *模型自己* 的分布（温度 1，惩罚与干预之前）下的对数概率，与最可能的几个
             ``(id, 对数概率)``。
+        cached: 提示里有多少个 token 是从前缀库抄来的，没有重算。
     """
 
     request_id: int
@@ -43,11 +44,20 @@ class Sequence:
     logprobs: list[float] = field(default_factory=list)
     finished: str | None = None
     top: list[tuple[float, tuple[tuple[int, float], ...]]] = field(default_factory=list)
+    cached: int = 0
 
 
 @dataclass
 class Request:
-    """排着的请求；``waiting`` 是还没进场的样本。"""
+    """排着的请求。
+
+    Args:
+        waiting: 还没进场的样本。
+        read: 提示已经读了多少个。
+        kept: 槽位不够 n 个时，提示的 KV 与末尾 logits 先存着。
+        cached: 见 :class:`Sequence`。
+        shareable: 算出的 KV 能不能给别的请求用；读了之后换过权重就不能了。
+    """
 
     id: int
     prompt_ids: list[int]
@@ -57,7 +67,10 @@ class Request:
     waiting: list[Sequence]
     hook: Callable[[], LogitsHook] | None = None
     top_logprobs: int | None = None
-    kept: Any = None  # 槽位不够 n 个时，提示的 KV 与末尾 logits 先存着
+    read: int = 0
+    kept: Any = None
+    cached: int = 0
+    shareable: bool = True
 
 
 @dataclass
@@ -69,6 +82,7 @@ class Row:
     limit: int
     hook: LogitsHook | None = None
     top_logprobs: int | None = None
+    shareable: bool = True
 
     @property
     def length(self) -> int:

@@ -2,51 +2,19 @@
 
 import pytest
 import torch
+from engine_helpers import drain, hf_model, prompts_of, tiny
 
 from minimind.errors import UserError
 from minimind.inference.decoder import ForwardDecoder, FusedDecoder
 from minimind.inference.engine import Engine
 from minimind.inference.sampling import GREEDY, SamplingParams
-from minimind.model import MiniMindConfig, MiniMindForCausalLM
 
-VOCAB = 64
 EOS = {5, 9, 20, 23, 33}  # 常抽到的几个，长短才会参差
-
-
-def tiny(kind="v2", **options):
-    torch.manual_seed(0)
-    config = MiniMindConfig(
-        arch="v3" if kind.startswith("v3") else "v2",
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=VOCAB,
-        use_moe=kind.endswith("moe"),
-        initializer_range=0.4,
-        **{"max_position_embeddings": 96, **options},
-    )
-    return MiniMindForCausalLM(config).eval()
 
 
 @pytest.fixture(scope="module", params=["v2", "v3", "moe", "v3moe"])
 def model(request):
     return tiny(request.param)
-
-
-def prompts_of(lengths):
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths]
-
-
-def drain(engine):
-    """跑到没有在写的为止：``{(请求, 第几个): 样本}``。"""
-    done = {}
-    while engine.has_unfinished:
-        for sequence in engine.step():
-            assert (sequence.request_id, sequence.index) not in done
-            done[sequence.request_id, sequence.index] = sequence
-    return done
 
 
 @torch.no_grad()
@@ -116,9 +84,9 @@ def test_同一个提示只算一次_槽位不够时也是(monkeypatch):
     engine = Engine(model, eos_ids={5}, max_slots=3)
     real = engine.decoder.prefill
 
-    def spy(prompts, slots):
+    def spy(prompts, slots, starts):
         read.extend(map(tuple, prompts))
-        return real(prompts, slots)
+        return real(prompts, slots, starts)
 
     monkeypatch.setattr(engine.decoder, "prefill", spy)
     prompts = prompts_of([9, 4])
@@ -219,23 +187,6 @@ def test_yarn外推():
     sequence = drain(engine)[0, 0]
     want = full_logprobs(model, sequence)
     torch.testing.assert_close(torch.tensor(sequence.logprobs), want, atol=1e-4, rtol=0)
-
-
-def hf_model(name):
-    import transformers
-
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=96,
-        initializer_range=0.4,
-    )
-    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,171 @@
+"""进场：排着的请求依次读提示，读完的样本住进槽位。
+
+一步最多读 ``chunk`` 个位置，长提示分几步读，其间别人照写不误；同一步里读得完的几条首尾相连一起算。
+先来先读，所以任何时候至多一个请求读到一半：它暂住最后一个槽位，读完的那一步搬到在写的各行后面。
+不设 ``chunk`` 时提示从不拆开，空出的槽位一次填满再写：强化学习的采样与评测只看总的快慢。
+
+开头与前缀库里相同的部分直接抄来。同一个提示要 n 个样本时只读一次，抄给各行；槽位不够 n 个，就把读好的另存一份。
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minimind.inference.prefix_store import PrefixStore
+from minimind.inference.requests import Request, Row, Sequence
+
+# 不设 chunk 时一批读多少个位置。CPU 上再多反而慢（26M 单线程，128 个 token 一条：512 个位置 4,230、2,048 个
+# 4,290、8,192 个 3,210 词元/秒，放不进高速缓存了）；卡上少发几次核
+BATCH_TOKENS = {"cpu": 2048}
+BATCH_TOKENS_DEVICE = 8192
+
+
+@dataclass
+class _Piece:
+    """这一步给一个请求做的事：``[start, stop)`` 读进 ``slot``，读完则 ``count`` 个样本从 ``slot`` 起进场。"""
+
+    request: Request
+    start: int
+    stop: int
+    slot: int
+    count: int
+    reused: Any = None  # 从前缀库抄来的开头
+
+
+@dataclass
+class Admitted:
+    """这一步进场的各行、它们的种子与提示末尾的 logits ``[行数, V]``。"""
+
+    rows: list[Row]
+    seeds: list[int]
+    logits: Tensor | None = None
+
+
+class Admission:
+    """排队与读提示。
+
+    Args:
+        decoder: 读提示、抄 KV 的解码器。
+        max_slots: 槽位数。
+        chunk: 一步最多读多少个位置；``None`` 不拆。
+        prefixes: 前缀库；``None`` 不用。
+    """
+
+    def __init__(self, decoder: Any, max_slots: int, chunk: int | None, prefixes: PrefixStore | None):
+        self.decoder, self.max_slots, self.chunk, self.prefixes = decoder, max_slots, chunk, prefixes
+        self.budget = chunk or BATCH_TOKENS.get(decoder.device.type, BATCH_TOKENS_DEVICE)
+        self.queue: deque[Request] = deque()
+        self.computed = self.reused = 0
+
+    def cancel(self, chosen: Callable[[Sequence], bool]) -> list[Sequence]:
+        """去掉还没进场的样本；样本全没了的请求离队，读到一半的也是，它暂住的槽位随之空出。"""
+        gone = []
+        for request in self.queue:
+            gone += [sequence for sequence in request.waiting if chosen(sequence)]
+            request.waiting = [sequence for sequence in request.waiting if not chosen(sequence)]
+        self.queue = deque(request for request in self.queue if request.waiting)
+        return gone
+
+    def forget(self) -> None:
+        """权重变了：前缀库清空，已经读了的不再存进去。"""
+        if self.prefixes is not None:
+            self.prefixes.clear()
+        for request in self.queue:
+            request.shareable = request.shareable and not request.read
+
+    def remember(self, row: Row, slot: int) -> None:
+        """离场的一行，提示与回答都存进前缀库。"""
+        if self.prefixes is not None and row.shareable:
+            self._store([*row.sequence.prompt_ids, *row.sequence.ids][: row.length], slot)
+
+    def admit(self, first: int) -> Admitted:
+        """读一步的提示，读完的从第 ``first`` 个槽位起依次进场。"""
+        pieces = self._plan(first)
+        for piece in pieces:
+            self._place(piece)
+        fresh = [piece for piece in pieces if piece.stop > piece.start]
+        logits: list[Tensor] = []
+        if fresh:
+            prompts = [piece.request.prompt_ids[piece.start : piece.stop] for piece in fresh]
+            starts, slots = [piece.start for piece in fresh], [piece.slot for piece in fresh]
+            logits = list(self.decoder.prefill(prompts, slots, starts))
+            self.computed += sum(map(len, prompts))
+        admitted, lines = Admitted([], []), []
+        for piece in pieces:
+            line = logits.pop(0) if piece.stop > piece.start else piece.request.kept[1]
+            if piece.count:
+                self._enter(piece, line, admitted)
+                lines += [line] * piece.count
+        if lines:
+            admitted.logits = torch.stack(lines)
+        return admitted
+
+    # ---------------------------------------------------------------- 一步的各段
+
+    def _plan(self, first: int) -> list[_Piece]:
+        """这一步读哪些；读完的离队（还有样本没槽位的除外）。"""
+        pieces: list[_Piece] = []
+        budget, slot = self.budget, first
+        for request in list(self.queue):
+            if slot == self.max_slots:
+                break
+            length, reused = len(request.prompt_ids), None
+            start = length if request.kept is not None else request.read
+            if start < length and budget <= 0:
+                break
+            if start == 0 and self.prefixes is not None and request.shareable:
+                start, reused = self.prefixes.match(request.prompt_ids[:-1])  # 至少算一个，要它的 logits
+            stop = min(length, start + budget) if self.chunk else length
+            if not self.chunk and pieces and stop - start > budget:
+                break
+            budget -= stop - start
+            if reused is not None:
+                request.cached = start
+                self.reused += start
+            if stop < length:
+                pieces.append(_Piece(request, start, stop, self.max_slots - 1, 0, reused))
+                break
+            count = min(self.max_slots - slot, len(request.waiting))
+            pieces.append(_Piece(request, start, stop, slot, count, reused))
+            slot += count
+            if count == len(request.waiting):
+                self.queue.popleft()
+        return pieces
+
+    def _place(self, piece: _Piece) -> None:
+        """``start`` 之前的 KV 到位：另存的、前缀库的，或上一步读了一半的。"""
+        request, slot = piece.request, piece.slot
+        if request.kept is not None:
+            self.decoder.restore(request.kept[0], [slot])
+        elif piece.reused is not None:
+            self.decoder.restore(piece.reused, [slot])
+        elif request.read and slot != self.max_slots - 1:
+            self.decoder.move([self.max_slots - 1], [slot], request.read)
+        request.read = piece.stop
+
+    def _enter(self, piece: _Piece, logits: Tensor, admitted: Admitted) -> None:
+        """读完了：KV 抄给各个样本，存进前缀库，还有样本没进来的另存一份。"""
+        request, length = piece.request, piece.stop
+        if request.kept is None and request.shareable and self.prefixes is not None:
+            self._store(request.prompt_ids, piece.slot)
+        if piece.count > 1:
+            targets = list(range(piece.slot + 1, piece.slot + piece.count))
+            self.decoder.copy([piece.slot] * len(targets), targets, length)
+        taken, request.waiting = request.waiting[: piece.count], request.waiting[piece.count :]
+        if request.waiting and request.kept is None:
+            request.kept = self.decoder.keep(piece.slot, length), logits.clone()
+        for sequence in taken:
+            sequence.cached = request.cached
+            hook = request.hook() if request.hook else None
+            row = Row(sequence, request.params, request.limit, hook, request.top_logprobs, request.shareable)
+            admitted.rows.append(row)
+            admitted.seeds.append(request.seed)
+
+    def _store(self, ids: list[int], slot: int) -> None:
+        self.prefixes.insert(ids, lambda start, stop: self.decoder.keep(slot, stop, start))

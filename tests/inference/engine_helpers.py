@@ -1,0 +1,63 @@
+"""引擎各测试共用的小模型与提示。"""
+
+from __future__ import annotations
+
+import torch
+
+from minimind.model import MiniMindConfig, MiniMindForCausalLM
+
+VOCAB = 64
+
+
+def tiny(kind="v2", **options):
+    """两层的 MiniMind：``v2``、``v3``、``moe``、``v3moe``。"""
+    torch.manual_seed(0)
+    config = MiniMindConfig(
+        arch="v3" if kind.startswith("v3") else "v2",
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCAB,
+        use_moe=kind.endswith("moe"),
+        initializer_range=0.4,
+        **{"max_position_embeddings": 96, **options},
+    )
+    return MiniMindForCausalLM(config).eval()
+
+
+def hf_model(name):
+    """两层的 transformers 模型：``Llama``、``Qwen3``、``Qwen2``……"""
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=96,
+        initializer_range=0.4,
+    )
+    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+
+
+def any_model(name):
+    return hf_model(name) if name[0].isupper() else tiny(name)
+
+
+def prompts_of(lengths, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths]
+
+
+def drain(engine):
+    """跑到没有在写的为止：``{(请求, 第几个): 样本}``。"""
+    done = {}
+    while engine.has_unfinished:
+        for sequence in engine.step():
+            assert (sequence.request_id, sequence.index) not in done
+            done[sequence.request_id, sequence.index] = sequence
+    return done
