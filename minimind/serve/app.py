@@ -62,6 +62,7 @@ def create_app(
 
     app = FastAPI(title="MiniMind", version="1", lifespan=lifespan, docs_url="/docs", redoc_url=None)
     app.state.table, app.state.settings, app.state.metrics = None, settings, metrics
+    app.state.stopping = False
     install_handlers(app, log)
     app.add_middleware(Guard, settings=settings, metrics=metrics)
     if cors:
@@ -77,7 +78,10 @@ def create_app(
 async def fill_table(app: FastAPI, load: Callable[[], ModelTable]) -> None:
     """载入模型；不成就请服务器退出（给自己发 SIGTERM，uvicorn 照常收尾）。"""
     try:
-        app.state.table = await run_in_threadpool(load)
+        table = await run_in_threadpool(load)
+        for runner in table.runners if app.state.stopping else ():
+            runner.refuse()
+        app.state.table = table
     except UserError as error:
         app.state.failure = error
         log.error("%s", error)
@@ -167,9 +171,11 @@ def add_status(app: FastAPI, metrics: Metrics) -> None:
 
     @app.get("/health")
     async def health() -> Response:
-        ready = app.state.table is not None
-        body = {"status": "ok" if ready else "loading"}
-        return JSONResponse(body, 200 if ready else 503)
+        if app.state.stopping:
+            status = "stopping"
+        else:
+            status = "loading" if app.state.table is None else "ok"
+        return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
     @app.get("/metrics")
     async def show_metrics() -> Response:

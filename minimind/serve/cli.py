@@ -41,6 +41,7 @@ class ServeArguments:
     max_queue: int = arg(128, "另外最多排多少个样本，再多就答 429")
     max_length: int = arg(8192, "提示加回答的上限，不超过模型的上下文")
     request_seconds: float = arg(600.0, "一个请求最多多少秒")
+    shutdown_seconds: float = arg(120.0, "停机时最多等在写的多少秒")
 
 
 def model_table(args: ServeArguments):
@@ -79,12 +80,13 @@ def model_table(args: ServeArguments):
 
 
 def run(args: ServeArguments) -> None:
-    """启动，直到收到 SIGTERM 或 Ctrl-C：在写的写完才退出。"""
+    """启动，直到收到 SIGTERM 或 Ctrl-C：在写的写完才退出，退出码 0；等不及就退出的是 1。"""
     try:
         import uvicorn
 
         from minimind.serve.app import create_app
         from minimind.serve.generation import Settings
+        from minimind.serve.lifecycle import GracefulServer
     except ImportError as error:
         raise UserError(f"没有装服务要用的库（{error.name}）", fix="pip install 'minimind[serve]'") from error
 
@@ -94,7 +96,11 @@ def run(args: ServeArguments) -> None:
     cors = [origin.strip() for origin in args.cors.split(",")] if args.cors else None
     app = create_app(lambda: model_table(args), settings, cors)
     say(f"服务在 http://{args.host}:{args.port} ，接口在 /v1，说明在 /docs；Ctrl-C 停止。")
-    uvicorn.run(app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=None)
+    config = uvicorn.Config(app, host=args.host, port=args.port, log_level="warning")
+    server = GracefulServer(config, app, args.shutdown_seconds)
+    server.run()
+    if server.forced:
+        raise SystemExit(1)
     if failure := getattr(app.state, "failure", None):
         raise failure
 

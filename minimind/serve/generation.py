@@ -100,9 +100,12 @@ def submit(job: Job, settings: Settings) -> Ticket:
             429, "排队的请求太多，请稍后再试", code="queue_full", retry_after=settings.retry_after
         ) from None
     except ShuttingDown:
-        raise ApiError(
-            503, "服务器正在停机，不再接新的请求", code="shutting_down", retry_after=settings.retry_after
-        ) from None
+        raise stopping(settings) from None
+
+
+def stopping(settings: Settings) -> ApiError:
+    """正在停机的答复。"""
+    return ApiError(503, "服务器正在停机", code="shutting_down", retry_after=settings.retry_after)
 
 
 async def progress_of(
@@ -121,6 +124,8 @@ async def progress_of(
     try:
         while left:
             event = await ticket.events.get()
+            if isinstance(event, ShuttingDown):
+                raise stopping(settings)
             if isinstance(event, Exception):
                 raise event
             if event.tokens:

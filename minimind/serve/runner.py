@@ -128,7 +128,7 @@ class EngineRunner:
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._tickets: dict[int, Ticket] = {}
-        self._closing = self._stopped = False
+        self._refusing = self._closing = False
         self.in_flight = 0  # 排队与在写的样本数
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
@@ -158,7 +158,7 @@ class EngineRunner:
         events = Mailbox(asyncio.get_running_loop())
         ticket = Ticket(list(prompt), params, limit, n, hook, top_logprobs, events, sent=[0] * n, open=n)
         with self._wake:
-            if self._closing:
+            if self._refusing or self._closing:
                 raise ShuttingDown
             if self.in_flight + n > self.max_slots + self.max_queue:
                 raise QueueFull
@@ -186,15 +186,20 @@ class EngineRunner:
         self._command(run)
         return await asyncio.wrap_future(future)
 
-    def close(self, wait: bool = True) -> None:
-        """不再接新的；``wait`` 时等在写的写完。"""
+    def refuse(self) -> None:
+        """不再接新的；在写的照写，给提示打分之类的事也照做。"""
+        self._refusing = True
+
+    def close(self) -> None:
+        """不再接新的，等在写的写完，线程随之结束。"""
         with self._wake:
             self._closing = True
-            if not wait:
-                self._stopped = True
             self._wake.notify()
-        if wait:
-            self._thread.join()
+        self._thread.join()
+
+    def abandon(self) -> None:
+        """在写的与排队的都不要了，各得到一个 :class:`ShuttingDown`；信号处理函数里也可以叫。"""
+        self._command(lambda: self._drop_all(ShuttingDown()))
 
     @property
     def idle(self) -> bool:
@@ -210,13 +215,10 @@ class EngineRunner:
     def _loop(self) -> None:
         while True:
             with self._wake:
-                self._wake.wait_for(
-                    lambda: self._commands or self.engine.has_unfinished or self._closing or self._stopped
-                )
+                self._wake.wait_for(lambda: self._commands or self.engine.has_unfinished or self._closing)
                 commands = list(self._commands)
                 self._commands.clear()
-                finished = self._closing and not commands and not self.engine.has_unfinished
-                if self._stopped or finished:
+                if self._closing and not commands and not self.engine.has_unfinished:
                     return
             for command in commands:
                 command()
@@ -285,13 +287,17 @@ class EngineRunner:
 
     def _fail(self, error: Exception) -> None:
         """引擎出错：在途的请求都得到这个错误，引擎重新来过，别的请求不受牵连。"""
-        tickets = list(self._tickets.values())
-        for ticket in tickets:
-            self._finish(ticket, ticket.open)
-        post([(ticket, error) for ticket in tickets])
         self.engine = Engine(
             self.model, eos_ids=self.engine.eos_ids, max_slots=self.max_slots, max_length=self.max_length
         )
+        self._drop_all(error)
+
+    def _drop_all(self, error: Exception) -> None:
+        tickets = list(self._tickets.values())
+        for ticket in tickets:
+            self.engine.cancel(ticket.request_id)
+            self._finish(ticket, ticket.open)
+        post([(ticket, error) for ticket in tickets])
 
 
 @torch.inference_mode()

@@ -1,0 +1,72 @@
+"""停机：收到信号后先不接新的，在写的写完才退出；再来一次信号或过了时限就立刻退出。
+
+uvicorn 自己的做法是收到信号就关掉监听，新来的连不上，而不是得到 503；退出后还把信号再发给自己，退出码就不是 0。
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from minimind.serve.runner import EngineRunner
+
+log = logging.getLogger("minimind.serve")
+
+
+class GracefulServer(uvicorn.Server):
+    """第一次 SIGTERM 或 Ctrl-C 开始停机，第二次立刻结束。
+
+    Args:
+        app: ``create_app`` 建的应用，停机时让它的各个引擎不再接新的。
+        limit: 停机最多等多少秒；到了还没写完的就不要了。
+
+    Attributes:
+        forced: 没有等在写的写完就退出了。
+    """
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI, limit: float):
+        super().__init__(config)
+        self.app, self.limit = app, limit
+        self.forced = False
+        self._deadline: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """信号处理函数；只改几个标志，其余的事在 :meth:`on_tick` 里做。"""
+        if self._deadline is not None:
+            self._give_up()
+            self.force_exit = self.should_exit  # 已经在等连接送完：那里只看这个标志
+            return
+        self._deadline = time.monotonic() + self.limit
+        self.app.state.stopping = True
+        for runner in self._runners:
+            runner.refuse()
+
+    async def on_tick(self, counter: int) -> bool:
+        """uvicorn 每 0.1 秒叫一次；返回真就关掉监听，等连接送完。"""
+        if self._deadline is not None:
+            left = self._deadline - time.monotonic()
+            if left <= 0 and not self.forced:
+                log.error("停机等了 %g 秒还没写完，剩下的不要了", self.limit)
+                self._give_up()
+            if self.forced:
+                self.should_exit = True
+            elif all(runner.idle for runner in self._runners):
+                # 词元都写出来了，还要送完：对方若一直不收，也只等到时限
+                self.config.timeout_graceful_shutdown = max(1, int(left))
+                self.should_exit = True
+        return await super().on_tick(counter)
+
+    @property
+    def _runners(self) -> list[EngineRunner]:
+        return self.app.state.table.runners if self.app.state.table else []
+
+    def _give_up(self) -> None:
+        """不等了：在途的请求都答 503；连接若一秒还没送完，也不要了。"""
+        self.forced = True
+        self.config.timeout_graceful_shutdown = 1
+        for runner in self._runners:
+            runner.abandon()
