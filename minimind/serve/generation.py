@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -12,12 +13,16 @@ from typing import Any
 
 from starlette.requests import Request
 
+from minimind.errors import UserError
 from minimind.inference.engine import LogitsHook
 from minimind.inference.sampling import SamplingParams
 from minimind.serve.errors import ApiError
 from minimind.serve.metrics import Metrics
 from minimind.serve.models import ServedModel
 from minimind.serve.runner import Progress, QueueFull, ShuttingDown, Ticket
+
+
+log = logging.getLogger("minimind.serve")
 
 
 @dataclass
@@ -127,7 +132,7 @@ async def progress_of(
             if isinstance(event, ShuttingDown):
                 raise stopping(settings)
             if isinstance(event, Exception):
-                raise event
+                raise engine_error(event)
             if event.tokens:
                 if job.first is None:
                     job.first = time.perf_counter()
@@ -144,6 +149,14 @@ async def progress_of(
         metrics.duration.observe(now - job.start)
         if job.first is not None and job.written > job.n:
             metrics.per_token.observe((now - job.first) / (job.written - job.n) * job.n)
+
+
+def engine_error(error: Exception) -> ApiError:
+    """引擎里出的错 → 客户端看到的；流式时响应头早已发出，只有 :class:`ApiError` 还能写成一行 ``error``。"""
+    if isinstance(error, UserError):
+        return ApiError(400, str(error))
+    log.error("引擎出错", exc_info=error)
+    return ApiError(500, "服务器内部错误，详情在服务器的日志里")
 
 
 @asynccontextmanager

@@ -26,14 +26,14 @@ from minimind.tokenizer import load_tokenizer
 CONTEXT = 256
 
 
-def tiny_loaded(seed: int = 0) -> Loaded:
+def tiny_loaded(seed: int = 0, context: int = CONTEXT) -> Loaded:
     torch.manual_seed(seed)
     config = MiniMindConfig(
         hidden_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
+        max_position_embeddings=context,
     )
     return Loaded(MiniMindForCausalLM(config).eval().requires_grad_(False), load_tokenizer(), False, None)
 
@@ -46,7 +46,7 @@ def served(
         stop_ids(loaded.model, loaded.tokenizer),
         max_slots=slots,
         max_queue=queue,
-        max_length=CONTEXT,
+        max_length=loaded.model.config.max_position_embeddings,
     )
     return ServedModel(name, loaded, runner, parent)
 
@@ -54,11 +54,13 @@ def served(
 class LiveServer:
     """``with LiveServer(...) as server``：``server.url`` 是地址，``server.table`` 是模型表。"""
 
-    def __init__(self, settings: Settings | None = None, slots: int = 4, queue: int = 8):
+    def __init__(
+        self, settings: Settings | None = None, slots: int = 4, queue: int = 8, context: int = CONTEXT
+    ):
         self.table = ModelTable(
             [
-                served("minimind", tiny_loaded(0), slots=slots, queue=queue),
-                served("lora_x", tiny_loaded(1), "minimind", slots, queue),
+                served("minimind", tiny_loaded(0, context), slots=slots, queue=queue),
+                served("lora_x", tiny_loaded(1, context), "minimind", slots, queue),
             ]
         )
         self.app = create_app(lambda: self.table, settings)
