@@ -53,8 +53,8 @@ def start_server(save_dir: str, weight: str) -> str:
     raise SystemExit("服务器一分钟还没起来")
 
 
-def shoot(page, scene: str, questions: list[str], settings: dict[str, str], path: Path) -> None:
-    """问完，摆好，拍下。"""
+def shoot(page, scene: str, questions: list[str], settings: dict[str, str], at: int, path: Path) -> None:
+    """问完，摆好，拍下；``at`` 是 hover 一张指着第几个词。"""
     for name, value in settings.items():
         page.evaluate(
             "([id, value]) => { const f = document.getElementById(id); f.value = value; f.dispatchEvent(new Event('input')); }",
@@ -69,17 +69,23 @@ def shoot(page, scene: str, questions: list[str], settings: dict[str, str], path
         page.wait_for_selector("#send:visible", timeout=120_000)
     if scene == "hover":
         tokens = page.locator(".token:visible")
-        tokens.nth(min(4, tokens.count() - 1)).hover()
+        token = tokens.nth(min(at, tokens.count() - 1))
+        token.scroll_into_view_if_needed()
+        page.wait_for_timeout(200)  # 滚动会收起提示，等它停下
+        token.hover()
     page.screenshot(path=path)
     print(f"{path}：{path.stat().st_size / 1000:.0f} kB")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--save_dir", default="out")
     parser.add_argument("--weight", default="full_sft")
     parser.add_argument("--ask", nargs="+", default=["你好，请介绍一下你自己。"], help="依次问的话")
     parser.add_argument("--tools", nargs="+", default=["用计算器算84*7。"], help="tools 一张问的话")
+    parser.add_argument("--at", type=int, default=4, help="hover 一张指着第几个词（从 0 数）")
     parser.add_argument("--only", default="light,dark,phone,hover", help="哪几张，逗号分隔")
     parser.add_argument("--set", nargs="*", default=["seed=0"], help="设置栏里的值，写成 temperature=0.3")
     parser.add_argument("--out_dir", type=Path, default=ROOT / "docs" / "images")
@@ -103,7 +109,7 @@ def main() -> None:
             page.goto(url)
             page.wait_for_selector("#model option", state="attached")
             questions = args.tools if scene == "tools" else args.ask
-            shoot(page, scene, questions, settings, args.out_dir / f"page_{scene}.png")
+            shoot(page, scene, questions, settings, args.at, args.out_dir / f"page_{scene}.png")
             context.close()
         browser.close()
 

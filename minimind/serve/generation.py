@@ -21,7 +21,6 @@ from minimind.serve.metrics import Metrics
 from minimind.serve.models import ServedModel
 from minimind.serve.runner import Progress, QueueFull, ShuttingDown, Ticket
 
-
 log = logging.getLogger("minimind.serve")
 
 

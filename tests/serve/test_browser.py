@@ -13,6 +13,7 @@ from conftest import LiveServer
 from scripted import Script, scripted
 
 from minimind.serve.generation import Settings
+from minimind.tools import CALCULATOR
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="没有装 playwright，跳过浏览器里的测试")
 expect = sync_api.expect
@@ -176,12 +177,17 @@ def test_工具调用_看得到_在页面里执行_结果交回模型(live, visi
     shown = answers(page).first.locator(".call")
     expect(shown).to_have_count(2)
     expect(shown.nth(0)).to_contain_text('calculator({"expression": "84*7"})')
-    expect(shown.nth(1)).to_contain_text('{"result":588}')
+    expect(shown.nth(1)).to_contain_text('{"result": "588"}')
     assert "tool_call" not in page.locator("#messages").inner_text()
-    assert {tool["function"]["name"] for tool in bodies[0]["tools"]} == {"calculator", "get_time"}
+    calculator, clock = bodies[0]["tools"]
+    assert calculator == CALCULATOR.schema() and clock["function"]["name"] == "get_time"
     _, call, result = bodies[1]["messages"]
     assert json.loads(call["tool_calls"][0]["function"]["arguments"]) == {"expression": "84*7"}
-    assert result == {"role": "tool", "tool_call_id": call["tool_calls"][0]["id"], "content": '{"result":588}'}
+    assert result == {
+        "role": "tool",
+        "tool_call_id": call["tool_calls"][0]["id"],
+        "content": '{"result": "588"}',
+    }
 
 
 def test_一直调用工具_到轮数上限就停并说明(live, visit):
@@ -209,6 +215,7 @@ def test_指着一个词_看它的概率与候选_与服务器报的一致(live,
     span = answers(page).locator(".token").nth(2)
     assert span.inner_text() == token["token"]
     assert page.locator("#tip").is_hidden()
+    span.scroll_into_view_if_needed()
     span.hover()
     tip = page.locator("#tip")
     expect(tip).to_be_visible()
@@ -256,7 +263,9 @@ def test_输入法选字时的回车不发送_Esc不停止(live, visit):
     keyboard = page.context.new_cdp_session(page)
 
     def press(key, code):  # 真的输入法会吃掉这个键，所以只有按下，没有打出的字
-        keyboard.send("Input.dispatchKeyEvent", {"type": "rawKeyDown", "key": key, "windowsVirtualKeyCode": code})
+        keyboard.send(
+            "Input.dispatchKeyEvent", {"type": "rawKeyDown", "key": key, "windowsVirtualKeyCode": code}
+        )
 
     def compose():
         page.fill("#input", "")
@@ -501,7 +510,14 @@ def test_刷新之后对话与设置都在_接着聊(live, visit):
         expect(answers(page).last.locator(".body")).to_have_text("嗯。")
         wait_done(page)
     body = sent.value.post_data_json
-    assert [m["role"] for m in body["messages"]] == ["system", "user", "assistant", "tool", "assistant", "user"]
+    assert [m["role"] for m in body["messages"]] == [
+        "system",
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+        "user",
+    ]
     assert body["messages"][0]["content"] == "你很简短" and body["temperature"] == 0.3
     page.click("#clear")
     page.reload()

@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 import minimind.serve
+from minimind.tools.clock import read_clock
 
 STATIC = Path(minimind.serve.__file__).parent / "static"
 
@@ -30,8 +31,13 @@ def test_不引用外面的东西_脚本里没有eval():
         assert not re.search(r"https?://|\beval\(|new Function|innerHTML", text), file.name
 
 
+def page_and_scripts() -> tuple[str, str]:
+    scripts = "".join(file.read_text("utf-8") for file in sorted(STATIC.glob("*.js")))
+    return (STATIC / "index.html").read_text("utf-8"), scripts
+
+
 def test_脚本用到的元素页面上都有():
-    page, script = ((STATIC / name).read_text("utf-8") for name in ("index.html", "app.js"))
+    page, script = page_and_scripts()
     ids = set(re.findall(r'id="(\w+)"', page))
     assert set(re.findall(r'\$\("(\w+)"\)', script)) <= ids
 
@@ -53,7 +59,7 @@ def test_页面用到的话两种语言都有(tmp_path):
     code = 'import {WORDS} from "./words.mjs"; console.log(JSON.stringify([Object.keys(WORDS.zh), Object.keys(WORDS.en)]))'
     zh, en = run_node(code, tmp_path)
     assert zh == en
-    page, script = ((STATIC / name).read_text("utf-8") for name in ("index.html", "app.js"))
+    page, script = page_and_scripts()
     used = set(re.findall(r'data-(?:text|label|placeholder)="(\w+)"', page)) | set(
         re.findall(r"\bwords\.(?!js)(\w+)", script)
     )
@@ -69,3 +75,19 @@ def test_页面的计算器(tmp_path):
         "try { return calculate(c) } catch { return null } })))"
     )
     assert run_node(code, tmp_path) == [7, -0.5, 512, 9716, None, None, None, None, 0.1 + 0.2]
+
+
+@needs_node
+def test_页面执行工具_结果的写法同训练数据_写坏的得到一句错误(tmp_path):
+    calls = [
+        ["calculator", '{"expression": "0.1+0.2"}'],
+        ["calculator", '{"expression": "84*'],
+        ["rm", "{}"],
+        ["toString", "{}"],
+        ["get_time", ""],
+    ]
+    code = f'import {{runTool}} from "./tools.mjs"; console.log(JSON.stringify({json.dumps(calls)}.map((c) => runTool(...c))))'
+    sums, broken, unknown, inherited, clock = run_node(code, tmp_path)
+    assert sums == json.dumps({"result": "0.3"})
+    assert all("error" in json.loads(text) for text in (broken, unknown, inherited))
+    assert set(json.loads(clock)) == set(read_clock())

@@ -111,7 +111,7 @@ export class Answer {
   addResult(text) {
     const node = element("div", "call");
     node.append(label(() => words.result), element("code", "", text));
-    stickToEnd(() => this.node.append(node));
+    stickToEnd(() => this.node.insertBefore(node, this.meta ?? null));
   }
 
   addError(say) {
@@ -132,6 +132,7 @@ export class Answer {
     const { tokens, reason } = this;
     const speed = ((1000 * tokens) / (performance.now() - this.start)).toFixed(1);
     const say = () => [words.speed(tokens, speed), reason === "length" ? words.cut : "", note?.() ?? ""].filter(Boolean).join(" · ");
-    stickToEnd(() => this.node.append(phrase(element("div", "meta"), say)));
+    this.meta = phrase(element("div", "meta"), say);
+    stickToEnd(() => this.node.append(this.meta));
   }
 }

@@ -1,11 +1,10 @@
-// 页面自己执行的示例工具；算式由下面的小解析器算，从不 eval
+// 页面自己执行的示例工具；名字、说明与结果的写法同 minimind chat --tools 的，在微世界上练过的模型直接会用
 export const SCHEMAS = [
-  { type: "function", function: { name: "calculator", description: "计算算式", parameters: {
-    type: "object", properties: { expression: { type: "string", description: "只含数字、+-*/^ 与括号" } }, required: ["expression"] } } },
-  { type: "function", function: { name: "get_time", description: "现在的日期与时间", parameters: { type: "object", properties: {} } } },
+  { type: "function", function: { name: "calculator", description: "计算算式", parameters: { type: "object", properties: { expression: { type: "string" } } } } },
+  { type: "function", function: { name: "get_time", description: "查时间", parameters: { type: "object", properties: {} } } },
 ];
 
-// 递归下降：和 → 积 → 负号 → 幂 → 原子
+// 算式由递归下降解析，从不 eval：和 → 积 → 负号 → 幂 → 原子
 export function calculate(text) {
   const tokens = text.replace(/×/g, "*").replace(/÷/g, "/").match(/\d+(\.\d+)?|[-+*/^()]|\S/g) ?? [];
   let at = 0;
@@ -48,13 +47,28 @@ export function calculate(text) {
   return value;
 }
 
+// 此刻，按浏览器的时区
+function readClock(now = new Date()) {
+  const two = (number) => String(number).padStart(2, "0");
+  return {
+    time: `${now.getHours()}:${two(now.getMinutes())}`,
+    date: `${now.getFullYear()}-${two(now.getMonth() + 1)}-${two(now.getDate())}`,
+    weekday: `星期${"日一二三四五六"[now.getDay()]}`,
+  };
+}
+
+// 15 位有效数字：0.1+0.2 写成 0.3
+const calculator = ({ expression }) => ({ result: String(Number(calculate(String(expression ?? "")).toPrecision(15))) });
+const TOOLS = { calculator, get_time: () => readClock() };
+
+// 与训练数据里的写法相同：冒号与逗号之后有空格
+const dump = (values) => `{${Object.entries(values).map(([key, value]) => `${JSON.stringify(key)}: ${JSON.stringify(value)}`).join(", ")}}`;
+
 export function runTool(name, argumentsText) {
   try {
-    const given = JSON.parse(argumentsText || "{}");
-    if (name === "calculator") return JSON.stringify({ result: calculate(String(given.expression ?? "")) });
-    if (name === "get_time") return JSON.stringify({ time: new Date().toLocaleString("zh-CN") });
-    return JSON.stringify({ error: `没有工具 ${name}` });
+    if (!Object.hasOwn(TOOLS, name)) throw new Error(`没有工具 ${name}`);
+    return dump(TOOLS[name](JSON.parse(argumentsText || "{}")));
   } catch (error) {
-    return JSON.stringify({ error: error.message });
+    return dump({ error: error.message });
   }
 }
