@@ -25,8 +25,8 @@ SCENES = {
     "light": ("light", DESKTOP),
     "dark": ("dark", DESKTOP),
     "phone": ("light", PHONE),
-    "hover": ("light", {"width": 640, "height": 400}),
-    "tools": ("light", {"width": 640, "height": 400}),
+    "hover": ("light", {"width": 640, "height": 430}),
+    "tools": ("light", {"width": 640, "height": 430}),
 }
 
 

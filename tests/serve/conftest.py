@@ -1,10 +1,13 @@
-"""一台真的服务器：两层小模型，uvicorn 在自己的线程里，客户端走真的 HTTP。"""
+"""一台真的服务器：两层小模型，uvicorn 在自己的线程里，客户端走真的 HTTP 或真的浏览器。"""
 
 from __future__ import annotations
 
 import socket
+import sys
 import threading
 import time
+from contextlib import ExitStack
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -105,3 +108,65 @@ def live():
     torch.set_num_threads(1)
     with LiveServer() as server:
         yield server
+
+
+# ---------------------------------------------------------------- 浏览器
+
+
+@pytest.fixture(scope="module")
+def chat_server():
+    with LiveServer(context=2048) as server:  # 工具的说明就要两百多个词元
+        yield server
+
+
+@pytest.fixture(scope="module")
+def browser(root_dir):
+    """无头 Chromium；没有就跳过。
+
+    只活一个文件那么久：playwright 的事件循环开着时，同一进程里别的测试不能 ``asyncio.run``。
+    """
+    from playwright.sync_api import expect, sync_playwright
+
+    sys.path.insert(0, str(root_dir / "benchmarks"))
+    try:
+        from browser import HOW, find_browser
+    finally:
+        sys.path.remove(str(root_dir / "benchmarks"))
+    expect.set_options(timeout=30_000)
+    with sync_playwright() as playwright:
+        path = find_browser(playwright)
+        if path is None:
+            pytest.skip(f"没有浏览器，跳过网页的测试；{HOW}")
+        with playwright.chromium.launch(executable_path=path) as chromium:
+            yield chromium
+
+
+@pytest.fixture
+def visit(browser, chat_server):
+    """``visit(...)`` 打开页面；结束时核对控制台没有错、没有一个请求去了别处。
+
+    ``expected`` 是意料之中的控制台错误里的一段字：浏览器自己会把 401、503 与连不上记成错误。
+    """
+    with ExitStack() as opened:
+        troubles, hosts, allowed = [], set(), {""}  # "" 是 data: 的图标
+
+        def note(text, expected):
+            if not (expected and expected in text):
+                troubles.append(text)
+
+        def open_page(url=chat_server.url, expected="", language="zh-CN", **options):
+            allowed.add(urlsplit(url).netloc)
+            context = opened.enter_context(browser.new_context(locale=language, **options))
+            page = context.new_page()
+            page.set_default_timeout(30_000)
+            page.on("pageerror", lambda error: note(str(error), ""))
+            page.on("console", lambda line: line.type in ("error", "warning") and note(line.text, expected))
+            page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
+            page.goto(url)
+            if not expected:
+                page.wait_for_selector("#model option", state="attached")
+            return page
+
+        yield open_page
+        assert not troubles
+        assert hosts <= allowed

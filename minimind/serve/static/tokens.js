@@ -27,7 +27,7 @@ function candidates(token) {
     const chosen = other.token === token.token;
     row.className = chosen ? "chosen" : "";
     row.insertCell().textContent = visible(other);
-    row.insertCell().textContent = `${(100 * share).toFixed(1)}%`;
+    row.insertCell().textContent = share < 0.0005 ? "<0.1%" : `${(100 * share).toFixed(1)}%`;
     const bar = document.createElement("span");
     bar.className = "bar";
     bar.style.width = `${(5 * share).toFixed(2)}em`;
