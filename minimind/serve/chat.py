@@ -144,7 +144,7 @@ class ChatAnswer:
                     "finish_reason": sample.finish_reason,
                 }
             )
-        usage = usage_of(len(self.job.prompt), sum(sample.written for sample in samples))
+        usage = usage_of([self.job], sum(sample.written for sample in samples))
         return self._envelope("chat.completion", choices) | {"usage": usage}
 
     async def stream(self, ticket: Ticket, settings: Settings, metrics: Metrics) -> AsyncIterator[str]:
@@ -173,7 +173,7 @@ class ChatAnswer:
                     logprobs = sample.take_logprobs(self.model.vocabulary)
                 yield line([choice(sample.index, delta, logprobs, reason)], **waiting)
             if self.request.include_usage:
-                usage = usage_of(len(self.job.prompt), sum(sample.written for sample in samples))
+                usage = usage_of([self.job], sum(sample.written for sample in samples))
                 yield line([], usage=usage)
         except ApiError as error:
             yield f"data: {json.dumps(error.body(), ensure_ascii=False)}\n\n"

@@ -40,6 +40,10 @@ class ServeArguments:
     max_slots: int = arg(32, "同时写多少个样本")
     max_queue: int = arg(128, "另外最多排多少个样本，再多就答 429")
     max_length: int = arg(8192, "提示加回答的上限，不超过模型的上下文")
+    prefill_chunk: int = arg(0, "一步最多读多少个提示词元，其间别人照写；0 由设备定：CPU 256，显卡 2048")
+    prefix_cache_tokens: int = arg(
+        16384, "前缀库最多存多少个词元的 KV（26M 每个 8 KB），开头相同的提示不重算；0 不用"
+    )
     request_seconds: float = arg(600.0, "一个请求最多多少秒")
     shutdown_seconds: float = arg(120.0, "停机时最多等在写的多少秒")
 
@@ -71,6 +75,8 @@ def model_table(args: ServeArguments):
             max_slots=args.max_slots,
             max_queue=args.max_queue,
             max_length=args.max_length,
+            prefill_chunk=args.prefill_chunk,
+            prefix_cache_tokens=args.prefix_cache_tokens,
         )
         base = args.model_name or "minimind"
         return ServedModel(base if lora == "None" else lora, loaded, runner, None if lora == "None" else base)

@@ -137,8 +137,7 @@ class TextAnswer:
                 sample = samples.get(index) or self._sample(index)
                 reason = "length" if self.only_score else sample.finish_reason
                 choices.append(self._choice(sample, prefix + texts.get(index, ""), scored, reason))
-        prompt_tokens = sum(len(job.prompt) for job in self.jobs)
-        usage = usage_of(prompt_tokens, sum(sample.written for sample in samples.values()))
+        usage = usage_of(self.jobs, sum(sample.written for sample in samples.values()))
         return self._envelope(choices) | {"usage": usage}
 
     async def stream(self, tickets: list[Ticket], settings: Settings, metrics: Metrics) -> AsyncIterator[str]:
@@ -158,7 +157,7 @@ class TextAnswer:
                     yield line([self._choice(sample, text, reason=sample.finish_reason)])
                     written += sample.written if sample.finish_reason is not None else 0
             if self.request.include_usage:
-                yield line([], usage=usage_of(sum(len(job.prompt) for job in self.jobs), written))
+                yield line([], usage=usage_of(self.jobs, written))
         except ApiError as error:
             yield f"data: {json.dumps(error.body(), ensure_ascii=False)}\n\n"
         finally:

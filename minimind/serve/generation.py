@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,6 +55,7 @@ class Job:
     start: float = field(default_factory=time.perf_counter)
     first: float | None = None
     written: int = 0
+    cached: int = 0  # 提示里没有重算的词元数
 
 
 def fit(prompt: list[int], asked: int | None, model: ServedModel) -> int:
@@ -136,6 +137,9 @@ async def progress_of(
                 if job.first is None:
                     job.first = time.perf_counter()
                     metrics.first_token.observe(job.first - job.start)
+                    job.cached = event.cached
+                    metrics.prompt_reused.inc(event.cached)
+                    metrics.prompt_computed.inc(len(job.prompt) - event.cached)
                 job.written += len(event.tokens)
                 metrics.generated_tokens.inc(len(event.tokens))
             left -= event.finished is not None
@@ -179,10 +183,12 @@ def new_id(prefix: str) -> str:
     return f"{prefix}-{uuid.uuid4().hex}"
 
 
-def usage_of(prompt_tokens: int, written: int) -> dict[str, Any]:
-    """用量；写出的词元含结束符。"""
+def usage_of(jobs: Sequence[Job], written: int) -> dict[str, Any]:
+    """用量；写出的词元含结束符，没有重算的提示词元另记在 ``cached_tokens``。"""
+    prompt_tokens = sum(len(job.prompt) for job in jobs)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": written,
         "total_tokens": prompt_tokens + written,
+        "prompt_tokens_details": {"cached_tokens": sum(job.cached for job in jobs)},
     }

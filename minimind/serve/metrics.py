@@ -17,6 +17,8 @@ class Metrics:
         common = {"registry": self.registry, "namespace": "minimind"}
         self.requests = Counter("requests", "请求数", ["endpoint", "status"], **common)
         self.prompt_tokens = Counter("prompt_tokens", "读入的提示词元", **common)
+        self.prompt_computed = Counter("prompt_tokens_computed", "算过的提示词元", **common)
+        self.prompt_reused = Counter("prompt_tokens_reused", "从前缀库抄来、没有重算的提示词元", **common)
         self.generated_tokens = Counter("generated_tokens", "写出的词元", **common)
         self.first_token = Histogram(
             "time_to_first_token_seconds", "从收到请求到第一个词元", buckets=SECONDS, **common

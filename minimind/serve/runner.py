@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from minimind.inference.admission import default_chunk
 from minimind.inference.engine import Engine, LogitsHook
 from minimind.inference.engine import Sequence as Sample
 from minimind.inference.sampling import SamplingParams
@@ -49,6 +50,7 @@ class Progress(NamedTuple):
     index: int
     tokens: list[TokenOut]
     finished: str | None
+    cached: int = 0  # 提示里没有重算的词元数
 
 
 class Mailbox:
@@ -117,13 +119,31 @@ class EngineRunner:
         max_slots: 同时写多少个样本。
         max_queue: 另外最多排多少个样本，再多就 :class:`QueueFull`。
         max_length: 提示加回答的上限。
+        prefill_chunk: 一步最多读多少个提示位置；0 由设备定。
+        prefix_cache_tokens: 前缀库最多存多少个位置；0 不用。
     """
 
     def __init__(
-        self, model: nn.Module, eos_ids: set[int], *, max_slots: int, max_queue: int, max_length: int
+        self,
+        model: nn.Module,
+        eos_ids: set[int],
+        *,
+        max_slots: int,
+        max_queue: int,
+        max_length: int,
+        prefill_chunk: int = 0,
+        prefix_cache_tokens: int = 16384,
     ):
         self.model, self.max_slots, self.max_queue = model, max_slots, max_queue
-        self.engine = Engine(model, eos_ids=eos_ids, max_slots=max_slots, max_length=max_length)
+        self._new_engine = lambda: Engine(
+            model,
+            eos_ids=eos_ids,
+            max_slots=max_slots,
+            max_length=max_length,
+            prefill_chunk=prefill_chunk or default_chunk(next(model.parameters()).device),
+            prefix_cache_tokens=prefix_cache_tokens,
+        )
+        self.engine = self._new_engine()
         self.max_length = self.engine.max_length
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
@@ -266,7 +286,7 @@ class EngineRunner:
             start, ticket.sent[sample.index] = ticket.sent[sample.index], len(sample.ids)
             tokens = [self._token(sample, at) for at in range(start, len(sample.ids))]
             if tokens or sample.finished:
-                events.append((ticket, Progress(sample.index, tokens, sample.finished)))
+                events.append((ticket, Progress(sample.index, tokens, sample.finished, sample.cached)))
             if sample.finished:
                 self._finish(ticket, 1)
         post(events)
@@ -287,9 +307,7 @@ class EngineRunner:
 
     def _fail(self, error: Exception) -> None:
         """引擎出错：在途的请求都得到这个错误，引擎重新来过，别的请求不受牵连。"""
-        self.engine = Engine(
-            self.model, eos_ids=self.engine.eos_ids, max_slots=self.max_slots, max_length=self.max_length
-        )
+        self.engine = self._new_engine()
         self._drop_all(error)
 
     def _drop_all(self, error: Exception) -> None:
