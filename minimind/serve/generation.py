@@ -156,6 +156,8 @@ async def progress_of(
 
 def engine_error(error: Exception) -> ApiError:
     """引擎里出的错 → 客户端看到的；流式时响应头早已发出，只有 :class:`ApiError` 还能写成一行 ``error``。"""
+    if isinstance(error, ApiError):
+        return error
     if isinstance(error, UserError):
         return ApiError(400, str(error))
     log.error("引擎出错", exc_info=error)
