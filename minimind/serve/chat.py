@@ -10,7 +10,7 @@ from typing import Any
 from minimind.errors import UserError
 from minimind.inference.reply import ReplyParser
 from minimind.serve.errors import ApiError
-from minimind.serve.generation import Job, Settings, fit, new_id, progress_of, usage_of
+from minimind.serve.generation import Job, Settings, check_ids, fit, new_id, progress_of, usage_of
 from minimind.serve.grammar import forced_call_schema, requested_schema
 from minimind.serve.hooks import make_hook
 from minimind.serve.metrics import Metrics
@@ -65,6 +65,7 @@ class ChatAnswer:
     def __init__(self, model: ServedModel, request: ChatRequest):
         self.model, self.request = model, request
         self.id, self.created = new_id("chatcmpl"), int(time.time())
+        check_ids(request.logit_bias or (), model, "logit_bias")
         self.use_tools = bool(request.tools) and request.tool_choice != "none"
         tools = [tool.model_dump(exclude_none=True) for tool in request.tools] if self.use_tools else None
         thinking = request.thinking

@@ -31,6 +31,7 @@ class TextAnswer:
     def __init__(self, model: ServedModel, request: CompletionRequest):
         self.model, self.request = model, request
         self.id, self.created = new_id("cmpl"), int(time.time())
+        check_ids(request.logit_bias or (), model, "logit_bias")
         try:
             given = request.prompts()
         except ValueError as error:

@@ -39,6 +39,8 @@ class ApiError(HTTPException):
         code: str | None = None,
         retry_after: int | None = None,
     ):
+        # 引用客户端的话时可能带着不成对的代理字符，编不成 UTF-8，答复就发不出去
+        message, param = (text and text.encode("utf-8", "replace").decode() for text in (message, param))
         super().__init__(status, message)
         self.status, self.message, self.param, self.code = status, message, param, code
         self.retry_after = retry_after

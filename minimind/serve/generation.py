@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,12 +77,16 @@ def fit(prompt: list[int], asked: int | None, model: ServedModel) -> int:
     return room if asked is None else min(asked, room)
 
 
-def check_ids(prompt: list[int], model: ServedModel) -> None:
-    """客户端直接给的词元要在词表里。"""
+def check_ids(ids: Iterable[int], model: ServedModel, param: str = "prompt") -> None:
+    """客户端直接给的词元要在词表里；放过去，出错的就是引擎，连累同时在写的所有人。
+
+    Raises:
+        ApiError: 有不在词表里的（400）。
+    """
     size = model.loaded.model.config.vocab_size
-    bad = next((token for token in prompt if not 0 <= token < size), None)
+    bad = next((token for token in ids if not 0 <= token < size), None)
     if bad is not None:
-        raise ApiError(400, f"词元 {bad} 不在 0 到 {size - 1} 之间", param="prompt", code="invalid_value")
+        raise ApiError(400, f"词元 {bad} 不在 0 到 {size - 1} 之间", param=param, code="invalid_value")
 
 
 def submit(job: Job, settings: Settings) -> Ticket:

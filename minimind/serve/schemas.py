@@ -166,7 +166,7 @@ class ChatRequest(Sampling):
             raise ValueError("top_logprobs 要与 logprobs: true 同用")
         names = [tool.function.name for tool in self.tools or []]
         if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
-            raise ValueError(f"tool_choice 点名的 {self.tool_choice.function.name} 不在 tools 里")
+            raise ValueError(f"tool_choice 点名的 {self.tool_choice.function.name[:80]!r} 不在 tools 里")
         if self.tool_choice == "required" and not names:
             raise ValueError("tool_choice 是 required，却没有 tools")
         return self

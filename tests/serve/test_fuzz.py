@@ -1,0 +1,142 @@
+"""真的服务进程经得起胡来：上万个坏请求没有 5xx、不卡住、不漏槽位、内存不涨；200 个中途走掉的客户端，槽位都空出来。"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import json
+import socket
+import struct
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import psutil
+import pytest
+from fuzzing import BODIES, Fuzzer, Sender
+from processes import ServerProcess, long_answer, save_small
+
+SENDERS = 8
+GROWTH = 64 << 20  # 热身之后的上万个请求至多让常驻内存多这么多；漏掉每个请求体（平均 5 KB 上下）也会超过
+FOREVER = 20_000
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    save_small(folder)
+    return folder
+
+
+@pytest.fixture
+def server(weights, tmp_path):
+    """上下文短一些：碰巧合规的长提示不必真的去算。"""
+    pytest.importorskip("xgrammar")
+    options = ("--max_length", 512, "--max_queue", 1000)
+    with ServerProcess("--save_dir", weights, *options, folder=tmp_path) as running:
+        yield running
+
+
+def hammer(server, seeds: range, want: int) -> collections.Counter:
+    """八条连接一起发，到总共 ``want`` 个被拒绝为止；各状态码的次数。5xx 连同请求一起报出来。"""
+
+    def one(seed: int) -> collections.Counter:
+        fuzzer, sender, seen = Fuzzer(seed), Sender(server.port), collections.Counter()
+        while sum(count for status, count in seen.items() if status == 0 or status >= 400) < want / len(
+            seeds
+        ):
+            bad = fuzzer.make()
+            status = sender.send(bad)
+            assert status < 500, (seed, bad, status, server.output()[-3000:])
+            seen[status] += 1
+        return seen
+
+    with ThreadPoolExecutor(len(seeds)) as pool:
+        return sum(pool.map(one, seeds), collections.Counter())
+
+
+def check_fuzz(server, count: int) -> None:
+    process = psutil.Process(server.process.pid)
+    hammer(server, range(SENDERS), count // 5)  # 热身：各条路都走过，该缓存的都缓存了
+    server.wait_idle()
+    before = process.memory_info().rss
+    seen = hammer(server, range(100, 100 + SENDERS), count)
+    server.wait_idle()
+    grown = process.memory_info().rss - before
+    refused = sum(number for status, number in seen.items() if status == 0 or status >= 400)
+    assert refused >= count and {400, 404, 405, 422} & set(seen), seen
+    assert grown < GROWTH, f"{count} 个坏请求之后常驻内存多了 {grown >> 20} MB"
+    assert "Traceback" not in server.output(), server.output()[-3000:]
+    for path, body in BODIES.items():
+        assert httpx.post(f"{server.url}{path}", json=body, timeout=60).status_code == 200, path
+
+
+def test_三千个坏请求(server):
+    check_fuzz(server, 3000)
+
+
+@pytest.mark.slow
+def test_一万个坏请求(server):
+    check_fuzz(server, 10_000)
+
+
+# ---------------------------------------------------------------- 中途走掉
+
+
+STAGES = ("半个头", "半个体", "刚发完", "一段", "几段", "不再读", "半关")
+
+
+async def vanish(port: int, which: int) -> None:
+    """发出一个写不完的请求，在第 ``which % 7`` 种时候走掉；一半直接复位连接，不打招呼。"""
+    stage, stream = STAGES[which % len(STAGES)], which % 5 != 0
+    if which % 3:
+        path, body = "/v1/chat/completions", long_answer(FOREVER, stream=stream, n=1 + which % 2)
+    else:
+        body = {
+            "prompt": "说" * (1 + which % 40),
+            "max_tokens": FOREVER,
+            "logit_bias": {"2": -100, "0": -100},
+        }
+        path, body = "/v1/completions", {**body, "stream": stream}
+    data = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    if stage == "半个头":
+        writer.write(head.encode()[:40])
+    elif stage == "半个体":
+        writer.write(head.encode() + data[: len(data) // 2])
+    else:
+        writer.write(head.encode() + data)
+    await writer.drain()
+    if stage in ("一段", "几段") and stream:
+        for _ in range(1 if stage == "一段" else 6):
+            await reader.read(200)
+    elif stage == "不再读":
+        await asyncio.sleep(0.3)
+    elif stage == "半关":
+        writer.write_eof()
+        await asyncio.sleep(0.1)
+    if which % 2:
+        linger = struct.pack("ii", 1, 0)
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    writer.close()
+
+
+def test_两百个客户端中途走掉_槽位都空出来(weights, tmp_path):
+    options = ("--max_length", FOREVER + 1000, "--max_queue", 1000)
+    with ServerProcess("--save_dir", weights, *options, folder=tmp_path) as server:
+        check_vanish(server)
+
+
+def check_vanish(server) -> None:
+    written = server.metric("minimind_generated_tokens_total")
+
+    async def all_of_them() -> None:
+        await asyncio.gather(*(vanish(server.port, which) for which in range(200)))
+
+    asyncio.run(all_of_them())
+    server.wait_idle()
+    written = server.metric("minimind_generated_tokens_total") - written
+    # 槽位是取消空出来的，不是写完空出来的：随便哪一个写完就有两万个词元
+    assert written < FOREVER, f"走掉的客户端还让它写了 {written:g} 个词元"
+    reply = httpx.post(f"{server.url}/v1/chat/completions", json=long_answer(4, n=8), timeout=60)
+    assert reply.status_code == 200 and reply.json()["usage"]["completion_tokens"] == 32
