@@ -273,7 +273,7 @@ class EngineRunner:
         if ticket.request_id is None:
             if index is None:
                 self._finish(ticket, ticket.open)
-        elif ticket.request_id in self._tickets:
+        elif self._tickets.get(ticket.request_id) is ticket:  # 引擎换新之后号码会重来
             self.engine.cancel(ticket.request_id, index)
 
     def _deliver(self, done: list[Sample]) -> None:
