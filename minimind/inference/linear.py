@@ -42,7 +42,7 @@ def packing_available() -> bool:
 
 
 def _packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
 
 
 class JoinedLinear:
@@ -73,6 +73,12 @@ class JoinedLinear:
         if self.packed:
             return _packed_linear(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
+
+    def add_to(self, total: Tensor, x: Tensor) -> Tensor:
+        """``total [N, 出] + self(x)``；精度相同时加法并进矩阵乘里。"""
+        if self.packed and self.bias is None and total.dtype == self.dtype:
+            return torch.ops.mkldnn._linear_pointwise.binary(x, total, self.weight, None, "add")
+        return total + self(x)
 
     def _join(self, name: str) -> Tensor:
         read = effective_weight if name == "weight" else (lambda linear: linear.bias)

@@ -19,6 +19,22 @@ def test_合并等于逐个算(rows, bias):
         torch.testing.assert_close(joined(x), torch.cat([linear(x) for linear in linears], -1))
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("total", [torch.float32, torch.bfloat16])
+def test_加到残差上等于先乘后加(bias, total):
+    torch.manual_seed(0)
+    linear = nn.Linear(24, 16, bias=bias)
+    joined, x, residual = (
+        JoinedLinear([linear], torch.float32),
+        torch.randn(5, 24),
+        torch.randn(5, 16).to(total),
+    )
+    before = residual.clone()
+    with torch.inference_mode():
+        torch.testing.assert_close(joined.add_to(residual, x), residual + linear(x))
+    assert torch.equal(residual, before), "残差还有别处要用，不能就地改"
+
+
 def test_权重变了_刷新之后跟得上():
     linear = nn.Linear(8, 6, bias=False)
     joined, x = JoinedLinear([linear], torch.float32), torch.randn(5, 8)
