@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ class SamplingParams:
     Args:
         temperature: 0 表示贪心（此时其余截断参数不起作用），越大越随机。
         top_k: 只在概率最高的 k 个里抽；0 表示不限。
-        top_p: 只在累计概率刚好达到 p 的最小集合里抽；1 表示不限。
+        top_p: 只在累计概率刚好达到 p 的最小集合里抽（与末一名并列的也算）；1 表示不限。
         min_p: 丢掉概率低于「最大概率 × min_p」的；0 表示不限。
         repetition_penalty: 大于 1 时压低已出现过的 token（Keskar 2019, CTRL）；1 表示不罚。
         seed: 给定时结果可复现；``None`` 用全局随机数。
@@ -60,6 +61,11 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature == 0
 
+    @cached_property
+    def rule(self) -> SamplingParams:
+        """去掉种子：每步按它分组。重造一份（含校验）约 6 µs，64 行就是每步 0.4 ms，所以只造一次。"""
+        return self if self.seed is None else replace(self, seed=None)
+
     def make_generator(self, device: torch.device | str) -> torch.Generator | None:
         """按种子造一个该设备上的随机数发生器；没有种子时返回 ``None``（用全局的）。"""
         if self.seed is None:
@@ -83,6 +89,9 @@ def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Te
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
+HEAD = 256  # top-p 先看概率最大的多少个词
+
+
 def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
     """把不许抽到的 token 设为 ``-inf``；每行至少留下概率最大的那个。
 
@@ -97,16 +106,35 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: flo
         kth_B1 = torch.topk(logits, top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < kth_B1, minus_inf)
     if top_p < 1.0:
-        sorted_BV, order_BV = torch.sort(logits, dim=-1, descending=True)
-        probs_BV = torch.softmax(sorted_BV.float(), dim=-1)
-        # 排在它前面的累计已达 p 的才丢：保证集合刚好跨过 p，且第一名永远留下
-        drop_BV = (probs_BV.cumsum(dim=-1) - probs_BV) >= top_p
-        logits = logits.masked_fill(drop_BV.scatter(-1, order_BV, drop_BV), minus_inf)
+        probs_BV = torch.softmax(logits.float(), dim=-1)
+        logits = logits.masked_fill(probs_BV < _nucleus_floor(probs_BV, top_p), minus_inf)
     if min_p > 0.0:
         probs_BV = torch.softmax(logits.float(), dim=-1)
         floor_B1 = probs_BV.amax(dim=-1, keepdim=True) * min_p
         logits = logits.masked_fill(probs_BV < floor_B1, minus_inf)
     return logits
+
+
+def _nucleus_floor(probs: Tensor, top_p: float) -> Tensor:
+    """top-p 集合里最小的概率 ``[B, 1]``。
+
+    整行排序 [1, 6400] 要 280 µs，[32, 6400] 要 11 ms；集合通常只有几十个词，CPU 上先取前 ``HEAD`` 名（11 µs 与
+    1.7 ms），不够的那几行才排。两条路的累计值逐位相同，所以走哪条、同批还有谁都不影响结果。
+    """
+
+    def floor_of(ranked: Tensor) -> tuple[Tensor, Tensor]:
+        total = ranked.cumsum(dim=-1)
+        # 排在它前面的累计已达 p 的才丢：保证集合刚好跨过 p，且第一名永远留下
+        kept = ranked.masked_fill((total - ranked) >= top_p, 2.0)
+        return kept.amin(dim=-1, keepdim=True), total[:, -1] >= top_p
+
+    if probs.device.type != "cpu" or probs.shape[-1] <= HEAD:
+        return floor_of(probs.sort(dim=-1, descending=True).values)[0]
+    floor, enough = floor_of(probs.topk(HEAD, dim=-1).values)
+    if not bool(enough.all()):
+        rest = (~enough).nonzero()[:, 0]
+        floor[rest] = floor_of(probs[rest].sort(dim=-1, descending=True).values)[0]
+    return floor
 
 
 def sample(
@@ -209,7 +237,7 @@ def sample_rows(
     logits = logits.float() if logits.dtype != torch.float32 else logits
     groups: dict[SamplingParams, list[int]] = {}
     for row, one in enumerate(params):
-        groups.setdefault(replace(one, seed=None) if one.seed is not None else one, []).append(row)
+        groups.setdefault(one.rule, []).append(row)
     if len(groups) == 1:
         return _sample_same(logits, next(iter(groups)), uniform, seen)
     ids = torch.empty(len(params), dtype=torch.long, device=logits.device)

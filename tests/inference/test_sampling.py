@@ -106,3 +106,28 @@ def test_越界的参数说出名字与取值(options):
     (name,) = options
     with pytest.raises(UserError, match=name):
         SamplingParams(**options)
+
+
+@pytest.mark.parametrize("scale", [8.0, 1.0])
+def test_topp_只看前几名与整行排序选出同样的词(scale, monkeypatch):
+    """尖的分布前几名就够，平的不够而改为整行排序；同一批里两种都有时各走各的。"""
+    generator = torch.Generator().manual_seed(0)
+    sharp, flat = (torch.randn(3, 2000, generator=generator) * s for s in (scale, 0.1))
+    logits = torch.cat((sharp, flat))
+    both = filter_logits(logits, top_p=0.9)
+    monkeypatch.setattr("minimind.inference.sampling.HEAD", 2000)
+    assert torch.equal(both, filter_logits(logits, top_p=0.9))
+    assert (both[3:] > float("-inf")).sum(-1).min() > 256
+    probs = logits.softmax(-1)
+    kept = probs.masked_fill(both == float("-inf"), 0.0)
+    smallest = probs.masked_fill(both == float("-inf"), 2.0).amin(-1)
+    assert (kept.sum(-1) >= 0.9 - 1e-5).all() and (kept.sum(-1) - smallest < 0.9 + 1e-5).all(), "刚好跨过"
+
+
+def test_topp_与末一名并列的一起留():
+    assert kept(filter_logits(torch.zeros(1, 8), top_p=0.3)) == list(range(8))
+
+
+def test_分组时不看种子():
+    one, other = (SamplingParams(temperature=0.7, seed=seed) for seed in (1, 2))
+    assert one != other and one.rule == other.rule and one.rule.seed is None
