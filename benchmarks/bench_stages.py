@@ -46,6 +46,7 @@ class StageArguments:
     seeds: int = arg(3, "种子个数，从 1 起")
     base: str = arg("out/demo", "底座所在的目录：权重、旁注与 microworld/")
     work_dir: str = arg("out/bench_stages", "训练产物的目录")
+    steps: int = arg(0, "强化学习三段各走几步；0 表示 30")
     items_per_task: int = arg(0, "每个任务至多考几题；0 表示全部")
     threads: int = arg(0, "CPU 线程数；0 表示按环境")
     jobs: int = arg(1, "同时跑几个种子，各用一个进程")

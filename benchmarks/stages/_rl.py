@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,7 @@ from bench_stages import Bench, Goal, Outcome
 from minimind.evaluate.microworld import Answered, accuracy, evaluate_items
 from minimind.report.logs import read_log
 
-# 每个算法都采样 30 步 × 128 条；GRPO 是 16 题 × 8 条，另两个是 128 题 × 1 条
+# 每个算法都采样 30 步（--steps 可改）× 128 条；GRPO 是 16 题 × 8 条，另两个是 128 题 × 1 条
 STEPS, ROLLOUTS = 30, 128
 GOALS = [
     Goal("solved", "多步题答对（留出）", at_least=0.20, change=True),
@@ -23,6 +24,16 @@ GOALS = [
     Goal("truncated", "写不完的回答", at_most=0.02),
     Goal("others", "一步就够的简单题答对"),
 ]
+
+
+def steps(bench: Bench) -> int:
+    return bench.args.steps or STEPS
+
+
+def epochs(bench: Bench, prompts_per_step: int) -> int:
+    """够走这么多步的轮数。"""
+    prompts = len((bench.world / "rl.jsonl").read_text("utf-8").splitlines())
+    return math.ceil(steps(bench) * prompts_per_step / prompts)
 
 
 def problems(bench: Bench) -> list[dict[str, Any]]:
@@ -63,7 +74,13 @@ def before(bench: Bench) -> dict[str, float]:
 def common(bench: Bench, seed: int, folder: Path) -> dict[str, Any]:
     """三个算法都一样的设置；其余用各自的默认值。"""
     settings = bench.common(seed, folder, "rl")
-    return {**settings, "max_gen_len": 64, "max_steps": STEPS, "log_interval": 1, "eval_interval": STEPS // 3}
+    return {
+        **settings,
+        "max_gen_len": 64,
+        "max_steps": steps(bench),
+        "log_interval": 1,
+        "eval_interval": steps(bench) // 3,
+    }
 
 
 def outcome(bench: Bench, folder: Path, result: Any, vitals: tuple[str, ...]) -> Outcome:

@@ -18,7 +18,7 @@ def settings(bench: Bench, seed: int, folder: Path) -> grpo.GRPOArguments:
     """演示里用的就是这一组。"""
     return grpo.GRPOArguments(
         **_rl.common(bench, seed, folder),
-        epochs=1,
+        epochs=_rl.epochs(bench, _rl.ROLLOUTS // 8),
     )
 
 

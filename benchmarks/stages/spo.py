@@ -18,7 +18,7 @@ def settings(bench: Bench, seed: int, folder: Path) -> spo.SPOArguments:
     """演示里用的就是这一组。"""
     return spo.SPOArguments(
         **_rl.common(bench, seed, folder),
-        epochs=3,  # 只够三十步：提示由记分牌抽，一轮是 1,500 条采样
+        epochs=_rl.epochs(bench, _rl.ROLLOUTS),  # 提示由记分牌抽，轮数只决定总量
     )
 
 
