@@ -21,7 +21,7 @@ class RLArguments(TrainArguments):
     reasoning: int = arg(0, "是否先想再答（1：从 reason 权重开始，提示里开着思考，奖励含格式分）", ON_OFF)
     rollout_url: str | None = arg(
         None,
-        "用 OpenAI 兼容的服务（vLLM、SGLang）采样，例如 http://127.0.0.1:8000；不给则在本进程里采样",
+        "用 OpenAI 兼容的服务（vLLM、SGLang、本项目的）采样，例如 http://127.0.0.1:8000，密钥放在环境变量 ROLLOUT_API_KEY；不给则在本进程里采样",
     )
     rollout_kind: str = arg(
         "auto", "采样服务的种类：vllm（含其他照做的 OpenAI 兼容服务）、sglang", ("auto", "vllm", "sglang")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -138,7 +139,14 @@ class Collector:
         if self.sampler is None and args.rollout_url:
             from minimind.rl.remote import RemoteRollout
 
-            self.sampler = RemoteRollout(args.rollout_url, self.tokenizer, **options)
+            self.sampler = RemoteRollout(
+                args.rollout_url,
+                self.tokenizer,
+                kind=args.rollout_kind,
+                weights_dir=args.rollout_weights_dir,
+                api_key=os.environ.get("ROLLOUT_API_KEY"),  # 参数会记进日志，密钥不该在里面
+                **options,
+            )
         elif self.sampler is None:
             self.sampler = LocalRollout(
                 model, self.tokenizer, max_slots=args.rollout_slots, dtype=run.dtype, **options

@@ -4,8 +4,9 @@
 
 - ``vllm``（与任何照做的 OpenAI 兼容服务）：``POST /v1/completions``，``prompt`` 是 id，``return_token_ids`` 要回 id，
   ``logprobs`` 要回对数概率。送权重：写进服务启动时的那个目录，``POST /collective_rpc`` 调 ``reload_weights``，
-  再 ``POST /reset_prefix_cache``；服务要以 ``VLLM_SERVER_DEV_MODE=1`` 启动。vLLM 默认报温度 1 的对数概率，
-  温度不是 1 时要以 ``--logprobs-mode processed_logprobs`` 启动。
+  再 ``POST /reset_prefix_cache``；vLLM 要以 ``VLLM_SERVER_DEV_MODE=1`` 启动，本项目的服务要给 ``--reload_dir``。
+  vLLM 默认报温度 1 的对数概率，温度不是 1 时要以 ``--logprobs-mode processed_logprobs`` 启动；本项目的服务按请求里的
+  ``logprobs_mode`` 报，抽样的种子也与 :class:`LocalRollout` 的用法相同，答案一字不差。
 - ``sglang``：``POST /generate``，``input_ids`` 进、``output_ids`` 出。送权重：``POST /update_weights_from_disk``。
 
 权重走磁盘：服务与训练要看得见同一个目录。
@@ -119,7 +120,7 @@ class RemoteRollout:
             if not reply.get("success"):
                 raise self._bad(f"SGLang 没能重读权重：{reply.get('message')}")
             return
-        hint = "vLLM 要以环境变量 VLLM_SERVER_DEV_MODE=1 启动，才有 /collective_rpc"
+        hint = "vLLM 要以环境变量 VLLM_SERVER_DEV_MODE=1 启动，本项目的服务要给 --reload_dir，才有 /collective_rpc"
         self._post("/collective_rpc", {"method": "reload_weights"}, hint)
         self._post("/reset_prefix_cache", {}, hint)  # 旧权重算出的提示缓存不能再用
 
@@ -133,8 +134,9 @@ class RemoteRollout:
             "temperature": self.temperature,
             "top_p": 1.0,
             "n": n,
-            "seed": seed % 2**31,
+            "seed": seed,
             "logprobs": 1,
+            "logprobs_mode": "processed_logprobs",
             "return_token_ids": True,
         }
         choices = sorted(self._post("/v1/completions", body).get("choices", []), key=lambda c: c["index"])

@@ -23,7 +23,8 @@ from minimind.serve.errors import ApiError, install_handlers
 from minimind.serve.generation import Settings, check_ids, submit, until_disconnected
 from minimind.serve.guard import Guard
 from minimind.serve.metrics import Metrics
-from minimind.serve.models import ModelTable
+from minimind.serve.models import ModelTable, ServedModel
+from minimind.serve.reload import add_reload
 from minimind.serve.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from minimind.tokenizer import encode_plain
 
@@ -72,6 +73,8 @@ def create_app(
     add_tokens(app)
     add_status(app, metrics)
     add_page(app)
+    if settings.reload_dir is not None:
+        add_reload(app, settings.reload_dir, table_of)
     return app
 
 
@@ -124,14 +127,21 @@ def add_generation(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
 
 def add_models(app: FastAPI) -> None:
     """模型表。"""
+    reload_dir = app.state.settings.reload_dir
+
+    def card(table: ModelTable, model: ServedModel) -> dict[str, Any]:
+        root = {"root": str(reload_dir)} if reload_dir is not None and model is table.default else {}
+        return model.card() | root
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [model.card() for model in table_of(app).models.values()]}
+        table = table_of(app)
+        return {"object": "list", "data": [card(table, model) for model in table.models.values()]}
 
     @app.get("/v1/models/{name:path}")
     async def one(name: str) -> dict[str, Any]:
-        return table_of(app).find(name).card()
+        table = table_of(app)
+        return card(table, table.find(name))
 
 
 def add_tokens(app: FastAPI) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from minimind.arguments import arg, parse_args
 from minimind.console import say
 from minimind.errors import UserError, guard
+from minimind.paths import resolve_path
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
@@ -43,6 +44,10 @@ class ServeArguments:
     prefill_chunk: int = arg(0, "一步最多读多少个提示词元，其间别人照写；0 由设备定：CPU 256，显卡 2048")
     prefix_cache_tokens: int = arg(
         16384, "前缀库最多存多少个词元的 KV（26M 每个 8 KB），开头相同的提示不重算；0 不用"
+    )
+    reload_dir: str | None = arg(
+        None,
+        "强化学习的远程采样用：允许 POST /collective_rpc 让底座重读这个目录的 model.safetensors；对外开放时须有 --api_key",
     )
     request_seconds: float = arg(600.0, "一个请求最多多少秒")
     shutdown_seconds: float = arg(120.0, "停机时最多等在写的多少秒")
@@ -98,7 +103,14 @@ def run(args: ServeArguments) -> None:
 
     if args.host not in LOCAL and not args.api_key:
         say(f"留意：监听 {args.host} 而没有 --api_key，能连到这台机器的人都可以用。")
-    settings = Settings(api_key=args.api_key, request_seconds=args.request_seconds)
+    if args.reload_dir and args.host not in LOCAL and not args.api_key:
+        raise UserError(
+            "开着重读权重的接口，又对外开放而没有密钥，谁都能换模型",
+            where=f"--host {args.host} --reload_dir {args.reload_dir}",
+            fix="加上 --api_key，或只听 127.0.0.1",
+        )
+    reload_dir = resolve_path(args.reload_dir) if args.reload_dir else None
+    settings = Settings(args.api_key, args.request_seconds, reload_dir=reload_dir)
     cors = [origin.strip() for origin in args.cors.split(",")] if args.cors else None
     app = create_app(lambda: model_table(args), settings, cors)
     say(f"服务在 http://{args.host}:{args.port} ，接口在 /v1，说明在 /docs；Ctrl-C 停止。")

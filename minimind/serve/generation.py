@@ -9,6 +9,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
@@ -33,12 +34,14 @@ class Settings:
         request_seconds: 一个请求最多多久。
         max_body: 请求体最多多少字节。
         retry_after: 排满时让客户端过几秒再来。
+        reload_dir: 重读权重时读哪个目录；``None`` 没有这个接口。
     """
 
     api_key: str | None = None
     request_seconds: float = 600.0
     max_body: int = 4 << 20
     retry_after: int = 1
+    reload_dir: Path | None = None
 
 
 @dataclass
@@ -52,6 +55,7 @@ class Job:
     n: int = 1
     hook: Callable[[], LogitsHook] | None = None
     top_logprobs: int | None = None
+    processed: bool = False
     start: float = field(default_factory=time.perf_counter)
     first: float | None = None
     written: int = 0
@@ -102,7 +106,13 @@ def submit(job: Job, settings: Settings) -> Ticket:
         )
     try:
         return runner.submit(
-            job.prompt, job.params, job.limit, n=job.n, hook=job.hook, top_logprobs=job.top_logprobs
+            job.prompt,
+            job.params,
+            job.limit,
+            n=job.n,
+            hook=job.hook,
+            top_logprobs=job.top_logprobs,
+            processed=job.processed,
         )
     except QueueFull:
         raise ApiError(

@@ -88,6 +88,7 @@ class Ticket:
     hook: Callable[[], LogitsHook] | None
     top_logprobs: int | None
     events: Mailbox
+    processed: bool = False
     request_id: int | None = None
     sent: list[int] = field(default_factory=list)
     open: int = 0  # 还没写完的样本数
@@ -109,6 +110,21 @@ def post(events: list[tuple[Ticket, Any]]) -> None:
     for loop, batch in by_loop.items():
         if not loop.is_closed():  # 已经关了就不必送
             loop.call_soon_threadsafe(open_all, batch)
+
+
+def deferred(work: Callable[[], Any]) -> tuple[Callable[[], None], Future]:
+    """把一件事变成（在别处执行的函数，取结果的期物）；等的人先走了就不做。"""
+    future: Future = Future()
+
+    def run() -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            future.set_result(work())
+        except Exception as error:
+            future.set_exception(error)
+
+    return run, future
 
 
 class EngineRunner:
@@ -148,6 +164,8 @@ class EngineRunner:
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._tickets: dict[int, Ticket] = {}
+        self._when_idle: list[Callable[[], None]] = []  # 等空闲时做的事
+        self._held: list[Ticket] = []  # 有这样的事时，新来的先等着
         self._refusing = self._closing = False
         self.in_flight = 0  # 排队与在写的样本数
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
@@ -164,19 +182,22 @@ class EngineRunner:
         n: int = 1,
         hook: Callable[[], LogitsHook] | None = None,
         top_logprobs: int | None = None,
+        processed: bool = False,
     ) -> Ticket:
         """排进队里。
 
         Args:
             hook: 每个样本一份的干预（约束、偏置、惩罚）。
             top_logprobs: 每个词元要几个候选；``None`` 表示连它自己的对数概率也不要。
+            processed: 词元自己的对数概率按抽样时的分布报（温度、惩罚、截断之后），候选的不变。
 
         Raises:
             QueueFull: 排满了。
             ShuttingDown: 正在停机。
         """
         events = Mailbox(asyncio.get_running_loop())
-        ticket = Ticket(list(prompt), params, limit, n, hook, top_logprobs, events, sent=[0] * n, open=n)
+        ticket = Ticket(list(prompt), params, limit, n, hook, top_logprobs, events, processed)
+        ticket.sent, ticket.open = [0] * n, n
         with self._wake:
             if self._refusing or self._closing:
                 raise ShuttingDown
@@ -193,18 +214,15 @@ class EngineRunner:
 
     async def call(self, work: Callable[[], Any]) -> Any:
         """在引擎线程里做一件事（例如给一段提示逐词元打分），不与 ``step`` 抢计算。"""
-        future: Future = Future()
-
-        def run() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                future.set_result(work())
-            except Exception as error:
-                future.set_exception(error)
-
+        run, result = deferred(work)
         self._command(run)
-        return await asyncio.wrap_future(future)
+        return await asyncio.wrap_future(result)
+
+    async def when_idle(self, work: Callable[[], Any]) -> Any:
+        """等在写的写完，在引擎线程里做一件事（例如换权重），其间新来的等着。"""
+        run, result = deferred(work)
+        self._command(lambda: self._when_idle.append(run))
+        return await asyncio.wrap_future(result)
 
     def refuse(self) -> None:
         """不再接新的；在写的照写，给提示打分之类的事也照做。"""
@@ -235,13 +253,15 @@ class EngineRunner:
     def _loop(self) -> None:
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: self._commands or self.engine.has_unfinished or self._closing)
+                self._wake.wait_for(lambda: self._commands or self._busy or self._closing)
                 commands = list(self._commands)
                 self._commands.clear()
-                if self._closing and not commands and not self.engine.has_unfinished:
+                if self._closing and not commands and not self._busy:
                     return
             for command in commands:
                 command()
+            if self._when_idle and not self.engine.has_unfinished:
+                self._run_idle_work()
             if not self.engine.has_unfinished:
                 continue
             try:
@@ -251,8 +271,15 @@ class EngineRunner:
                 continue
             self._deliver(done)
 
+    @property
+    def _busy(self) -> bool:
+        return self.engine.has_unfinished or bool(self._when_idle)
+
     def _start(self, ticket: Ticket) -> None:
         if ticket.open == 0:  # 还没开始就不要了
+            return
+        if self._when_idle:
+            self._held.append(ticket)
             return
         try:
             ticket.request_id = self.engine.add_request(
@@ -269,6 +296,14 @@ class EngineRunner:
             return
         self._tickets[ticket.request_id] = ticket
 
+    def _run_idle_work(self) -> None:
+        work, self._when_idle = self._when_idle, []
+        for run in work:
+            run()
+        held, self._held = self._held, []
+        for ticket in held:
+            self._start(ticket)
+
     def _cancel(self, ticket: Ticket, index: int | None) -> None:
         if ticket.request_id is None:
             if index is None:
@@ -284,7 +319,7 @@ class EngineRunner:
             if ticket is None:
                 continue
             start, ticket.sent[sample.index] = ticket.sent[sample.index], len(sample.ids)
-            tokens = [self._token(sample, at) for at in range(start, len(sample.ids))]
+            tokens = [self._token(sample, at, ticket.processed) for at in range(start, len(sample.ids))]
             if tokens or sample.finished:
                 events.append((ticket, Progress(sample.index, tokens, sample.finished, sample.cached)))
             if sample.finished:
@@ -292,11 +327,11 @@ class EngineRunner:
         post(events)
 
     @staticmethod
-    def _token(sample: Sample, at: int) -> TokenOut:
+    def _token(sample: Sample, at: int, processed: bool) -> TokenOut:
         if not sample.top:
             return TokenOut(sample.ids[at])
         logprob, top = sample.top[at]
-        return TokenOut(sample.ids[at], logprob, top)
+        return TokenOut(sample.ids[at], sample.logprobs[at] if processed else logprob, top)
 
     def _finish(self, ticket: Ticket, samples: int) -> None:
         ticket.open -= samples
@@ -311,9 +346,10 @@ class EngineRunner:
         self._drop_all(error)
 
     def _drop_all(self, error: Exception) -> None:
-        tickets = list(self._tickets.values())
+        tickets = [*self._tickets.values(), *(ticket for ticket in self._held if ticket.open)]
         for ticket in tickets:
-            self.engine.cancel(ticket.request_id)
+            if ticket.request_id is not None:
+                self.engine.cancel(ticket.request_id)
             self._finish(ticket, ticket.open)
         post([(ticket, error) for ticket in tickets])
 

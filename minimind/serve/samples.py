@@ -112,12 +112,17 @@ def finite(logprob: float) -> float:
 
 @dataclass
 class TextSample:
-    """续写的一个样本。"""
+    """续写的一个样本。
+
+    Args:
+        report_eos: 结束符也报对数概率：要了词元时，两边一一对应。
+    """
 
     index: int
     stream: TextStream
     stops: StopMatcher
     eos_ids: set[int]
+    report_eos: bool = False
     offset: int = 0  # 已给出的文字长度，logprobs 的 text_offset 用
     ids: list[int] = field(default_factory=list)
     tokens: list[TokenOut] = field(default_factory=list)
@@ -131,6 +136,8 @@ class TextSample:
             self.written += 1
             self.ids.append(token.id)
             if token.id in self.eos_ids:
+                if self.report_eos:
+                    self.tokens.append(token)
                 continue
             self.tokens.append(token)
             pieces.append(self.stops.push(self.stream.push(token.id)))

@@ -190,6 +190,8 @@ class CompletionRequest(Sampling):
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     max_tokens: int | None = Field(None, ge=0)  # 0：只给提示打分，与 echo 同用
     return_token_ids: bool = False
+    # vLLM 的启动参数同名：processed 是抽样时的分布（温度、惩罚、截断之后），强化学习要的就是它
+    logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] = "raw_logprobs"
     suffix: str | None = None
     best_of: int | None = None
 

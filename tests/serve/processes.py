@@ -18,7 +18,7 @@ from minimind.tokenizer import load_tokenizer, tokenizer_fingerprint
 from minimind.trainer.checkpoint import config_dict, save_weights, weights_path
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2}
 
 
 def save_small(folder: Path, name: str = "full_sft", seed: int = 0) -> MiniMindForCausalLM:
