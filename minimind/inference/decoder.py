@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from minimind.inference.kv_cache import SlotKVCache
 from minimind.inference.linear import JoinedLinear
-from minimind.inference.prompt_attention import PromptAttention
+from minimind.inference.prompt_attention import prompt_attention
 from minimind.model import MiniMindForCausalLM
 
 # 与 MiniMind 稠密结构逐层相同的公开结构：权重名也相同
@@ -154,7 +154,7 @@ class FusedDecoder:
         positions = torch.cat(spans).to(self.device)
         rows = torch.tensor(slots).repeat_interleave(torch.tensor(lengths)).to(self.device)
         last = torch.tensor(ends, device=self.device) - 1
-        attend = PromptAttention(lengths, starts, slots, self.device, self.dtype)
+        attend = prompt_attention(lengths, starts, slots, self.cache.keys[0])
         x = F.embedding(ids, self.embedding)
         rope = self._rope(positions)
         with self._precision():
