@@ -28,10 +28,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from minimind.arguments import arg, override, parse_args
+from minimind.arguments import arg, override
 from minimind.dataset import SFTDataset, collate_packed
-from minimind.errors import UserError, guard
+from minimind.errors import UserError
 from minimind.recipes.data import open_datasets
+from minimind.recipes.entry import entry, open_model
 from minimind.recipes.teacher import load_teacher, resolve_sizes
 from minimind.rl.rollout import LocalRollout, response_batch
 from minimind.trainer.device import mix_seeds
@@ -39,7 +40,6 @@ from minimind.trainer.distill_loss import DIVERGENCES, chunked_loss, distillatio
 from minimind.trainer.logprobs import IGNORE, target_mask
 from minimind.trainer.loop import TrainResult, train
 from minimind.trainer.train_args import ON_OFF, TrainArguments
-from minimind.trainer.trainer_utils import init_model, model_config, shutdown_distributed, start_run
 
 
 @dataclass
@@ -162,11 +162,8 @@ def health(record: dict[str, float]) -> list[str]:
 
 def run(args: DistillationArguments) -> TrainResult:
     """按参数训练一次；返回权重位置与最后的指标。"""
-    device = start_run(args)
-    student, tokenizer = init_model(
-        model_config(args), args.from_weight, args.tokenizer_path, args.save_dir, device
-    )
-    teacher = load_teacher(args, student.config, device)
+    student, tokenizer = open_model(args)
+    teacher = load_teacher(args, student.config, student.device)
     train_ds, val_ds = open_datasets(SFTDataset, args, tokenizer)
     prepare = None
     if args.on_policy:
@@ -186,11 +183,4 @@ def run(args: DistillationArguments) -> TrainResult:
     )
 
 
-@guard
-def main(argv: list[str] | None = None) -> None:
-    """命令行入口。"""
-    args = parse_args(DistillationArguments, argv)
-    try:
-        run(args)
-    finally:
-        shutdown_distributed()
+main = entry(DistillationArguments, run)

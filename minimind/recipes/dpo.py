@@ -26,16 +26,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from minimind.arguments import arg, override, parse_args
+from minimind.arguments import arg, override
 from minimind.dataset import DPODataset
-from minimind.errors import UserError, guard
+from minimind.errors import UserError
 from minimind.recipes.data import open_datasets
+from minimind.recipes.entry import entry, open_model
 from minimind.trainer.device import choose_dtype
 from minimind.trainer.loop import TrainResult, train
 from minimind.trainer.preference import LOSS_TYPES, preference_loss, sequence_logprobs
 from minimind.trainer.reference import PairsWithReference, cached_pair_logprobs, weights_hash
 from minimind.trainer.train_args import ON_OFF, TrainArguments
-from minimind.trainer.trainer_utils import init_model, model_config, shutdown_distributed, start_run
 
 
 @dataclass
@@ -116,10 +116,7 @@ def health(record: dict[str, float]) -> list[str]:
 
 def run(args: DPOArguments) -> TrainResult:
     """按参数训练一次；返回权重位置与最后的指标。"""
-    device = start_run(args)
-    model, tokenizer = init_model(
-        model_config(args), args.from_weight, args.tokenizer_path, args.save_dir, device
-    )
+    model, tokenizer = open_model(args)
     key = weights_hash(model)
     reference = None if args.cache_reference else copy.deepcopy(model).eval().requires_grad_(False)
 
@@ -128,7 +125,7 @@ def run(args: DPOArguments) -> TrainResult:
             return None
         logps = None
         if reference is None:
-            dtype = choose_dtype(args.dtype, device)  # CPU 上的 auto 是 float32：只算一遍，不必为它测速
+            dtype = choose_dtype(args.dtype, model.device)  # CPU 上的 auto 是 float32：只算一遍，不必为它测速
             logps = cached_pair_logprobs(
                 model, pairs, key=key, batch_size=2 * args.batch_size, dtype=dtype, description=name
             )
@@ -148,11 +145,4 @@ def run(args: DPOArguments) -> TrainResult:
     )
 
 
-@guard
-def main(argv: list[str] | None = None) -> None:
-    """命令行入口。"""
-    args = parse_args(DPOArguments, argv)
-    try:
-        run(args)
-    finally:
-        shutdown_distributed()
+main = entry(DPOArguments, run)

@@ -17,13 +17,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from minimind.arguments import override, parse_args
+from minimind.arguments import override
 from minimind.dataset import SFTDataset, collate_packed
-from minimind.errors import guard
 from minimind.recipes.data import open_datasets
+from minimind.recipes.entry import entry, open_model
 from minimind.trainer.loop import TrainResult, language_model_loss, train
 from minimind.trainer.train_args import TrainArguments
-from minimind.trainer.trainer_utils import init_model, model_config, shutdown_distributed, start_run
 
 
 @dataclass
@@ -41,10 +40,7 @@ class SFTArguments(TrainArguments):
 
 def run(args: SFTArguments) -> TrainResult:
     """按参数训练一次；返回权重位置与最后的指标。"""
-    device = start_run(args)
-    model, tokenizer = init_model(
-        model_config(args), args.from_weight, args.tokenizer_path, args.save_dir, device
-    )
+    model, tokenizer = open_model(args)
     train_ds, val_ds = open_datasets(SFTDataset, args, tokenizer)
     return train(
         args,
@@ -58,11 +54,4 @@ def run(args: SFTArguments) -> TrainResult:
     )
 
 
-@guard
-def main(argv: list[str] | None = None) -> None:
-    """命令行入口。"""
-    args = parse_args(SFTArguments, argv)
-    try:
-        run(args)
-    finally:
-        shutdown_distributed()
+main = entry(SFTArguments, run)

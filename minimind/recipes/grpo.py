@@ -18,8 +18,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from minimind.arguments import arg, override, parse_args
-from minimind.errors import guard
+from minimind.arguments import arg, override
+from minimind.recipes.entry import entry
 from minimind.recipes.rl import held_out_score, open_stage
 from minimind.rl.arguments import RLArguments, require
 from minimind.rl.experience import Collector, Experience, global_moments, prompts_of
@@ -29,7 +29,6 @@ from minimind.rl.policy import frozen_copy, policy_loss, response_logps
 from minimind.trainer.loop import TrainResult, train
 from minimind.trainer.run import Run
 from minimind.trainer.step import Window
-from minimind.trainer.trainer_utils import shutdown_distributed
 
 
 @dataclass
@@ -101,11 +100,4 @@ def run(args: GRPOArguments) -> TrainResult:
     )
 
 
-@guard
-def main(argv: list[str] | None = None) -> None:
-    """命令行入口。"""
-    args = parse_args(GRPOArguments, argv)
-    try:
-        run(args)
-    finally:
-        shutdown_distributed()
+main = entry(GRPOArguments, run)

@@ -16,17 +16,17 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from minimind.arguments import arg, override, parse_args
+from minimind.arguments import arg, override
 from minimind.console import say
 from minimind.dataset import SFTDataset, collate_packed
-from minimind.errors import UserError, guard
+from minimind.errors import UserError
 from minimind.model.model_lora import apply_lora, lora_state_dict
 from minimind.paths import resolve_path
 from minimind.recipes.data import open_datasets
+from minimind.recipes.entry import entry, open_model
 from minimind.trainer.adapters import adapter_path, base_fingerprint
 from minimind.trainer.loop import TrainResult, language_model_loss, train
 from minimind.trainer.train_args import TrainArguments
-from minimind.trainer.trainer_utils import init_model, model_config, shutdown_distributed, start_run
 
 
 @dataclass
@@ -84,9 +84,7 @@ def add_lora(model: nn.Module, args: LoRAArguments) -> None:
 
 def run(args: LoRAArguments) -> TrainResult:
     """按参数训练一次；返回 LoRA 权重的位置与最后的指标。"""
-    device = start_run(args)
-    config = model_config(args)
-    model, tokenizer = init_model(config, args.from_weight, args.tokenizer_path, args.save_dir, device)
+    model, tokenizer = open_model(args)
     add_lora(model, args)
     own = f"dataset/{args.lora_name}.jsonl"
     if not args.data_path and resolve_path(own).is_file():
@@ -102,16 +100,9 @@ def run(args: LoRAArguments) -> TrainResult:
         collate=collate_packed,
         val_ds=val_ds,
         recipe="lora",
-        weights=adapter_path(config, args.lora_name, args.save_dir),
+        weights=adapter_path(model.config, args.lora_name, args.save_dir),
         weights_of=lora_state_dict,
     )
 
 
-@guard
-def main(argv: list[str] | None = None) -> None:
-    """命令行入口。"""
-    args = parse_args(LoRAArguments, argv)
-    try:
-        run(args)
-    finally:
-        shutdown_distributed()
+main = entry(LoRAArguments, run)

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from minimind.arguments import arg, override, parse_args
-from minimind.errors import guard
+from minimind.arguments import arg, override
+from minimind.recipes.entry import entry
 from minimind.recipes.rl import held_out_score, open_stage
 from minimind.rl.actor_critic import ActorCritic
 from minimind.rl.arguments import RLArguments, require
@@ -44,7 +44,6 @@ from minimind.trainer.logprobs import entropy_of, selected_logprobs
 from minimind.trainer.loop import LossResult, TrainResult, train
 from minimind.trainer.run import Run
 from minimind.trainer.step import Window
-from minimind.trainer.trainer_utils import shutdown_distributed
 from minimind.trainer.validation import count_targets
 
 
@@ -165,11 +164,4 @@ def actor_of(model: nn.Module) -> nn.Module:
     return model.actor
 
 
-@guard
-def main(argv: list[str] | None = None) -> None:
-    """命令行入口。"""
-    args = parse_args(PPOArguments, argv)
-    try:
-        run(args)
-    finally:
-        shutdown_distributed()
+main = entry(PPOArguments, run)

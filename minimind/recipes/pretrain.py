@@ -17,13 +17,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from minimind.arguments import parse_args
 from minimind.dataset import PretrainDataset, collate_packed
-from minimind.errors import guard
 from minimind.recipes.data import open_datasets
+from minimind.recipes.entry import entry, open_model
 from minimind.trainer.loop import TrainResult, language_model_loss, train
 from minimind.trainer.train_args import TrainArguments
-from minimind.trainer.trainer_utils import init_model, model_config, shutdown_distributed, start_run
 
 
 @dataclass
@@ -33,10 +31,7 @@ class PretrainArguments(TrainArguments):
 
 def run(args: PretrainArguments) -> TrainResult:
     """按参数训练一次；返回权重位置与最后的指标。"""
-    device = start_run(args)
-    model, tokenizer = init_model(
-        model_config(args), args.from_weight, args.tokenizer_path, args.save_dir, device
-    )
+    model, tokenizer = open_model(args)
     train_ds, val_ds = open_datasets(PretrainDataset, args, tokenizer)
     return train(
         args,
@@ -50,11 +45,4 @@ def run(args: PretrainArguments) -> TrainResult:
     )
 
 
-@guard
-def main(argv: list[str] | None = None) -> None:
-    """命令行入口。"""
-    args = parse_args(PretrainArguments, argv)
-    try:
-        run(args)
-    finally:
-        shutdown_distributed()
+main = entry(PretrainArguments, run)

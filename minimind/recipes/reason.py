@@ -20,16 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minimind.arguments import arg, override, parse_args
+from minimind.arguments import arg, override
 from minimind.console import say
 from minimind.dataset import SFTDataset, collate_packed
-from minimind.errors import UserError, guard
+from minimind.errors import UserError
 from minimind.recipes.data import open_datasets
+from minimind.recipes.entry import entry, open_model
 from minimind.tokenizer.loading import codec_of
 from minimind.tokenizer.special import ANSWER, END_ANSWER, END_THINK, THINK
 from minimind.trainer.loop import TrainResult, language_model_loss, train
 from minimind.trainer.train_args import TrainArguments
-from minimind.trainer.trainer_utils import init_model, model_config, shutdown_distributed, start_run
 
 REASON_TAGS = (THINK, END_THINK, ANSWER, END_ANSWER)
 
@@ -94,10 +94,7 @@ def tag_words(dataset: Any, ids: list[int], rows: int = 64) -> str:
 
 def run(args: ReasonArguments) -> TrainResult:
     """按参数训练一次；返回权重位置与最后的指标。"""
-    device = start_run(args)
-    model, tokenizer = init_model(
-        model_config(args), args.from_weight, args.tokenizer_path, args.save_dir, device
-    )
+    model, tokenizer = open_model(args)
     ids = tag_ids(tokenizer)
     if len(ids) < len(REASON_TAGS):
         say("留意：这个分词器没有把 <think> 等标签都设成单个词元，缺的那些不加权。")
@@ -115,11 +112,4 @@ def run(args: ReasonArguments) -> TrainResult:
     )
 
 
-@guard
-def main(argv: list[str] | None = None) -> None:
-    """命令行入口。"""
-    args = parse_args(ReasonArguments, argv)
-    try:
-        run(args)
-    finally:
-        shutdown_distributed()
+main = entry(ReasonArguments, run)

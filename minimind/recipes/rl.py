@@ -6,27 +6,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from minimind.console import say
 from minimind.dataset import RLAIFDataset
 from minimind.model import MiniMindForCausalLM
 from minimind.recipes.data import open_datasets
+from minimind.recipes.entry import open_model
 from minimind.rl.arguments import RLArguments
 from minimind.rl.experience import score
 from minimind.rl.rewards import Rewards, build_rewards
 from minimind.rl.rollout import LocalRollout
 from minimind.trainer.distributed import is_main_process
 from minimind.trainer.sampler import epoch_order
-from minimind.trainer.trainer_utils import init_model, model_config, start_run
 
 
 @dataclass
 class Stage:
     """开场备好的东西；``val_ds`` 是留出的提示，可能没有。"""
 
-    device: torch.device
     model: MiniMindForCausalLM
     tokenizer: Any
     train_ds: RLAIFDataset
@@ -36,24 +34,21 @@ class Stage:
 
 def open_stage(args: RLArguments) -> Stage:
     """按参数打开模型、提示与奖励，说清奖励由什么组成。"""
-    device = start_run(args)
-    model, tokenizer = init_model(
-        model_config(args), args.from_weight, args.tokenizer_path, args.save_dir, device
-    )
+    model, tokenizer = open_model(args)
     thinking = {"enable_thinking": True} if args.reasoning else {}
     train_ds, val_ds = open_datasets(RLAIFDataset, args, tokenizer, **thinking)
     rewards = build_rewards(
         args.reward,
         reward_model_path=args.reward_model_path,
         reasoning=args.reasoning,
-        device=device,
+        device=model.device,
         data_path=train_ds.cache.source,
         trust_remote_code=bool(args.trust_remote_code),
     )
     say(rewards.describe())
     if train_ds.stats["dropped"]:
         say(f"丢弃 {train_ds.stats['dropped']:,} 个超过 {args.max_seq_len} 个 token 的提示。")
-    return Stage(device, model, tokenizer, train_ds, val_ds, rewards)
+    return Stage(model, tokenizer, train_ds, val_ds, rewards)
 
 
 def held_out_score(

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 
 import torch
 
-from minimind.arguments import arg, override, parse_args
+from minimind.arguments import arg, override
 from minimind.console import say, track
-from minimind.errors import UserError, guard
+from minimind.errors import UserError
+from minimind.recipes.entry import entry
 from minimind.recipes.rl import held_out_score, open_stage
 from minimind.rl.arguments import RLArguments, require
 from minimind.rl.experience import Collector, Experience, gather_lists, global_moments, prompts_of
@@ -35,7 +36,6 @@ from minimind.trainer.distributed import gather_objects
 from minimind.trainer.loop import TrainResult, train
 from minimind.trainer.run import Run
 from minimind.trainer.step import Window
-from minimind.trainer.trainer_utils import shutdown_distributed
 
 
 @dataclass
@@ -175,11 +175,4 @@ def run(args: SPOArguments) -> TrainResult:
     )
 
 
-@guard
-def main(argv: list[str] | None = None) -> None:
-    """命令行入口。"""
-    args = parse_args(SPOArguments, argv)
-    try:
-        run(args)
-    finally:
-        shutdown_distributed()
+main = entry(SPOArguments, run)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from recipe_cases import make_base
 
+from minimind.arguments import parse_args
 from minimind.errors import UserError
 from minimind.inference.loading import load_for_inference
 from minimind.model.model_lora import apply_lora, lora_layers, lora_state_dict
@@ -187,6 +188,6 @@ def test_用同名的数据文件(home, monkeypatch, capsys):
 
 def test_名字_save_weight_与_lora_name_同义():
     for flags in (["--lora_name", "lora_a"], ["--save_weight", "lora_a"]):
-        args = lora.parse_args(lora.LoRAArguments, flags)
+        args = parse_args(lora.LoRAArguments, flags)
         assert (args.lora_name, args.save_weight) == ("lora_a", "lora_a")
     assert lora.LoRAArguments().save_weight == "lora_identity"
