@@ -8,7 +8,7 @@ import signal
 
 import pytest
 import torch
-from recipe_cases import CASES, log_lines, make_base, make_world, run_recipe, saved, weights_file
+from recipe_cases import CASES, log_lines, run_recipe, saved, weights_file
 from trainer_helpers import assert_same_weights, in_processes
 
 from minimind.recipes import distillation, dpo
@@ -17,24 +17,7 @@ from minimind.trainer import loop
 
 RECIPES = list(CASES)
 RL_RECIPES = ("ppo", "grpo", "spo")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    os.environ["MINIMIND_CACHE"] = str(folder / "cache")
-    yield make_world(folder / "microworld")
-    del os.environ["MINIMIND_CACHE"]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """起点权重；各测试各拷一份。"""
-    folder = tmp_path_factory.mktemp("base")
-    make_base(folder)
-    make_base(folder, use_moe=True)
-    make_base(folder, "teacher", hidden_size=128)
-    return folder
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def start(base, folder):

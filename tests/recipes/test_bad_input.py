@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 
 import pytest
-from recipe_cases import CASES, make_base, make_world
+from recipe_cases import CASES
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from minimind.tokenizer import load_tokenizer
@@ -15,28 +14,6 @@ from minimind.tokenizer import load_tokenizer
 CONVERSATIONS = ("full_sft", "lora", "reason", "distillation")
 RL_RECIPES = ("ppo", "grpo", "spo")
 LONG = "很长的问题" * 200
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    os.environ["MINIMIND_CACHE"] = str(folder / "cache")
-    yield make_world(folder / "microworld")
-    del os.environ["MINIMIND_CACHE"]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = make_base(tmp_path_factory.mktemp("base"))
-    return make_base(folder, "teacher", hidden_size=128)
-
-
-@pytest.fixture
-def home(base, tmp_path, monkeypatch):
-    folder = tmp_path / "home"
-    shutil.copytree(base, folder)
-    monkeypatch.chdir(folder)
-    return folder
 
 
 def chat(question: str = "问", answer: str = "答") -> list[dict]:

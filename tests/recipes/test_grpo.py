@@ -7,29 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from recipe_cases import CASES, make_base, make_world, saved
+from recipe_cases import CASES, saved
 from rl_cases import learns, train_here, write_reward
 
 from minimind.errors import UserError
 from minimind.recipes import grpo
 from minimind.recipes.grpo import GRPOArguments, learnable_rows
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world") / "microworld")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture
-def home(base, tmp_path, monkeypatch):
-    monkeypatch.setenv("MINIMIND_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    return shutil.copytree(base, tmp_path / "home")
 
 
 def test_奖励上升(home, world, capfd):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from recipe_cases import CASES, make_base, make_world, saved, weights_file
+from recipe_cases import CASES, saved, weights_file
 from rl_cases import learns, train_here, write_reward
 
 from minimind.model import MiniMindConfig, MiniMindForCausalLM
@@ -20,23 +19,6 @@ from minimind.tokenizer import load_tokenizer
 from minimind.trainer import loop
 
 FAST = {"num_generations": 1, "log_interval": 1, "save_interval": 0, "eval_interval": 0}
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world") / "microworld")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture
-def home(base, tmp_path, monkeypatch):
-    monkeypatch.setenv("MINIMIND_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    return shutil.copytree(base, tmp_path / "home")
 
 
 def test_奖励上升_权重只有策略(home, world):

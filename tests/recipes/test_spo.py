@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import torch
-from recipe_cases import CASES, make_base, make_world, run_recipe, saved
+from recipe_cases import CASES, run_recipe, saved
 from rl_cases import learns, train_here, write_reward
 from trainer_helpers import in_processes
 
@@ -18,23 +16,6 @@ from minimind.rl.tracker import PromptTracker
 from minimind.trainer import loop
 
 ONCE = {"num_generations": 1, "log_interval": 1, "save_interval": 0, "eval_interval": 0}
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world") / "microworld")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture
-def home(base, tmp_path, monkeypatch):
-    monkeypatch.setenv("MINIMIND_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    return shutil.copytree(base, tmp_path / "home")
 
 
 def test_奖励上升(home, world):
