@@ -18,11 +18,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
-from random import Random
 from typing import Any
 
 import torch
@@ -33,11 +30,12 @@ from minimind.dataset import SFTDataset, collate_packed
 from minimind.errors import UserError
 from minimind.recipes.data import open_datasets
 from minimind.recipes.entry import entry, open_model
+from minimind.recipes.health import distillation_health
 from minimind.recipes.teacher import load_teacher, resolve_sizes
-from minimind.rl.rollout import LocalRollout, response_batch
-from minimind.trainer.device import mix_seeds
+from minimind.rl.own_answers import own_answers
+from minimind.rl.rollout import LocalRollout
 from minimind.trainer.distill_loss import DIVERGENCES, chunked_loss, distillation_loss
-from minimind.trainer.logprobs import IGNORE, target_mask
+from minimind.trainer.logprobs import target_mask
 from minimind.trainer.loop import TrainResult, train
 from minimind.trainer.train_args import ON_OFF, TrainArguments
 
@@ -121,45 +119,6 @@ def distill_loss(model: nn.Module, batch: dict[str, Any], args: DistillationArgu
     return loss + out.aux_loss * count, count, parts
 
 
-def last_prompts(batch: dict[str, Any]) -> list[list[int]]:
-    """打包行里每段对话最后一个回答之前的全部词元，即让学生自己作答的提示。"""
-    ids, is_target = batch["input_ids"].flatten(), (batch["labels"] != IGNORE).flatten()
-    prompts = []
-    for begin, end in pairwise(batch["cu_seqlens"].tolist()):
-        targets = is_target[begin:end]
-        starts = (targets & ~targets.roll(1)).nonzero()  # 段的第一个词元从不是目标
-        if len(starts):
-            prompts.append(ids[begin : begin + int(starts[-1])].tolist())
-    return prompts
-
-
-def own_answers(run: Any, window: list, *, args: DistillationArguments, rollout: Any):
-    """训练循环的 ``prepare``：有 λ 的机会把一个微批次换成学生此刻自己的回答；由种子与步数决定，续训逐位一致。"""
-    replaced, own = [], 0
-    for index, (ids, batch) in enumerate(window):
-        seed = mix_seeds(args.seed, run.state.step, index, run.rank)
-        prompts = last_prompts(batch) if Random(seed).random() < args.on_policy else []
-        if ids and prompts:
-            answers = rollout.generate(prompts, 1, seed)
-            batch = {**response_batch(answers, slice(None), run.train_ds.pad_id), "on_policy": True}
-            own += 1
-        replaced.append((ids, batch))
-    run.record(on_policy=(own, len(window)))
-    yield replaced
-
-
-def health(record: dict[str, float]) -> list[str]:
-    """由一行日志看出的毛病；这一段没有一次正常的更新（float16 的缩放在找位置）时没有指标，不说什么。"""
-    found = []
-    if "divergence" not in record:
-        return found
-    if record["step"] >= 50 and record["divergence"] > record.get("ce", math.inf) + 1:
-        found.append("与教师的距离比交叉熵还大：教师与数据说的不是一回事，检查教师是不是这份数据上训练的。")
-    if record["divergence"] < 1e-4:
-        found.append("与教师的距离几乎是零：学生已经和教师一样，或两者就是同一个权重。")
-    return found
-
-
 def run(args: DistillationArguments) -> TrainResult:
     """按参数训练一次；返回权重位置与最后的指标。"""
     student, tokenizer = open_model(args)
@@ -168,7 +127,7 @@ def run(args: DistillationArguments) -> TrainResult:
     prepare = None
     if args.on_policy:
         rollout = LocalRollout(student, tokenizer, max_new_tokens=args.max_gen_len)
-        prepare = partial(own_answers, args=args, rollout=rollout)
+        prepare = partial(own_answers, share=args.on_policy, seed=args.seed, rollout=rollout)
     return train(
         args,
         student,
@@ -179,7 +138,7 @@ def run(args: DistillationArguments) -> TrainResult:
         val_ds=val_ds,
         recipe="distillation",
         prepare=prepare,
-        health=health,
+        health=distillation_health,
     )
 
 

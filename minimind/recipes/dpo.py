@@ -31,6 +31,7 @@ from minimind.dataset import DPODataset
 from minimind.errors import UserError
 from minimind.recipes.data import open_datasets
 from minimind.recipes.entry import entry, open_model
+from minimind.recipes.health import preference_health
 from minimind.trainer.device import choose_dtype
 from minimind.trainer.loop import TrainResult, train
 from minimind.trainer.preference import LOSS_TYPES, preference_loss, sequence_logprobs
@@ -96,24 +97,6 @@ def dpo_loss(model: nn.Module, batch: dict[str, Any], args: DPOArguments, refere
     return loss, pairs, result.metrics()
 
 
-def health(record: dict[str, float]) -> list[str]:
-    """由一行日志看出的毛病；这一段没有一次正常的更新（float16 的缩放在找位置）时没有指标，不说什么。"""
-    found = []
-    if "margin" not in record:
-        return found
-    if record["step"] >= 50 and record["accuracy"] < 0.55:
-        found.append(
-            "准确率还在 50 % 上下，模型没学到偏好：学习率太小，或 chosen 与 rejected 的差别不一致（标反了？）。"
-        )
-    if record["reward_chosen"] < -1 and record["reward_rejected"] < -1:
-        found.append(
-            "好坏两个回答的概率都在大跌，模型正在走样：加大 --beta、减小 --learning_rate 或少训几步。"
-        )
-    if record["margin"] > 10:
-        found.append("优势已经很大，偏好早就分开了，再训下去只会离参考模型越来越远：可以停了。")
-    return found
-
-
 def run(args: DPOArguments) -> TrainResult:
     """按参数训练一次；返回权重位置与最后的指标。"""
     model, tokenizer = open_model(args)
@@ -141,7 +124,7 @@ def run(args: DPOArguments) -> TrainResult:
         val_ds=with_reference(val_ds, "参考模型（验证集）"),
         recipe="dpo",
         count=lambda batch: float(batch["num_pairs"]),
-        health=health,
+        health=preference_health,
     )
 
 

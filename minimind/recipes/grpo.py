@@ -20,13 +20,12 @@ from dataclasses import dataclass
 
 from minimind.arguments import arg, override
 from minimind.recipes.entry import entry
-from minimind.recipes.rl import held_out_score, open_stage
+from minimind.recipes.rl import open_stage, train_stage
 from minimind.rl.arguments import RLArguments, require
 from minimind.rl.experience import Collector, Experience, global_moments, prompts_of
-from minimind.rl.health import RLHealth
 from minimind.rl.objectives import LOSS_TYPES, SCALES, group_advantages, zero_spread
 from minimind.rl.policy import frozen_copy, policy_loss, response_logps
-from minimind.trainer.loop import TrainResult, train
+from minimind.trainer.loop import TrainResult
 from minimind.trainer.run import Run
 from minimind.trainer.step import Window
 
@@ -86,18 +85,7 @@ def run(args: GRPOArguments) -> TrainResult:
         run.record(kept=(len(rows), len(experience.scores)))
         yield experience.micro_batches(rows, args.rows_per_forward)
 
-    return train(
-        args,
-        stage.model,
-        stage.tokenizer,
-        stage.train_ds,
-        compute_loss,
-        count=count,
-        recipe="grpo",
-        prepare=prepare,
-        on_eval=held_out_score(args, stage),
-        health=RLHealth(args.max_gen_len),
-    )
+    return train_stage(args, stage, compute_loss, count=count, recipe="grpo", prepare=prepare)
 
 
 main = entry(GRPOArguments, run)

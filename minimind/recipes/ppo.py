@@ -19,16 +19,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from minimind.arguments import arg, override
 from minimind.recipes.entry import entry
-from minimind.recipes.rl import held_out_score, open_stage
-from minimind.rl.actor_critic import ActorCritic
+from minimind.recipes.rl import open_stage, train_stage
+from minimind.rl.actor_critic import ActorCritic, actor_of
 from minimind.rl.arguments import RLArguments, require
-from minimind.rl.experience import Batch, Collector, Experience, global_moments, prompts_of
-from minimind.rl.health import RLHealth
+from minimind.rl.experience import Batch, Collector, Experience, global_moments, minibatches, prompts_of
 from minimind.rl.objectives import (
     clipped_loss,
     explained_variance,
@@ -41,7 +39,7 @@ from minimind.rl.objectives import (
 from minimind.rl.policy import drift, frozen_copy, mean_drift, per_token, response_logps
 from minimind.trainer.device import mix_seeds
 from minimind.trainer.logprobs import entropy_of, selected_logprobs
-from minimind.trainer.loop import LossResult, TrainResult, train
+from minimind.trainer.loop import LossResult, TrainResult
 from minimind.trainer.run import Run
 from minimind.trainer.step import Window
 from minimind.trainer.validation import count_targets
@@ -94,12 +92,6 @@ def estimate(run: Run, experience: Experience, reference: nn.Module | None, args
         run.record(kl=(float(k3(logp, ref_logp).sum()), n))
 
 
-def minibatches(rows: int, parts: int, seed: int) -> list[list[int]]:
-    """打乱后分成 ``parts`` 份，大小至多差一；份数各进程相同，不够分的份是空的。"""
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).tolist()
-    return [order[k::parts] for k in range(parts)]
-
-
 def ppo_loss(args: PPOArguments):
     """给训练循环的 ``compute_loss``。"""
 
@@ -143,25 +135,18 @@ def run(args: PPOArguments) -> TrainResult:
                 yield experience.micro_batches(rows, args.rows_per_forward)
         run.record(updates=(updates, 1), early_stop=(float(stopped), 1))
 
-    return train(
+    return train_stage(
         args,
-        ActorCritic(stage.model),
-        stage.tokenizer,
-        stage.train_ds,
+        stage,
         ppo_loss(args),
+        model=ActorCritic(stage.model),
+        policy=actor_of,
         count=count_targets,
         recipe="ppo",
         prepare=prepare,
-        on_eval=held_out_score(args, stage, actor_of),
-        health=RLHealth(args.max_gen_len),
         weights_of=lambda model: model.actor.state_dict(),
         lr_scales={"critic.": args.critic_learning_rate / args.learning_rate} if args.learning_rate else None,
     )
-
-
-def actor_of(model: nn.Module) -> nn.Module:
-    """:class:`ActorCritic` 里的策略。"""
-    return model.actor
 
 
 main = entry(PPOArguments, run)

@@ -1,4 +1,4 @@
-"""强化学习三个配方共同的开头：模型、提示、奖励，以及训练前后在留出题上的得分。"""
+"""强化学习三个配方共同的部分：开头的模型、提示与奖励，留出题上的得分，训练循环的共同设置。"""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from minimind.recipes.data import open_datasets
 from minimind.recipes.entry import open_model
 from minimind.rl.arguments import RLArguments
 from minimind.rl.experience import score
+from minimind.rl.health import RLHealth
 from minimind.rl.rewards import Rewards, build_rewards
 from minimind.rl.rollout import LocalRollout
 from minimind.trainer.distributed import is_main_process
+from minimind.trainer.loop import LossResult, TrainResult, train
 from minimind.trainer.sampler import epoch_order
 
 
@@ -51,8 +53,36 @@ def open_stage(args: RLArguments) -> Stage:
     return Stage(model, tokenizer, train_ds, val_ds, rewards)
 
 
+def train_stage(
+    args: RLArguments,
+    stage: Stage,
+    compute_loss: Callable[[nn.Module, Any], LossResult],
+    *,
+    model: nn.Module | None = None,
+    policy: Callable[[nn.Module], nn.Module] = lambda model: model,
+    **options: Any,
+) -> TrainResult:
+    """训练到头：提示当数据，看体征，按间隔考留出题。
+
+    Args:
+        model: 训练的模型，默认就是策略。
+        policy: 从训练的模型里取出策略。
+        options: 交给 :func:`minimind.trainer.loop.train`，至少有 ``recipe count prepare``。
+    """
+    return train(
+        args,
+        model or stage.model,
+        stage.tokenizer,
+        stage.train_ds,
+        compute_loss,
+        on_eval=held_out_score(args, stage, policy),
+        health=RLHealth(args.max_gen_len),
+        **options,
+    )
+
+
 def held_out_score(
-    args: RLArguments, stage: Stage, policy: Callable[[nn.Module], nn.Module] = lambda model: model
+    args: RLArguments, stage: Stage, policy: Callable[[nn.Module], nn.Module]
 ) -> Callable[[nn.Module, int], dict[str, float]] | None:
     """``on_eval``：贪心回答留出的题，报平均得分、写不完的比例与长度；没有留出题时为 None。
 

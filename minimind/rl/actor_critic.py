@@ -49,3 +49,8 @@ class ActorCritic(nn.Module):
     def forward(self, batch: dict[str, Any]) -> tuple[TargetLogits, Tensor, Tensor]:
         """目标位置上的预测、价值 ``[N]``、价值网络的负载均衡损失。"""
         return target_logits(self.actor, batch), *self.critic(batch)
+
+
+def actor_of(model: ActorCritic) -> MiniMindForCausalLM:
+    """其中的策略。"""
+    return model.actor

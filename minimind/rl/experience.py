@@ -171,6 +171,12 @@ class Collector:
         run.record(**vitals)
 
 
+def minibatches(rows: int, parts: int, seed: int) -> list[list[int]]:
+    """打乱后分成 ``parts`` 份，大小至多差一；份数各进程相同，不够分的份是空的。"""
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).tolist()
+    return [order[k::parts] for k in range(parts)]
+
+
 def prompts_of(window: Window) -> list[int]:
     """一窗提示微批次里的样本编号；凑数的批没有。"""
     return [i for ids, _ in window for i in ids]

@@ -11,7 +11,7 @@ import torch
 from recipe_cases import CASES, log_lines, run_recipe, saved, weights_file
 from trainer_helpers import assert_same_weights, in_processes
 
-from minimind.recipes import distillation, dpo
+from minimind.recipes.health import distillation_health, preference_health
 from minimind.rl.health import RLHealth
 from minimind.trainer import loop
 
@@ -184,8 +184,8 @@ PRECISIONS = [("bfloat16", 0), ("float16", 0), ("float32", 1), ("bfloat16", 1), 
 
 def test_没有一次正常更新的记录区间_体征不出错():
     """float16 头几步溢出时，一个记录区间里可能一次更新也没有，日志里就没有各项指标。"""
-    assert dpo.health({"step": 60, "loss": float("nan")}) == []
-    assert distillation.health({"step": 60, "loss": float("nan")}) == []
+    assert preference_health({"step": 60, "loss": float("nan")}) == []
+    assert distillation_health({"step": 60, "loss": float("nan")}) == []
     assert RLHealth(8)({"step": 60, "loss": float("nan"), "reward": 0.5}) == []
 
 

@@ -11,7 +11,9 @@ from minimind.dataset import SFTDataset, collate_packed
 from minimind.errors import UserError
 from minimind.model import MiniMindConfig, MiniMindForCausalLM
 from minimind.recipes import distillation
-from minimind.recipes.distillation import DistillationArguments, distill_loss, last_prompts
+from minimind.recipes.distillation import DistillationArguments, distill_loss
+from minimind.recipes.health import distillation_health
+from minimind.rl.own_answers import last_prompts
 from minimind.tokenizer import load_tokenizer, tokenizer_fingerprint
 from minimind.trainer.checkpoint import config_dict, load_file, save_weights, weights_path
 from minimind.trainer.distill_loss import distillation_loss
@@ -248,6 +250,6 @@ def test_参数取值不对(home, changes, flag):
 
 def test_健康的话():
     fine = {"step": 100, "divergence": 0.5, "ce": 1.0}
-    assert distillation.health(fine) == []
-    assert "不是一回事" in distillation.health({**fine, "divergence": 3.0})[0]
-    assert "几乎是零" in distillation.health({**fine, "divergence": 1e-6})[0]
+    assert distillation_health(fine) == []
+    assert "不是一回事" in distillation_health({**fine, "divergence": 3.0})[0]
+    assert "几乎是零" in distillation_health({**fine, "divergence": 1e-6})[0]

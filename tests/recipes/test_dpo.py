@@ -10,6 +10,7 @@ import torch
 from minimind.errors import UserError
 from minimind.model import MiniMindConfig, MiniMindForCausalLM
 from minimind.recipes import dpo
+from minimind.recipes.health import preference_health
 from minimind.tokenizer import load_tokenizer
 from minimind.trainer import reference
 from minimind.trainer.checkpoint import config_dict, load_file, save_weights, weights_path
@@ -178,8 +179,8 @@ def test_参数取值不对(changes, flag):
 
 def test_健康的话_各说各的毛病():
     fine = {"step": 100, "accuracy": 0.9, "margin": 1.0, "reward_chosen": 0.3, "reward_rejected": -0.7}
-    assert dpo.health(fine) == []
-    assert "50 %" in dpo.health({**fine, "accuracy": 0.5})[0]
-    assert "大跌" in dpo.health({**fine, "reward_chosen": -1.5, "reward_rejected": -2.5})[0]
-    assert "可以停了" in dpo.health({**fine, "margin": 12.0})[0]
-    assert dpo.health({**fine, "step": 5, "accuracy": 0.5}) == []
+    assert preference_health(fine) == []
+    assert "50 %" in preference_health({**fine, "accuracy": 0.5})[0]
+    assert "大跌" in preference_health({**fine, "reward_chosen": -1.5, "reward_rejected": -2.5})[0]
+    assert "可以停了" in preference_health({**fine, "margin": 12.0})[0]
+    assert preference_health({**fine, "step": 5, "accuracy": 0.5}) == []

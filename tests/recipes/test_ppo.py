@@ -11,9 +11,9 @@ from rl_cases import learns, train_here, write_reward
 
 from minimind.model import MiniMindConfig, MiniMindForCausalLM
 from minimind.recipes import ppo
-from minimind.recipes.ppo import PPOArguments, estimate, minibatches
+from minimind.recipes.ppo import PPOArguments, estimate
 from minimind.rl.actor_critic import ActorCritic
-from minimind.rl.experience import Experience
+from minimind.rl.experience import Experience, minibatches
 from minimind.rl.rollout import LocalRollout, response_batch
 from minimind.tokenizer import load_tokenizer
 from minimind.trainer import loop
