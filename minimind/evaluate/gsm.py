@@ -19,7 +19,7 @@ from typing import Any
 from minimind.arguments import arg, parse_args
 from minimind.console import progress
 from minimind.dataset.jsonl import DataError, line_ranges, parse_line, read_lines
-from minimind.dataset.microworld.graders import numbers_in
+from minimind.dataset.microworld.graders import after_thinking, numbers_in
 from minimind.errors import guard
 from minimind.evaluate.common import (
     Clock,
@@ -217,6 +217,12 @@ def encode_problem(
     return [*document_start(tokenizer), *encode_plain(tokenizer, f"{text}题目：{problem.question}\n解答：")]
 
 
+def spoken(tokenizer: Any, prompt: list[int], text: str) -> str:
+    """去掉思考之后的回答；提示末尾已替它写好 ``<think>`` 的，没有写到 ``</think>`` 就是还没有答。"""
+    opened = tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>")
+    return after_thinking(f"<think>{text}" if opened else text)
+
+
 @guard
 def main(argv: list[str] | None = None) -> None:
     """命令行入口。"""
@@ -237,9 +243,10 @@ def main(argv: list[str] | None = None) -> None:
             batch_size=args.batch_size,
             advance=bar.advance,
         )
-    strict = rate([correct(a.text, p.values, strict=True) for a, p in zip(answers, problems)])
-    flexible = rate([correct(a.text, p.values, strict=False) for a, p in zip(answers, problems)])
-    stated = rate([stated_number(a.text) is not None for a in answers])
+    texts = [spoken(loaded.tokenizer, prompt, a.text) for prompt, a in zip(prompts, answers)]
+    strict = rate([correct(text, p.values, strict=True) for text, p in zip(texts, problems)])
+    flexible = rate([correct(text, p.values, strict=False) for text, p in zip(texts, problems)])
+    stated = rate([stated_number(text) is not None for text in texts])
     stopped = rate([a.finished for a in answers])
     rows = [
         ("strict：写明的答案正确", strict),
@@ -263,9 +270,9 @@ def main(argv: list[str] | None = None) -> None:
                 "question": p.question,
                 "answer": list(p.values),
                 "response": a.text,
-                "flexible": final_number(a.text),
+                "flexible": final_number(text),
             }
-            for p, a in zip(problems, answers)
+            for p, a, text in zip(problems, answers, texts)
         ]
     save_result(args, "gsm", loaded, clock, result)
 

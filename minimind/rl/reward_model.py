@@ -19,7 +19,7 @@ import torch
 
 from minimind.console import say
 from minimind.dataset.jsonl import short
-from minimind.dataset.microworld.graders import ANSWER_SPAN
+from minimind.dataset.microworld.graders import ANSWER_SPAN, after_thinking
 from minimind.errors import UserError
 from minimind.paths import resolve_path
 
@@ -51,7 +51,8 @@ class RewardModel:
         """
         chats = [_chat(sample, sample.response) for sample in samples]
         whole = self._clipped(chats, samples)
-        answers = [ANSWER_SPAN.findall(sample.response) for sample in samples] if self.reasoning else []
+        spoken = [after_thinking(sample.response) for sample in samples] if self.reasoning else []
+        answers = [ANSWER_SPAN.findall(text) for text in spoken]
         having = [i for i, found in enumerate(answers) if found]
         if having:
             picked = [samples[i] for i in having]

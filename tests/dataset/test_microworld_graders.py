@@ -135,6 +135,29 @@ def test_思考段里写对不算答对():
     assert grade(item("contains", "红色"), "<think>红色</think>蓝色") == 0.0
 
 
+CALL = '{"name": "calculator", "arguments": {"expression": "12+2"}}'
+
+
+@pytest.mark.parametrize(
+    ("grader", "answer", "reply"),
+    [
+        ("numeric", "14", "14"),
+        ("exact", "14", "<answer>14</answer>"),
+        ("contains", "红色", "是红色。"),
+        ("tail", "3月9日", "再过4天是3月9日。"),
+        ("tool_call", CALL, f"<tool_call>{CALL}</tool_call>"),
+        ("style", "polite", POLITE_FRAMES[0].format(a="14")),
+    ],
+)
+def test_没想完就不算答_答的是收尾之后的(grader, answer, reply):
+    one = item(grader, answer)
+    assert grade(one, reply) == 1.0
+    assert grade(one, f"<think>{reply}") == 0.0
+    assert grade(one, f"<think>想</think><think>{reply}") == 0.0
+    assert grade(one, f"<think>想</think>{reply}") == 1.0
+    assert grade(one, f"想</think>{reply}") == 1.0, "开头写在提示里"
+
+
 @pytest.mark.parametrize(
     ("text", "ok"),
     [

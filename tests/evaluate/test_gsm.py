@@ -18,6 +18,7 @@ from minimind.evaluate.gsm import (
     final_number,
     read_problems,
     same,
+    spoken,
     stated_number,
 )
 from minimind.tokenizer import load_tokenizer
@@ -187,3 +188,13 @@ def test_命令行(tmp_path, monkeypatch, capsys):
     assert [item["answer"] for item in result["items"]] == [[1], [2], [3], [4], [5]]
     assert set(result["methods"]) == {"strict", "flexible", "stated", "stopped"}
     assert "flexible" in capsys.readouterr().out
+
+
+def test_提示里开着思考_没想完就没有答案():
+    tokenizer, problem = load_tokenizer(), Problem("1+1？", "2", (2.0,))
+    prompts = {
+        thinking: encode_problem(tokenizer, problem, [], True, thinking) for thinking in (True, False, None)
+    }
+    unfinished = {k: final_number(spoken(tokenizer, p, "先加一，得 2")) for k, p in prompts.items()}
+    assert unfinished == {True: None, False: 2, None: 2}
+    assert final_number(spoken(tokenizer, prompts[True], "得 3\n</think>\n\n答案是 2")) == 2

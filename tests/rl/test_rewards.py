@@ -48,6 +48,8 @@ def sample(response: str, reference: str = "", **changes) -> Sample:
         ("1/0", "((1)/(2))", 0),
         ("<think>36</think><answer>35</answer>", "36", 0),  # 想对了、答错了
         ("<think>35</think><answer>36</answer>", "36", 1),
+        ("<think>所以是 36", "36", 0),  # 没想完
+        ("<think>所以<answer>36</answer>", "36", 0),
         ("0.3333333333", "1/3", 1),
         ("0.333", "1/3", 0),
     ],

@@ -89,6 +89,8 @@ def test_带思考时四成整体六成答案(classifier):
     tagged = sample("<think>40+20=60</think><answer> 71 </answer>")
     untagged = sample("71")
     (whole, answer), untagged_score = plain([tagged, untagged]), plain([untagged])[0]
+    unclosed = sample("<think>40+20=60<answer> 71 </answer>")  # 没想完，里面的不算答案
+    assert thinking([unclosed])[0] == pytest.approx(plain([unclosed])[0], abs=1e-6)
     got = thinking([untagged, tagged])
     assert got[0] == pytest.approx(untagged_score, abs=1e-6)  # 没有 <answer> 就只有整体
     assert got[1] == pytest.approx(0.4 * whole + 0.6 * answer, abs=1e-5)

@@ -1,7 +1,7 @@
 """判分：把模型的回答与标准答案对一对，给 0 到 1 之间的分。
 
 所有判分器先归一化（全角半角、空白、大小写、句末标点），再去掉“答案是……”和已知的客套话；
-有 ``<answer>`` 就只看里面，``<think>`` 里写什么都不影响得分。
+``<think>`` 里写什么都不影响得分，没有想完（没有 ``</think>``）就是没有答；其余有 ``<answer>`` 就只看里面。
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .phrasing import GRUMPY_FRAMES, GRUMPY_WORDS, POLITE_FRAMES, POLITE_WORDS
 NUMBER = re.compile(r"(?<!\d)-?\d+(?:\.\d+)?")
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 ANSWER_SPAN = re.compile(r"<answer>(.*?)</answer>", re.S)
-THINK_SPAN = re.compile(r"<think>.*?</think>", re.S)
+THINK_SPAN = re.compile(r"<think>.*?(?:</think>|\Z)", re.S)
 TOOL_SPAN = re.compile(r"<tool_call>(.*?)</tool_call>", re.S)
 _TEXT = r"(?:(?!</?(?:think|answer)>).)*"
 WELL_FORMED = re.compile(rf"\s*<think>{_TEXT}</think>\s*<answer>{_TEXT}</answer>\s*", re.S)
@@ -44,10 +44,16 @@ def strip_frame(text: str) -> str:
     return LEAD_IN.sub("", text).strip(EDGES)
 
 
+def after_thinking(response: str) -> str:
+    """去掉思考之后的文字：``<think>`` 到 ``</think>``，没有收尾的到末尾；只有收尾的（开头写在提示里）取它之后。"""
+    return THINK_SPAN.sub("", response).rpartition("</think>")[2]
+
+
 def final_answer(response: str) -> str:
-    """有 ``<answer>`` 就取最后一个里面的文字，否则取去掉 ``<think>`` 段后的全文。"""
-    spans = ANSWER_SPAN.findall(response)
-    return spans[-1] if spans else THINK_SPAN.sub("", response)
+    """:func:`after_thinking` 里有 ``<answer>`` 就取最后一个里面的文字，否则取全部。"""
+    spoken = after_thinking(response)
+    spans = ANSWER_SPAN.findall(spoken)
+    return spans[-1] if spans else spoken
 
 
 def well_formed(response: str) -> bool:
@@ -97,13 +103,13 @@ def grade_prefix(item: Mapping, response: str) -> float:
 
 def grade_tool_call(item: Mapping, response: str) -> float:
     """解析出的调用（名字与参数）与标准答案相同；键的顺序、空白都无所谓。"""
-    calls = parse_tool_calls(response)
+    calls = parse_tool_calls(after_thinking(response))
     return float(len(calls) == 1 and calls[0] == parse_call(item["answer"]) is not None)
 
 
 def grade_style(item: Mapping, response: str) -> float:
     """腔调与 ``answer``（polite / grumpy / plain）相同。"""
-    return float(style_of(response) == item["answer"])
+    return float(style_of(after_thinking(response)) == item["answer"])
 
 
 def grade_format(item: Mapping, response: str) -> float:
