@@ -12,6 +12,7 @@ import torch
 from common import need_file
 
 from minimind.dataset import collate_packed
+from minimind.export.twin import transformers_twin
 from minimind.model import MiniMindConfig, MiniMindForCausalLM
 from minimind.tokenizer import encode_chat_batch, encode_plain_batch
 from minimind.trainer.device import autocast_context
@@ -30,24 +31,8 @@ def build_ours(config: MiniMindConfig, device: torch.device) -> MiniMindForCausa
 
 def build_peer(config: MiniMindConfig, device: torch.device) -> Any:
     """同尺寸的 ``LlamaForCausalLM``，权重从本项目的模型复制过来：两边算的是同一个函数。"""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    peer_config = LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        max_position_embeddings=config.max_position_embeddings,
-        rms_norm_eps=config.rms_norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        tie_word_embeddings=True,
-        attn_implementation="sdpa",
-        use_cache=False,
-    )
-    peer = LlamaForCausalLM(peer_config)
-    peer.load_state_dict(build_ours(config, torch.device("cpu")).state_dict(), strict=True)
+    ours = build_ours(config, torch.device("cpu"))
+    peer = transformers_twin(ours, attn_implementation="sdpa", use_cache=False)
     return peer.to(device).train()
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from pathlib import Path
 
+import torch
+
+from minimind.export.twin import transformers_twin
 from minimind.model import MiniMindConfig, MiniMindForCausalLM
+from minimind.trainer.checkpoint import config_dict, save_weights, weights_path
 
 
 def make_pair(context: int = 512):
@@ -19,23 +22,15 @@ def make_pair(context: int = 512):
         initializer_range=0.3,
     )
     ours = MiniMindForCausalLM(config).eval()
-    theirs = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            rms_norm_eps=config.rms_norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            tie_word_embeddings=True,
-            max_position_embeddings=context,
-        )
-    ).eval()
-    theirs.load_state_dict(ours.state_dict())
-    return ours, theirs
+    return ours, transformers_twin(ours).eval()
+
+
+def saved_pair_argv(folder: Path, data: Path) -> list[str]:
+    """把 :func:`make_pair` 里我们的那个存成 ``full_sft_32.pth``，返回在 ``folder`` 里考 ``data`` 的命令行。"""
+    model, _ = make_pair()
+    save_weights(model, weights_path(model.config, "full_sft", folder), {"config": config_dict(model.config)})
+    flags = {"save_dir": folder, "data_path": data, "device": "cpu", "out_dir": folder}
+    return [part for name, value in flags.items() for part in (f"--{name}", str(value))]
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ import itertools
 import json
 
 import pytest
-from eval_helpers import make_pair
+from eval_helpers import saved_pair_argv
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,7 +22,6 @@ from minimind.evaluate.gsm import (
     stated_number,
 )
 from minimind.tokenizer import load_tokenizer
-from minimind.trainer.checkpoint import config_dict, save_weights, weights_path
 
 
 @pytest.mark.parametrize(
@@ -166,23 +165,10 @@ def test_提示_续写与对话():
 
 
 def test_命令行(tmp_path, monkeypatch, capsys):
-    model, _ = make_pair()
-    save_weights(
-        model, weights_path(model.config, "full_sft", tmp_path), {"config": config_dict(model.config)}
-    )
     data = write(
         tmp_path / "a.jsonl", *[{"question": f"{i}+1？", "answer": f"#### {i + 1}"} for i in range(5)]
     )
-    argv = [
-        "--save_dir",
-        str(tmp_path),
-        "--data_path",
-        str(data),
-        "--device",
-        "cpu",
-        "--out_dir",
-        str(tmp_path),
-    ]
+    argv = saved_pair_argv(tmp_path, data)
     assert gsm.main([*argv, "--max_new_tokens", "4", "--batch_size", "2", "--save_items"]) == 0
     result = json.loads((tmp_path / "full_sft_32_gsm.json").read_text("utf-8"))
     assert [item["answer"] for item in result["items"]] == [[1], [2], [3], [4], [5]]

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from eval_helpers import make_pair
+from eval_helpers import saved_pair_argv
 
 from minimind.dataset.jsonl import DataError
 from minimind.evaluate import tools_accuracy
@@ -11,7 +11,6 @@ from minimind.evaluate.generation import Written
 from minimind.evaluate.tools_accuracy import LEVELS, canonical, judge, read_cases, summarize, to_cases
 from minimind.inference.tool_calls import read_call
 from minimind.tokenizer import encode_chat, load_tokenizer
-from minimind.trainer.checkpoint import config_dict, save_weights, weights_path
 
 TOOL = {"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}
 ONE = [{"name": "f", "arguments": {"x": 1}}]
@@ -125,24 +124,11 @@ def test_真实数据读得懂_两种格式的考点相同(shared_dir):
 
 
 def test_命令行_太长的提示不考(tmp_path, capsys):
-    model, _ = make_pair()
-    save_weights(
-        model, weights_path(model.config, "full_sft", tmp_path), {"config": config_dict(model.config)}
-    )
     long = minimind_record()
     long["conversations"][1]["content"] = "长" * 600
     data = tmp_path / "t.jsonl"
     data.write_text("".join(json.dumps(r) + "\n" for r in (minimind_record(), long)), "utf-8")
-    argv = [
-        "--save_dir",
-        str(tmp_path),
-        "--data_path",
-        str(data),
-        "--device",
-        "cpu",
-        "--out_dir",
-        str(tmp_path),
-    ]
+    argv = saved_pair_argv(tmp_path, data)
     assert tools_accuracy.main([*argv, "--max_new_tokens", "4", "--save_items"]) == 0
     said = capsys.readouterr()
     assert "2 处的提示超过" in said.err and "工具选对了" in said.out

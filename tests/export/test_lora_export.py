@@ -7,6 +7,7 @@ import torch
 
 from minimind.errors import UserError
 from minimind.export.lora import main_lora, main_merge, target_names, write_peft_adapter
+from minimind.export.twin import transformers_twin
 from minimind.inference.loading import load_for_inference
 from minimind.model import MiniMindConfig, MiniMindForCausalLM
 from minimind.model.model_lora import apply_lora, load_adapter, lora_layers, lora_state_dict, parse_adapter
@@ -65,18 +66,8 @@ def test_peft_加载后_logits_相同(name, tmp_path):
 def test_同样的适配器装在_transformers_的_Llama_上(tmp_path):
     """导出给 transformers 用的底座是同构的 Llama，模块名相同，适配器原样可用。"""
     peft = pytest.importorskip("peft")
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     base, adapter = model(), trained()
-    config = base.config
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            vocab_size=config.vocab_size, intermediate_size=config.intermediate_size,
-            rms_norm_eps=config.rms_norm_eps, rope_theta=config.rope_theta, tie_word_embeddings=True,
-        )
-    ).eval()  # fmt: skip
-    llama.load_state_dict(base.state_dict())
+    llama = transformers_twin(base).eval()
     assert (logits(llama) - logits(base)).abs().max() < 1e-5
     write_peft_adapter(base, adapter, tmp_path)
     theirs = peft.PeftModel.from_pretrained(llama, tmp_path).eval()

@@ -81,29 +81,20 @@ def test_对数概率与逐条单独算一致():
 def trl_trainer(tmp_path_factory):
     """TRL 的 DPOTrainer，策略与参考都是装着我们权重的 HF Llama（稠密 v2 与它同构）。"""
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+    from minimind.export.twin import transformers_twin
     from minimind.tokenizer import load_tokenizer
 
     class Trainer(trl.DPOTrainer):
         def _prepare_dataset(self, dataset, *args, **kwargs):
             return dataset  # 已经是词元
 
-    def llama(model):
-        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                 "num_key_value_heads", "rms_norm_eps", "rope_theta", "tie_word_embeddings")  # fmt: skip
-        config = LlamaConfig(**{name: getattr(model.config, name) for name in names}, pad_token_id=0)
-        twin = LlamaForCausalLM(config)
-        twin.load_state_dict(model.state_dict())
-        return twin
-
     options = trl.DPOConfig(
         output_dir=str(tmp_path_factory.mktemp("trl")), use_cpu=True, report_to=[], bf16=False,
         gradient_checkpointing=False,
     )  # fmt: skip
     return Trainer(
-        model=llama(tiny_model()),
-        ref_model=llama(tiny_model(seed=8)),
+        model=transformers_twin(tiny_model(), pad_token_id=0),
+        ref_model=transformers_twin(tiny_model(seed=8), pad_token_id=0),
         args=options,
         train_dataset=datasets.Dataset.from_list(
             [{"prompt_ids": [3], "chosen_ids": [4], "rejected_ids": [5]}]
