@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from minimind.arguments import arg, parse_args
 from minimind.errors import UserError, guard
+from minimind.inference.arguments import ModelArguments
 
 CHAT_PROMPTS = (
     "你是谁？",
@@ -42,23 +43,9 @@ TOOL_PROMPTS = (
 
 
 @dataclass
-class ChatArguments:
+class ChatArguments(ModelArguments):
     """与训练好的模型对话。"""
 
-    load_from: str = arg("model", "model 表示本项目训练的 .pth 权重；也可以是 Hugging Face 格式的模型目录")
-    save_dir: str = arg("out", "权重所在的目录")
-    weight: str = arg("full_sft", "权重的名字：pretrain、full_sft、dpo、reason、ppo_actor、grpo、spo……")
-    lora_weight: str = arg(
-        "None",
-        "叠加的 LoRA：{save_dir}/lora 下的名字（如 lora_identity）或 .pth 路径；逗号分隔几份，"
-        "各自的增量相加（a,b 与 b,a 相同）；None 表示不用",
-    )
-    hidden_size: int | None = arg(None, "隐层宽度；不给则由权重文件决定")
-    num_hidden_layers: int | None = arg(None, "层数；不给则由权重旁的 JSON 决定，没有 JSON 时为 8")
-    use_moe: int | None = arg(None, "是否混合专家；不给则由权重文件决定", (0, 1))
-    arch: str | None = arg(None, "模型结构；不给则由权重旁的 JSON 决定，没有 JSON 时为 v2", ("v2", "v3"))
-    tokenizer_path: str | None = arg(None, "分词器目录；不给则用自带的（HF 目录用它自己的）")
-    inference_rope_scaling: int = arg(0, "用 YaRN 把上下文外推到训练长度之外", (0, 1))
     max_new_tokens: int = arg(8192, "回答最多多少个 token")
     temperature: float = arg(0.85, "采样温度，越大越随机；0 表示每步取概率最大的")
     top_p: float = arg(0.85, "只在累计概率达到它的最小集合里抽；1 表示不限")
@@ -74,10 +61,6 @@ class ChatArguments:
     tool_rounds: int = arg(4, "一问里最多执行几轮工具")
     show_speed: int = arg(1, "每次回答后显示速度", (0, 1))
     seed: int | None = arg(None, "随机种子；不给则每次不同")
-    device: str = arg("auto", "设备：auto、cpu、cuda:0、npu:0、mps")
-    dtype: str = arg(
-        "auto", "计算精度；auto：CPU 用 float32，显卡用半精度", ("auto", "float32", "bfloat16", "float16")
-    )
     mode: str | None = arg(None, "auto 自动测试，manual 手动输入；不给则启动后询问", ("auto", "manual"))
     prompt: str | None = arg(None, "只问这一句，答完退出")
 
@@ -145,7 +128,6 @@ def talk(session, prompts: Iterable[str], *, echo: bool, show_speed: bool, forgi
 def open_session(args: ChatArguments):
     """按参数打开模型，返回 :class:`minimind.inference.chat.ChatSession`；有 ``--tools`` 时返回 ToolSession。"""
     from minimind.inference.chat import ChatSession
-    from minimind.inference.loading import load_for_inference
     from minimind.inference.sampling import SamplingParams
 
     if args.historys < 0:
@@ -157,14 +139,7 @@ def open_session(args: ChatArguments):
         args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed
     )
     toolbox = pick_tools(args) if args.tools else None
-    names = (
-        "load_from", "save_dir", "weight", "lora_weight", "hidden_size", "num_hidden_layers", "use_moe", "arch",
-        "tokenizer_path", "device", "dtype",
-    )  # fmt: skip
-    loaded = load_for_inference(
-        inference_rope_scaling=bool(args.inference_rope_scaling),
-        **{name: getattr(args, name) for name in names},
-    )
+    loaded = args.load()
     session = ChatSession(
         loaded.model,
         loaded.tokenizer,

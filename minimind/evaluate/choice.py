@@ -27,7 +27,6 @@ from minimind.evaluate.common import (
     Rate,
     data_file,
     document_start,
-    open_model,
     pick,
     print_table,
     rate,
@@ -290,7 +289,7 @@ def main(argv: list[str] | None = None) -> None:
     examples = load_examples(args)
     for reason, count in skipped.items():
         say(f"{path.name}：{count:,} 道{reason}的不考。")
-    loaded, clock = open_model(args), Clock()
+    loaded, clock = args.load(), Clock()
     chat = not loaded.plain if args.chat is None else bool(args.chat)
     graded = grade_questions(
         loaded.model,

@@ -11,7 +11,6 @@ from minimind.evaluate.common import (
     EvalArguments,
     Rate,
     data_file,
-    open_model,
     pick,
     print_table,
     rate,
@@ -51,7 +50,7 @@ def main_world(argv: list[str] | None = None) -> None:
                 f"没有任务 {'、'.join(sorted(unknown))}", expected="、".join(known), fix="改 --tasks"
             )
         items = [item for item in items if item["task"] in wanted]
-    loaded, clock = open_model(args), Clock()
+    loaded, clock = args.load(), Clock()
     kind = args.kind or ("cloze" if loaded.plain else "chat")
     items = pick([item for item in items if item["kind"] == kind], args.limit, args.seed)
     if not items:
@@ -116,7 +115,7 @@ def main_bpb(argv: list[str] | None = None) -> None:
 
     args = parse_args(BpbArguments, argv)
     path = data_file(args.data_path, "pretrain_heldout.jsonl", "jsonl 或纯文本文件")
-    loaded, clock = open_model(args), Clock()
+    loaded, clock = args.load(), Clock()
     result = text_loss(
         loaded.model,
         loaded.tokenizer,

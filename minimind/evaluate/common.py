@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from minimind.arguments import arg
 from minimind.console import format_duration, say
 from minimind.errors import UserError
+from minimind.inference.arguments import ModelArguments
 from minimind.paths import resolve_path
 
 T = TypeVar("T")
@@ -23,36 +24,12 @@ Z95 = 1.959963984540054
 
 
 @dataclass
-class EvalArguments:
-    """打开哪个模型、考多少题、结果写到哪里；打开模型的参数与 eval_llm.py 同名同义。"""
+class EvalArguments(ModelArguments):
+    """打开哪个模型、考多少题、结果写到哪里。"""
 
-    load_from: str = arg("model", "model 表示本项目训练的 .pth 权重；也可以是 Hugging Face 格式的模型目录")
-    save_dir: str = arg("out", "权重所在的目录")
-    weight: str = arg("full_sft", "权重的名字：pretrain、full_sft、dpo、reason、grpo……")
-    lora_weight: str = arg("None", "叠加的 LoRA，逗号分隔几份；None 表示不用")
-    hidden_size: int | None = arg(None, "隐层宽度；不给则由权重文件决定")
-    num_hidden_layers: int | None = arg(None, "层数；不给则由权重旁的 JSON 决定，没有 JSON 时为 8")
-    use_moe: int | None = arg(None, "是否混合专家；不给则由权重文件决定", (0, 1))
-    arch: str | None = arg(None, "模型结构；不给则由权重旁的 JSON 决定，没有 JSON 时为 v2", ("v2", "v3"))
-    tokenizer_path: str | None = arg(None, "分词器目录；不给则用自带的（HF 目录用它自己的）")
-    device: str = arg("auto", "设备：auto、cpu、cuda:0、npu:0、mps")
-    dtype: str = arg(
-        "auto", "计算精度；auto：CPU 用 float32，显卡用半精度", ("auto", "float32", "bfloat16", "float16")
-    )
     limit: int = arg(0, "至多考多少题，按种子随机抽；0 表示全部")
     seed: int = arg(42, "抽题的随机种子")
     out_dir: str = arg("out/eval", "结果文件的目录，每次评测写一个 {权重}_{项目}.json")
-
-
-def open_model(args: EvalArguments):
-    """按参数打开模型，返回 :class:`minimind.inference.loading.Loaded`。"""
-    from minimind.inference.loading import load_for_inference
-
-    names = (
-        "load_from", "save_dir", "weight", "lora_weight", "hidden_size", "num_hidden_layers", "use_moe", "arch",
-        "tokenizer_path", "device", "dtype",
-    )  # fmt: skip
-    return load_for_inference(**{name: getattr(args, name) for name in names})
 
 
 def data_file(path: str | None, usual: str, what: str) -> Path:

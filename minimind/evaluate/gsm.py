@@ -26,7 +26,6 @@ from minimind.evaluate.common import (
     EvalArguments,
     data_file,
     document_start,
-    open_model,
     pick,
     print_table,
     rate,
@@ -230,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
     path = data_file(args.data_path, "gsm8k_test.jsonl", "应用题 jsonl")
     problems = pick(read_problems(path), args.limit, args.seed)
     examples = read_problems(data_file(args.dev_path, "", "示例 jsonl"))[: args.shots] if args.shots else []
-    loaded, clock = open_model(args), Clock()
+    loaded, clock = args.load(), Clock()
     chat = not loaded.plain if args.chat is None else bool(args.chat)
     thinking = None if args.open_thinking is None else bool(args.open_thinking)
     prompts = [encode_problem(loaded.tokenizer, problem, examples, chat, thinking) for problem in problems]

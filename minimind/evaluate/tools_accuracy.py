@@ -26,7 +26,6 @@ from minimind.evaluate.common import (
     Clock,
     EvalArguments,
     data_file,
-    open_model,
     pick,
     print_table,
     rate,
@@ -174,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(ToolsArguments, argv)
     path = data_file(args.data_path, "toolcall.jsonl", "工具调用 jsonl")
     cases = pick(read_cases(path), args.limit, args.seed)
-    loaded, clock = open_model(args), Clock()
+    loaded, clock = args.load(), Clock()
     limit = args.max_length or context_length(loaded.model) - args.max_new_tokens
     prompts = [
         encode_chat(loaded.tokenizer, case.messages, case.tools, add_generation_prompt=True).ids

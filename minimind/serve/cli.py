@@ -7,33 +7,20 @@ from dataclasses import dataclass
 from minimind.arguments import arg, parse_args
 from minimind.console import say
 from minimind.errors import UserError, guard
+from minimind.inference.arguments import ModelArguments
 from minimind.paths import resolve_path
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass
-class ServeArguments:
+class ServeArguments(ModelArguments):
     """OpenAI 兼容的服务与网页。"""
 
-    load_from: str = arg("model", "model 表示本项目训练的 .pth 权重；也可以是 Hugging Face 格式的模型目录")
-    save_dir: str = arg("out", "权重所在的目录")
-    weight: str = arg("full_sft", "权重的名字：full_sft、dpo、reason、grpo……")
     lora_weight: str = arg(
         "None", "LoRA 的名字，逗号分隔；每一份另成一个模型，请求时 model 写它的名字；None 表示不用"
     )
     model_name: str | None = arg(None, "底座在 API 里叫什么；不给则 minimind")
-    hidden_size: int | None = arg(None, "隐层宽度；不给则由权重文件决定")
-    num_hidden_layers: int | None = arg(None, "层数；不给则由权重旁的 JSON 决定")
-    use_moe: int | None = arg(None, "是否混合专家；不给则由权重文件决定", (0, 1))
-    arch: str | None = arg(None, "模型结构；不给则由权重旁的 JSON 决定", ("v2", "v3"))
-    tokenizer_path: str | None = arg(None, "分词器目录；不给则用自带的（HF 目录用它自己的）")
-    inference_rope_scaling: int = arg(0, "用 YaRN 把上下文外推到训练长度之外", (0, 1))
-    device: str = arg("auto", "设备：auto、cpu、cuda:0、npu:0、mps")
-    dtype: str = arg(
-        "auto", "计算精度；auto：CPU 用 float32，显卡用半精度", ("auto", "float32", "bfloat16", "float16")
-    )
-
     host: str = arg("127.0.0.1", "监听的地址；对外开放时请同时设 --api_key")
     port: int = arg(8998, "端口")
     api_key: str | None = arg(None, "要求客户端带的密钥；不给则不要求")
@@ -55,25 +42,12 @@ class ServeArguments:
 
 def model_table(args: ServeArguments):
     """载入底座与各个 LoRA，各建一个引擎。"""
-    from minimind.inference.loading import load_for_inference, stop_ids
+    from minimind.inference.loading import stop_ids
     from minimind.serve.models import ModelTable, ServedModel
     from minimind.serve.runner import EngineRunner
 
     def open_model(lora: str) -> ServedModel:
-        loaded = load_for_inference(
-            load_from=args.load_from,
-            save_dir=args.save_dir,
-            weight=args.weight,
-            lora_weight=lora,
-            hidden_size=args.hidden_size,
-            num_hidden_layers=args.num_hidden_layers,
-            use_moe=args.use_moe,
-            arch=args.arch,
-            tokenizer_path=args.tokenizer_path,
-            inference_rope_scaling=bool(args.inference_rope_scaling),
-            device=args.device,
-            dtype=args.dtype,
-        )
+        loaded = args.load(lora_weight=lora)
         runner = EngineRunner(
             loaded.model,
             stop_ids(loaded.model, loaded.tokenizer),
