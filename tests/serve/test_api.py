@@ -7,7 +7,7 @@ import json
 
 import httpx
 import pytest
-from conftest import CONTEXT
+from live_server import CONTEXT
 
 from minimind.inference.generate import generate_batch
 from minimind.tokenizer import encode_chat, encode_plain

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from conftest import LiveServer
+from live_server import LiveServer
 from page_helpers import PHONE, answers, ask, expect, wait_done
 from scripted import Script, scripted
 

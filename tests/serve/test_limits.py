@@ -9,7 +9,7 @@ import time
 
 import httpx
 import pytest
-from conftest import CONTEXT, LiveServer
+from live_server import CONTEXT, LiveServer
 
 from minimind.serve.generation import Settings
 

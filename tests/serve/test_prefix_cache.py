@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import httpx
 import pytest
-from conftest import LiveServer
+from live_server import LiveServer
 
 SYSTEM = {"role": "system", "content": "你是山城小镇的向导，回答简短，先说结论，再说理由，不知道就说不知道。"}
 
