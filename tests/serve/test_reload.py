@@ -8,7 +8,7 @@ import time
 import httpx
 import pytest
 import torch
-from conftest import LiveServer
+from live_server import LiveServer
 from processes import ServerProcess, save_small
 from safetensors.torch import load_file, save_file
 
