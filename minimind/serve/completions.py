@@ -80,7 +80,7 @@ class TextAnswer:
     def _sample(self, index: int) -> TextSample:
         eos = self.model.eos_ids
         stream, stops = TextStream(self.model.tokenizer), StopMatcher(self.request.stops)
-        return TextSample(index, stream, stops, eos, self.request.return_token_ids)
+        return TextSample(index, stream, stops, eos)
 
     async def _echo(self, which: int) -> tuple[str, list[TokenOut]]:
         """``echo`` 时提示的文字与（要的话）逐词元的对数概率；自己加的开头记号不算。"""

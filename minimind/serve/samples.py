@@ -112,17 +112,12 @@ def finite(logprob: float) -> float:
 
 @dataclass
 class TextSample:
-    """续写的一个样本。
-
-    Args:
-        report_eos: 结束符也报对数概率：要了词元时，两边一一对应。
-    """
+    """续写的一个样本。结束符没有文字，但报对数概率：lm-evaluation-harness 按“最后一个是写出来的”切片，强化学习也要它。"""
 
     index: int
     stream: TextStream
     stops: StopMatcher
     eos_ids: set[int]
-    report_eos: bool = False
     offset: int = 0  # 已给出的文字长度，logprobs 的 text_offset 用
     ids: list[int] = field(default_factory=list)
     tokens: list[TokenOut] = field(default_factory=list)
@@ -135,11 +130,9 @@ class TextSample:
         for token in progress.tokens:
             self.written += 1
             self.ids.append(token.id)
-            if token.id in self.eos_ids:
-                if self.report_eos:
-                    self.tokens.append(token)
-                continue
             self.tokens.append(token)
+            if token.id in self.eos_ids:
+                continue
             pieces.append(self.stops.push(self.stream.push(token.id)))
             if self.stops.matched is not None:
                 break
