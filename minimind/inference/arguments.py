@@ -33,6 +33,9 @@ class ModelArguments:
     dtype: str = arg(
         "auto", "计算精度；auto：CPU 用 float32，显卡用半精度", ("auto", "float32", "bfloat16", "float16")
     )
+    quantize: str = arg(
+        "none", "int8：权重存成 8 位，只在 CPU 上，省内存、单路更快，答案略有出入", ("none", "int8")
+    )
 
     def load(self, **changes: Any) -> Loaded:
         """打开；``changes`` 换掉其中几个。

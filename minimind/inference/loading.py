@@ -11,6 +11,7 @@ import torch
 
 from minimind.console import say
 from minimind.errors import UserError
+from minimind.inference.int8 import quantize_int8
 from minimind.model import MiniMindConfig, count_parameters
 from minimind.paths import resolve_path
 from minimind.tokenizer import load_tokenizer
@@ -63,9 +64,11 @@ def load_for_inference(
     inference_rope_scaling: bool = False,
     device: str = "auto",
     dtype: str = "auto",
+    quantize: str = "none",
 ) -> Loaded:
     """按 :mod:`eval_llm` 的参数打开模型；尺寸参数为 ``None`` 时由权重旁的 JSON 决定。
 
+    ``quantize="int8"`` 在最后把线性层换成 int8 的（:mod:`minimind.inference.int8`）。
     ``lora_weight`` 里的各份 LoRA 在 fp32 下依次合并进权重（W + Δ₁ + Δ₂ + …），之后再转成推理精度，生成时不多花计算。
 
     Raises:
@@ -91,10 +94,11 @@ def load_for_inference(
         loaded = _load_folder(load_from, weight, tokenizer_path)
     precision = choose_dtype(dtype, target)
     loaded.model.to(target, precision).eval().requires_grad_(False)
-    say(
-        f"{loaded.source}：{count_parameters(loaded.model) / 1e6:.2f}M 参数，"
-        f"{device_name(target)}，{str(precision).removeprefix('torch.')}"
-    )
+    parameters, label = count_parameters(loaded.model), str(precision).removeprefix("torch.")
+    if quantize == "int8":
+        quantize_int8(loaded.model)
+        label = f"int8 权重，其余 {label}"
+    say(f"{loaded.source}：{parameters / 1e6:.2f}M 参数，{device_name(target)}，{label}")
     return loaded
 
 

@@ -54,7 +54,7 @@ def test_没合并的LoRA增量也算():
 
 
 def test_不能预排时照样能算(monkeypatch):
-    monkeypatch.setattr("minimind.inference.linear.packing_available", lambda: False)
+    monkeypatch.setattr("minimind.inference.linear.packing_available", lambda dtype: False)
     linear = nn.Linear(8, 6)
     joined, x = JoinedLinear([linear], torch.float32), torch.randn(5, 8)
     assert not joined.packed
@@ -62,8 +62,21 @@ def test_不能预排时照样能算(monkeypatch):
         assert torch.equal(joined(x), linear(x))
 
 
-def test_半精度不预排():
-    assert not JoinedLinear([nn.Linear(8, 6)], torch.bfloat16).packed
+@pytest.mark.skipif(not packing_available(torch.bfloat16), reason="这颗处理器没有 bf16 的 oneDNN")
+def test_bf16_也预排():
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 48, bias=False)
+    joined, x = JoinedLinear([linear], torch.bfloat16), torch.randn(5, 64).bfloat16()
+    residual = torch.randn(5, 48).bfloat16()
+    assert joined.packed
+    with torch.inference_mode():
+        want = x.float() @ linear.weight.bfloat16().float().t()
+        torch.testing.assert_close(joined(x).float(), want, atol=0.02, rtol=0.01)
+        torch.testing.assert_close(joined.add_to(residual, x).float(), residual + want, atol=0.04, rtol=0.01)
+
+
+def test_fp16_不预排():
+    assert not JoinedLinear([nn.Linear(8, 6)], torch.float16).packed
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="这份 torch 没有 oneDNN")
