@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 
+from minimind.inference.engine import Engine
 from minimind.inference.generate import TextStream, context_length, stream_tokens
 from minimind.inference.loading import stop_ids
 from minimind.inference.sampling import SamplingParams
 from minimind.tokenizer import encode_chat, encode_pretrain
+
+# 一场对话的前缀库至多多少个 token；26M 的 fp32 每个 8 KB
+PREFIX_TOKENS = 16384
 
 
 @dataclass
@@ -51,6 +56,16 @@ class ChatSession:
     messages: list[dict] = field(default_factory=list)
     speed: Speed = field(default_factory=Speed)
     dropped: int = 0
+
+    @functools.cached_property
+    def engine(self) -> Engine:
+        """各轮共用一个：历史的 KV 在它的前缀库里，下一轮只算新的。"""
+        return Engine(
+            self.model,
+            eos_ids=stop_ids(self.model, self.tokenizer),
+            max_slots=1,
+            prefix_cache_tokens=min(context_length(self.model), PREFIX_TOKENS),
+        )
 
     def encode(self, prompt: str) -> list[int]:
         """这一问的 token：先带上历史，放不下就从最早的一轮开始丢，``dropped`` 记丢了几条。
@@ -93,8 +108,9 @@ class ChatSession:
             self.model,
             ids,
             max_new_tokens=self.max_new_tokens,
-            eos_ids=stop_ids(self.model, self.tokenizer),
+            eos_ids=self.engine.eos_ids,
             params=self.params,
+            engine=self.engine,
         ):
             self.speed = Speed(self.speed.tokens + 1, time.perf_counter() - start)
             if piece := stream.push(token):

@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 from minimind.inference.chat import ChatSession, Speed
 from minimind.inference.generate import context_length, stream_tokens
-from minimind.inference.loading import stop_ids
 from minimind.inference.reply import Event, ReasoningDelta, Reply, ReplyParser, TextDelta
 from minimind.inference.tool_calls import ToolCall
 from minimind.tokenizer import encode_chat
@@ -133,8 +132,9 @@ class ToolSession:
             chat.model,
             self.encode(turn),
             max_new_tokens=chat.max_new_tokens,
-            eos_ids=stop_ids(chat.model, chat.tokenizer),
+            eos_ids=chat.engine.eos_ids,
             params=chat.params,
+            engine=chat.engine,
         ):
             self.speed = Speed(self.speed.tokens + 1, time.perf_counter() - start)
             yield from parser.push(token)

@@ -18,10 +18,9 @@ def tiny(kind="v2", **options):
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        vocab_size=VOCAB,
         use_moe=kind.endswith("moe"),
         initializer_range=0.4,
-        **{"max_position_embeddings": 96, **options},
+        **{"max_position_embeddings": 96, "vocab_size": VOCAB, **options},
     )
     return MiniMindForCausalLM(config).eval()
 

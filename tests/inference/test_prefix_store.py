@@ -68,8 +68,8 @@ def test_随便存取_守住上限_认得出的都对(seed, blocks):
     """两种 token、少量长度，开头大量重合又常常被丢。"""
     rng, store = random.Random(seed), PrefixStore(blocks * BLOCK)
     for _ in range(40):
-        ids = [rng.randint(0, 1) for _ in range(rng.randint(0, 4)) for _ in range(1)]
-        ids = [token for token in ids for _ in range(BLOCK)] + [5] * rng.randint(0, BLOCK - 1)
+        path = [rng.randint(0, 1) for _ in range(rng.randint(0, 4))]
+        ids = [token for token in path for _ in range(BLOCK)] + [5] * rng.randint(0, BLOCK - 1)
         if rng.random() < 0.5:
             put(store, ids)
         length, kv = store.match(ids)
