@@ -19,13 +19,12 @@ def tiny(kind="v2", **options):
         num_attention_heads=4,
         num_key_value_heads=2,
         use_moe=kind.endswith("moe"),
-        initializer_range=0.4,
-        **{"max_position_embeddings": 96, "vocab_size": VOCAB, **options},
+        **{"max_position_embeddings": 96, "vocab_size": VOCAB, "initializer_range": 0.4, **options},
     )
     return MiniMindForCausalLM(config).eval()
 
 
-def hf_model(name):
+def hf_model(name, **options):
     """两层的 transformers 模型：``Llama``、``Qwen3``、``Qwen2``……"""
     import transformers
 
@@ -37,8 +36,7 @@ def hf_model(name):
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=96,
-        initializer_range=0.4,
+        **{"max_position_embeddings": 96, "initializer_range": 0.4, **options},
     )
     return getattr(transformers, f"{name}ForCausalLM")(config).eval()
 

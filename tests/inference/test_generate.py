@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from engine_helpers import hf_model, prompts_of, tiny
 
 from minimind.errors import UserError
 from minimind.inference.generate import generate_batch, stream_generate, stream_tokens
@@ -9,24 +10,13 @@ from minimind.inference.sampling import SamplingParams
 from minimind.model import MiniMindConfig, MiniMindForCausalLM
 
 EOS = 2
-VOCAB = 64
+# 上下文短，好碰到尽头；标准差大，各步的选择才拉得开
+SHORT = {"max_position_embeddings": 48, "initializer_range": 0.6}
 
 
 @pytest.fixture(scope="module", params=["v2", "v3", "moe"])
 def model(request):
-    torch.manual_seed(0)
-    config = MiniMindConfig(
-        arch="v3" if request.param == "v3" else "v2",
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=VOCAB,
-        max_position_embeddings=48,
-        use_moe=request.param == "moe",
-        initializer_range=0.6,
-    )
-    return MiniMindForCausalLM(config).eval()
+    return tiny(request.param, **SHORT)
 
 
 @torch.no_grad()
@@ -39,11 +29,6 @@ def naive_greedy(model, prompt, limit, eos=EOS):
             break
         ids.append(token)
     return ids[len(prompt) :]
-
-
-def prompts_of(lengths, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths]
 
 
 def pick_eos(model, prompts):
@@ -132,19 +117,7 @@ def test_流式文字等于整段解码():
 
 def test_外来结构的模型也能用():
     """从 HF 目录加载的 Llama 走 transformers 自己的缓存。"""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=48,
-        initializer_range=0.6,
-    )
-    llama = LlamaForCausalLM(config).eval()
+    llama = hf_model("Llama", **SHORT)
     prompts = prompts_of([4, 9])
     results = dict(generate_batch(llama, prompts, max_new_tokens=8, eos_ids={EOS}))
     for index, prompt in enumerate(prompts):

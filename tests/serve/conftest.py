@@ -13,6 +13,7 @@ pytest.importorskip("uvicorn")
 
 import torch
 from live_server import LiveServer
+from processes import save_small
 
 
 @pytest.fixture(scope="session")
@@ -20,6 +21,14 @@ def live():
     torch.set_num_threads(1)
     with LiveServer() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """有 ``full_sft_64.pth`` 的目录，给真的进程用；只读。"""
+    folder = tmp_path_factory.mktemp("weights")
+    save_small(folder)
+    return folder
 
 
 # ---------------------------------------------------------------- 浏览器

@@ -13,20 +13,13 @@ import httpx
 import psutil
 import pytest
 from fuzzing import BODIES, Fuzzer, Sender
-from processes import ServerProcess, long_answer, save_small
+from processes import ServerProcess, long_answer
 
 SENDERS = 8
 # 热身之后各条路都走过，该缓存的都缓存了。实测：开始 502 MB，每 1500 个之后是 638、683、691、693、699、710 MB
 WARM_UP = 2400
 GROWTH = 64 << 20  # 热身之后的上万个请求至多让常驻内存多这么多；漏掉每个请求体（平均 5 KB 上下）也会超过
 FOREVER = 20_000
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("weights")
-    save_small(folder)
-    return folder
 
 
 @pytest.fixture

@@ -10,19 +10,12 @@ import time
 
 import httpx
 import pytest
-from processes import ServerProcess, long_answer, save_small
+from processes import ServerProcess, long_answer
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows 没有 SIGTERM")
 
 ENOUGH = 2500  # 三路一起写，每步约三毫秒；其间只要来得及问两句
 FOREVER = 30_000
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("weights")
-    save_small(folder)
-    return folder
 
 
 def stream(server, tokens, lines, started):
