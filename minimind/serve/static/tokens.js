@@ -60,7 +60,7 @@ function walk(event) {
   const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
   if (!step || !event.target.details) return;
   event.preventDefault();
-  const tokens = [...event.target.closest("li").querySelectorAll(".token")].filter((token) => token.checkVisibility());
+  const tokens = [...event.target.closest("li").querySelectorAll(".token")].filter((token) => token.checkVisibility?.() ?? true);
   tokens[tokens.indexOf(event.target) + step]?.focus();
 }
 
