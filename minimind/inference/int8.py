@@ -35,11 +35,11 @@ def int8_available() -> bool:
     return bool((out == -127 * 127 * 64).all())
 
 
-def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x [N, 入]``、``weight [出, 入]`` int8、``scale [出]`` → ``[N, 出]``，精度同 ``x``。"""
+def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x [N, 入]``、``codes [出, 入]`` int8、``scale [出]`` → ``[N, 出]``，精度同 ``x``。"""
     rows = x.float()
     step = torch.linalg.vector_norm(rows, float("inf"), -1, True).mul_(1 / 127).clamp_min_(1e-30)
-    out = torch._int_mm((rows / step).round_().to(torch.int8), weight.t()).mul(scale).mul_(step)
+    out = torch._int_mm((rows / step).round_().to(torch.int8), codes.t()).mul(scale).mul_(step)
     return (out if bias is None else out.add_(bias)).to(x.dtype)
 
 
@@ -54,12 +54,17 @@ class Int8Linear(nn.Module):
         super().__init__()
         weight = linear.weight.detach().float()
         scale = weight.abs().amax(dim=1).div_(127).clamp_min_(1e-30)
-        self.register_buffer("weight", (weight / scale[:, None]).round_().to(torch.int8))
+        self.register_buffer("codes", (weight / scale[:, None]).round_().to(torch.int8))
         self.register_buffer("scale", scale)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float())
 
+    @property
+    def weight(self) -> Tensor:
+        """还原的 fp32 权重：给直接取权重的代码（分块的交叉熵）用。"""
+        return self.codes * self.scale[:, None]
+
     def forward(self, x: Tensor) -> Tensor:
-        flat = int8_linear(x.reshape(-1, x.shape[-1]), self.weight, self.scale, self.bias)
+        flat = int8_linear(x.reshape(-1, x.shape[-1]), self.codes, self.scale, self.bias)
         return flat.view(*x.shape[:-1], -1)
 
 

@@ -60,9 +60,9 @@ class JoinedLinear:
 
     def __init__(self, linears: Sequence[nn.Linear], dtype: torch.dtype):
         self.linears, self.dtype = list(linears), dtype
-        weight = self.linears[0].weight
-        self.int8 = isinstance(self.linears[0], Int8Linear)
-        self.packed = weight.device.type == "cpu" and not self.int8 and packing_available(dtype)
+        first = self.linears[0]
+        self.int8 = isinstance(first, Int8Linear)
+        self.packed = not self.int8 and first.weight.device.type == "cpu" and packing_available(dtype)
         self.weight: Tensor | None = None
         self.scale: Tensor | None = None
         self.bias: Tensor | None = None
@@ -70,7 +70,7 @@ class JoinedLinear:
 
     def refresh(self) -> None:
         """权重变了：重新合并。"""
-        self.weight = self._join("weight")
+        self.weight = self._join("codes" if self.int8 else "weight")
         self.scale = self._join("scale") if self.int8 else None
         self.bias = self._join("bias") if self.linears[0].bias is not None else None
         if self.packed:

@@ -32,8 +32,8 @@ def test_误差在量化步长之内(rows, bias):
     linear, x = nn.Linear(96, 40, bias=bias), torch.randn(rows, 96)
     with torch.inference_mode():
         layer = Int8Linear(linear)
-        assert layer.weight.dtype == torch.int8
-        assert (layer.weight * layer.scale[:, None] - linear.weight).abs().max() <= layer.scale.max() * 0.501
+        assert layer.codes.dtype == torch.int8
+        assert (layer.weight - linear.weight).abs().max() <= layer.scale.max() * 0.501
         got, want = layer(x), linear(x)
         assert (got - want).norm() / want.norm() < 0.02
         assert not torch.equal(got, want)
@@ -89,6 +89,16 @@ def test_引擎与换过的模型一致(arch):
         )
         far = max(far, (logp - true).abs().max().item())
     assert 1e-3 < far < 1.0, "确实量化了，又离原来不远"
+
+
+def test_损失也能算():
+    """分块的交叉熵直接取输出头的权重。"""
+    exact = tiny()
+    model, ids = quantize_int8(copy.deepcopy(exact)), torch.randint(3, 80, (2, 20))
+    with torch.no_grad():
+        got, want = (one(input_ids=ids, labels=ids).loss for one in (model, exact))
+    assert got != want
+    torch.testing.assert_close(got, want, atol=0.05, rtol=0)
 
 
 def test_不能用时说清楚():
