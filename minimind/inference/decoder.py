@@ -123,6 +123,11 @@ class FusedDecoder:
         self._cos = self._sin = torch.empty(0)
 
     @property
+    def static(self) -> bool:
+        """:meth:`walk` 的形状是否只由参数定；混合专家要看路由。"""
+        return all(layer.experts is None for layer in self.layers)
+
+    @property
     def embedding(self) -> Tensor:
         return self.model.model.embed_tokens.weight
 
@@ -147,7 +152,7 @@ class FusedDecoder:
         """
         starts = starts or [0] * len(prompts)
         lengths = [len(prompt) for prompt in prompts]
-        self._reserve(max(start + length for start, length in zip(starts, lengths)))
+        self.reserve(max(start + length for start, length in zip(starts, lengths)))
         ends = list(accumulate(lengths))
         ids = torch.tensor([token for prompt in prompts for token in prompt], device=self.device)
         spans = [torch.arange(start, start + length) for start, length in zip(starts, lengths)]
@@ -179,11 +184,21 @@ class FusedDecoder:
         Returns:
             ``[B, V]``。
         """
-        rows, used = len(tokens), max(lengths) + 1
-        self._reserve(used)
+        used = max(lengths) + 1
+        self.reserve(used)
         ragged = min(lengths) + 1 < used
         if self.device.type != "cpu":  # 卡上凑成整块，带掩码的注意力核要求对齐
             used, ragged = -(-used // SlotKVCache.GRANULE) * SlotKVCache.GRANULE, True
+        return self.walk(tokens, positions, used, ragged)
+
+    def walk(self, tokens: Tensor, positions: Tensor, used: int, ragged: bool) -> Tensor:
+        """:meth:`decode` 的设备一半：不看主机上的长度，形状只由行数与 ``used`` 定。
+
+        Args:
+            used: 注意力看前多少个位置；缓存要已经够长。
+            ragged: 假表示各行都在 ``used - 1``，不必遮。
+        """
+        rows = len(tokens)
         slots = torch.arange(rows, device=self.device)
         bias = self._bias(positions, used) if ragged else None
         # 各层的视图一次取齐：逐层取下标每层多六次调用
@@ -220,7 +235,7 @@ class FusedDecoder:
 
     def restore(self, kept: Any, slots: list[int]) -> None:
         """:meth:`keep` 的结果写进这些槽位的开头。"""
-        self._reserve(kept.shape[2])
+        self.reserve(kept.shape[2])
         self.cache.store[:, slots, :, : kept.shape[2]] = kept.unsqueeze(1)
 
     # ---------------------------------------------------------------- 一层的各步，x [N, H]
@@ -251,7 +266,7 @@ class FusedDecoder:
         bias = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device)
         return bias.masked_fill_(hidden, float("-inf"))[:, None, None]
 
-    def _reserve(self, length: int) -> None:
+    def reserve(self, length: int) -> None:
         """保证缓存与位置编码够到 ``length``。"""
         self.cache.reserve(length)
         if len(self._cos) < self.cache.capacity:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from minimind.inference.admission import Admission
+from minimind.inference.cuda_graph import GraphedDecode
 from minimind.inference.decoder import make_decoder
 from minimind.inference.prefix_store import PrefixStore
 from minimind.inference.requests import (
@@ -52,6 +53,7 @@ class Engine:
             多写的会丢掉。CPU 上总是 1。
         prefill_chunk: 一步最多读多少个提示位置，长提示读着的时候别人照写；``None`` 不拆，总的最快。
         prefix_cache_tokens: 前缀库最多存多少个位置，0 不用；只有 :class:`~minimind.inference.decoder.FusedDecoder` 能用。
+        cuda_graphs: 卡上把一步解码录成图（:mod:`minimind.inference.cuda_graph`）；混合专家与别的设备上不起作用。
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Engine:
         stride: int = 1,
         prefill_chunk: int | None = None,
         prefix_cache_tokens: int = 0,
+        cuda_graphs: bool = False,
     ):
         if max_slots < 1:
             raise ValueError(f"max_slots 至少为 1，得到 {max_slots}")
@@ -81,6 +84,9 @@ class Engine:
         prefixes = None
         if prefix_cache_tokens and self.decoder.shareable:
             prefixes = PrefixStore(prefix_cache_tokens)
+        self._graphs = None
+        if cuda_graphs and self.device.type == "cuda" and getattr(self.decoder, "static", False):
+            self._graphs = GraphedDecode(self.decoder, max_slots)
         self._admission = Admission(self.decoder, max_slots, prefill_chunk, prefixes)
         self._rows: list[Row] = []
         self._cancelled: list[Sequence] = []
@@ -149,6 +155,8 @@ class Engine:
     def refresh(self) -> None:
         """模型的权重变了，前缀库作废。正在写的样本沿用旧权重算出的 KV，所以应在空闲时调用。"""
         self.decoder.refresh()
+        if self._graphs is not None:
+            self._graphs.clear()
         self._admission.forget()
         for row in self._rows:
             row.shareable = False
@@ -190,7 +198,8 @@ class Engine:
         all_ids, all_logp = [], []
         for offset in range(steps):
             used = [length + offset for length in lengths]
-            logits = self.decoder.decode(state.tokens[:rows], state.positions[:rows], used)
+            decode = self._graphs or self.decoder.decode
+            logits = decode(state.tokens[:rows], state.positions[:rows], used)
             ids, logp = state.sample(logits, self._rows, 0)
             all_ids.append(ids)
             all_logp.append(logp)

@@ -1,0 +1,114 @@
+"""CUDA 图：把一步解码录下来，之后一次调用重放。
+
+26M 的一步解码有一百多个小核，每个的计算只有几微秒，时间都花在主机逐个发射上；录成图一次发射完。
+图里的形状与地址都是定死的：行数与用到的长度凑成几档，每档头一次遇到时录一张；缓存或权重换了地方，图就全部作废重录。
+
+**没有在显卡上跑过**：写的时候手边没有卡，录制以外的部分（凑档、补的行、作废）在 CPU 上用同样的代码测过，
+``tests/inference/test_cuda_graph.py`` 里有一条有卡才跑的对照。所以默认不开，:class:`minimind.inference.engine.Engine`
+的 ``cuda_graphs=True`` 打开。
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minimind.inference.kv_cache import SlotKVCache
+
+# 录制之前先照常跑几遍：矩阵乘的工作区、惰性载入的核都要先就位，录制时不许分配别的
+WARMUP = 2
+
+
+def row_bucket(rows: int, max_slots: int) -> int:
+    """行数凑成 1、2、4、8、16、24、32……，不超过槽位数。"""
+    bucket = 1 << (rows - 1).bit_length() if rows <= 8 else -(-rows // 8) * 8
+    return min(bucket, max_slots)
+
+
+def length_bucket(used: int) -> int:
+    """用到的长度凑成 64 的倍数，再长每翻一倍分四档：多看的键不超过四分之一，档数也不多。"""
+    unit = max(SlotKVCache.GRANULE, 1 << max(0, (used - 1).bit_length() - 3))
+    return -(-used // unit) * unit
+
+
+class CudaRecorder:
+    """把一个函数录成图；各张图共用一个内存池，因为它们从不同时重放。"""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """返回重放它的函数与结果所在的张量。"""
+        with torch.cuda.device(self.device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARMUP):  # 写的是同样的 K、V，多跑几遍不改变什么
+                    run()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):
+                out = run()
+        return graph.replay, out
+
+
+@dataclass
+class _Graph:
+    """一档的图：输入写进 ``tokens``、``positions``，重放之后结果在 ``out``。"""
+
+    tokens: Tensor
+    positions: Tensor
+    replay: Callable[[], None]
+    out: Tensor
+
+
+class GraphedDecode:
+    """:meth:`FusedDecoder.decode` 的录制版，参数与结果相同。
+
+    补的行也会写缓存：它们写在各自槽位的最后一个位置，容量总多留一个，所以谁也用不到那里。
+
+    Args:
+        decoder: :class:`minimind.inference.decoder.FusedDecoder`，稠密模型（混合专家按路由分组，形状不定，录不了）。
+        max_slots: 槽位数。
+        recorder: 录制的函数，默认 :class:`CudaRecorder`；测试时换成不录、照常跑的。
+    """
+
+    def __init__(self, decoder: Any, max_slots: int, recorder: Callable[..., Any] | None = None):
+        self.decoder, self.max_slots = decoder, max_slots
+        self.recorder = recorder or CudaRecorder(decoder.device)
+        self.graphs: dict[tuple[int, int], _Graph] = {}
+        self.capacity = 0
+
+    def clear(self) -> None:
+        """权重或缓存换了地方：全部作废。"""
+        self.graphs.clear()
+
+    def __call__(self, tokens: Tensor, positions: Tensor, lengths: Sequence[int]) -> Tensor:
+        """见 :meth:`FusedDecoder.decode`。"""
+        rows, used = len(tokens), length_bucket(max(lengths) + 1)
+        self.decoder.reserve(used + 1)
+        if self.decoder.cache.capacity != self.capacity:
+            self.clear()
+            self.capacity = self.decoder.cache.capacity
+        key = row_bucket(rows, self.max_slots), used
+        graph = self.graphs.get(key)
+        if graph is None:
+            graph = self.graphs[key] = self._record(*key)
+        graph.tokens[:rows] = tokens
+        graph.positions[:rows] = positions
+        graph.positions[rows:] = self.capacity - 1
+        graph.replay()
+        return graph.out[:rows].clone()
+
+    def _record(self, rows: int, used: int) -> _Graph:
+        device = self.decoder.device
+        tokens = torch.zeros(rows, dtype=torch.long, device=device)
+        # 录制时跑的几遍也写在用不到的地方
+        positions = torch.full((rows,), self.capacity - 1, dtype=torch.long, device=device)
+        replay, out = self.recorder(lambda: self.decoder.walk(tokens, positions, used, True))
+        return _Graph(tokens, positions, replay, out)

@@ -1,0 +1,110 @@
+"""录制的解码：凑档、补的行与作废在 CPU 上用不录的替身测；真的录制有卡才测。"""
+
+import copy
+
+import pytest
+import torch
+from engine_helpers import any_model, drain, prompts_of, tiny
+
+from minimind.inference.cuda_graph import GraphedDecode, length_bucket, row_bucket
+from minimind.inference.engine import Engine
+from minimind.inference.sampling import GREEDY, SamplingParams
+
+
+def replayable(run):
+    """不录，照常跑，结果写回同一个张量：与重放一样只认那几个输入张量。"""
+    out = run()
+
+    def replay():
+        out.copy_(run())
+
+    return replay, out
+
+
+def graphed(engine):
+    engine._graphs = GraphedDecode(engine.decoder, engine.max_slots, replayable)
+    return engine
+
+
+def write(engine, rounds=1):
+    """参差的一批：长短、个数、贪心与抽样都有，前后两轮。"""
+    texts = []
+    for turn in range(rounds):
+        for index, prompt in enumerate(prompts_of([40, 3, 26, 60, 9], seed=turn)):
+            params = GREEDY if index % 2 else SamplingParams(temperature=1.0, seed=index)
+            engine.add_request(prompt, params, 20, n=2)
+        texts += [(key, s.ids) for key, s in sorted(drain(engine).items())]
+    return texts
+
+
+def test_凑档_单调_够用_浪费有限():
+    assert [row_bucket(n, 48) for n in (1, 2, 3, 5, 8, 9, 17, 33, 48)] == [1, 2, 4, 8, 8, 16, 24, 40, 48]
+    assert [row_bucket(n, 6) for n in (3, 5, 6)] == [4, 6, 6]
+    buckets = [length_bucket(n) for n in range(1, 9000)]
+    assert buckets == sorted(buckets) and len(set(buckets)) <= 30
+    for used, bucket in enumerate(buckets, start=1):
+        assert used <= bucket <= max(64, used * 1.25 + 64) and bucket % 64 == 0
+
+
+@pytest.mark.parametrize("name", ["v2", "v3", "Llama", "Qwen3"])
+@pytest.mark.parametrize("slots", [1, 3, 16])
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_与照常解码逐个相同(name, slots, chunk):
+    """补的行不碰读到一半的提示，也不碰以后要用的位置。"""
+    model = any_model(name)
+    options = {"max_slots": slots, "prefill_chunk": chunk, "prefix_cache_tokens": 128}
+    engine = graphed(Engine(model, eos_ids={5, 9}, **options))
+    assert write(engine, 2) == write(Engine(model, eos_ids={5, 9}, **options), 2)
+    assert len(engine._graphs.graphs) >= 1
+
+
+def test_补的行不碰读到一半的提示():
+    """四个槽位三行在写，补的第四行正是长提示暂住的槽位；一块 8 个，读到容量边上（64）时也停一次。"""
+    model, (long, *short) = tiny(), prompts_of([70, 4, 4, 4, 4])
+
+    def run(engine):
+        for index, prompt in enumerate(short):
+            engine.add_request(prompt, GREEDY, 5 if index == 0 else 30)
+        while len(engine.running) != 3 or engine._admission.queue:
+            engine.step()
+        engine.add_request(long, GREEDY, 6)
+        return drain(engine)[4, 0].logprobs
+
+    options = {"eos_ids": (), "max_slots": 4, "prefill_chunk": 8}
+    got, want = run(graphed(Engine(model, **options))), run(Engine(model, **options))
+    torch.testing.assert_close(torch.tensor(got), torch.tensor(want), atol=1e-5, rtol=0)
+
+
+def test_缓存长大与换了权重都重录():
+    model = copy.deepcopy(tiny(max_position_embeddings=400))
+    engine = graphed(Engine(model, eos_ids=(), max_slots=2))
+    engine.add_request(prompts_of([10])[0], GREEDY, 300)
+    got = drain(engine)[0, 0].ids
+    plain = Engine(model, eos_ids=(), max_slots=2)
+    plain.add_request(prompts_of([10])[0], GREEDY, 300)
+    assert got == drain(plain)[0, 0].ids
+    assert engine.decoder.cache.capacity > 310
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.2)
+    engine.refresh()
+    assert engine._graphs.graphs == {}
+    plain = Engine(model, eos_ids=(), max_slots=2)
+    assert [ids for _, ids in write(engine)] == [ids for _, ids in write(plain)]
+
+
+def test_默认不开_混合专家与别的设备上不起作用():
+    assert Engine(tiny(), eos_ids=())._graphs is None
+    assert Engine(tiny(), eos_ids=(), cuda_graphs=True)._graphs is None
+    assert not Engine(tiny("moe"), eos_ids=()).decoder.static
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="没有 CUDA 显卡")
+@pytest.mark.parametrize("name", ["v2", "v3"])
+def test_显卡上录制与不录制文字相同(name):
+    model = any_model(name).cuda()
+    options = {"eos_ids": {5, 9}, "max_slots": 6, "prefill_chunk": 16, "stride": 4}
+    engine = Engine(model, cuda_graphs=True, **options)
+    assert write(engine, 2) == write(Engine(model, **options), 2)
+    assert engine._graphs.graphs
