@@ -36,6 +36,7 @@ class ServeArguments(ModelArguments):
         None,
         "强化学习的远程采样用：允许 POST /collective_rpc 让底座重读这个目录的 model.safetensors；对外开放时须有 --api_key",
     )
+    cuda_graphs: int = arg(0, "CUDA 上把一步解码录成图，省去主机逐个发射；稠密模型才有，默认不开", (0, 1))
     request_seconds: float = arg(600.0, "一个请求最多多少秒")
     shutdown_seconds: float = arg(120.0, "停机时最多等在写的多少秒")
 
@@ -56,6 +57,7 @@ def model_table(args: ServeArguments):
             max_length=args.max_length,
             prefill_chunk=args.prefill_chunk,
             prefix_cache_tokens=args.prefix_cache_tokens,
+            cuda_graphs=bool(args.cuda_graphs),
         )
         base = args.model_name or "minimind"
         return ServedModel(base if lora == "None" else lora, loaded, runner, None if lora == "None" else base)

@@ -137,6 +137,7 @@ class EngineRunner:
         max_length: 提示加回答的上限。
         prefill_chunk: 一步最多读多少个提示位置；0 由设备定。
         prefix_cache_tokens: 前缀库最多存多少个位置；0 不用。
+        cuda_graphs: 卡上把一步解码录成图。
     """
 
     def __init__(
@@ -149,6 +150,7 @@ class EngineRunner:
         max_length: int,
         prefill_chunk: int = 0,
         prefix_cache_tokens: int = 16384,
+        cuda_graphs: bool = False,
     ):
         self.model, self.max_slots, self.max_queue = model, max_slots, max_queue
         self._new_engine = lambda: Engine(
@@ -158,6 +160,7 @@ class EngineRunner:
             max_length=max_length,
             prefill_chunk=prefill_chunk or default_chunk(next(model.parameters()).device),
             prefix_cache_tokens=prefix_cache_tokens,
+            cuda_graphs=cuda_graphs,
         )
         self.engine = self._new_engine()
         self.max_length = self.engine.max_length
