@@ -45,8 +45,8 @@ def create_app(
     """建服务。
 
     Args:
-        load: 载入模型的函数，启动后在别的线程里调用：载入期间 ``/health`` 已经能答 503。失败时日志里说明，
-            服务器随之退出。
+        load: 载入模型的函数，启动后在别的线程里调用：载入期间 ``/health`` 已经能答 503。失败时错误放在
+            ``app.state.failure``，服务器随之退出。
         settings: 限额与密钥。
         cors: 允许的来源；不给就不放行跨源请求。
     """
@@ -85,9 +85,10 @@ async def fill_table(app: FastAPI, load: Callable[[], ModelTable]) -> None:
         for runner in table.runners if app.state.stopping else ():
             runner.refuse()
         app.state.table = table
-    except UserError as error:
+    except Exception as error:  # 什么错都要退出：不然 /health 一直说正在载入
         app.state.failure = error
-        log.error("%s", error)
+        if not isinstance(error, UserError):  # 使用者能修的由命令行入口说，只说一遍
+            log.error("载入模型时出错", exc_info=error)
         signal.raise_signal(signal.SIGTERM)
 
 

@@ -96,7 +96,7 @@ def run(args: ServeArguments) -> None:
     if server.forced:
         raise SystemExit(1)
     if failure := getattr(app.state, "failure", None):
-        raise failure
+        raise failure if isinstance(failure, UserError) else SystemExit(1)  # 别的已经写进日志
 
 
 @guard

@@ -1,0 +1,44 @@
+"""载入失败：服务器随之退出，错误只说一遍。"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from processes import ROOT
+
+from minimind.errors import UserError
+from minimind.serve.app import create_app, fill_table
+
+
+def test_没有权重_一句错误_退出码2(tmp_path):
+    script = ROOT / "scripts" / "serve_openai_api.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--save_dir", str(tmp_path), "--port", "0", "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("train_full_sft.py") == 1, done.stderr
+    assert "错误：" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("error", [UserError("坏了"), MemoryError("放不下")])
+def test_什么错都退出_内部的错写进日志(monkeypatch, caplog, error):
+    sent = []
+    monkeypatch.setattr(signal, "raise_signal", sent.append)
+
+    def load():
+        raise error
+
+    app = create_app(load)
+    app.state.stopping = False
+    asyncio.run(fill_table(app, load))
+    assert sent == [signal.SIGTERM] and app.state.failure is error and app.state.table is None
+    assert ("放不下" in caplog.text) == isinstance(error, MemoryError)
