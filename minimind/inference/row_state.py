@@ -64,9 +64,11 @@ class RowState:
             token 与对数概率，都是 ``[行数]``。
         """
         block = slice(first, first + len(rows))
-        step = self.written[block].clamp_max(self.uniforms.shape[1] - 1)
-        uniform = self.uniforms[block].gather(1, step[:, None])[:, 0]
         params = [row.params for row in rows]
+        uniform = None
+        if not all(one.greedy for one in params):  # 贪心用不着随机数：单路时省下四个小算子
+            step = self.written[block].clamp_max(self.uniforms.shape[1] - 1)
+            uniform = self.uniforms[block].gather(1, step[:, None])[:, 0]
         penalised = self.seen is not None and any(one.repetition_penalty != 1 for one in params)
         watched = [i for i, row in enumerate(rows) if row.top_logprobs is not None]
         plain = logits[watched].float() if watched else None

@@ -179,7 +179,7 @@ def uniforms(seed: int, index: int, count: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=key)).random(count, dtype=np.float32)
 
 
-def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
+def draw(logits: Tensor, temperature: float, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
     """逆分布函数抽样：累计概率第一个超过 ``uniform`` 的 token。
 
     分两级：先按每块 ``BLOCK`` 个词的概率和找到块，再在块里找。整行累加只能一个一个来，[64, 6400] 要 347 µs，
@@ -188,7 +188,7 @@ def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, T
     Args:
         logits: ``[B, V]`` fp32；不许抽的是 ``-inf``。
         temperature: 大于 0；等于 0 时取最大的，对数概率按温度 1。
-        uniform: ``[B]``，[0, 1)。
+        uniform: ``[B]``，[0, 1)；温度为 0 时用不着。
 
     Returns:
         token ``[B]`` int64 与它在抽样分布下的对数概率 ``[B]`` fp32。
@@ -221,14 +221,14 @@ def _first_above(weight: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sample_rows(
-    logits: Tensor, params: Sequence[SamplingParams], uniform: Tensor, seen: Tensor | None = None
+    logits: Tensor, params: Sequence[SamplingParams], uniform: Tensor | None, seen: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """每行按自己的参数抽下一个 token；参数相同的行一起算。
 
     Args:
         logits: ``[B, V]``。
         params: 长 B。
-        uniform: ``[B]``，各行这一步的随机数。
+        uniform: ``[B]``，各行这一步的随机数；都贪心时可以没有。
         seen: ``[B, V]`` bool，有重复惩罚时要。
 
     Returns:
@@ -250,7 +250,7 @@ def sample_rows(
 
 
 def _sample_same(
-    logits: Tensor, params: SamplingParams, uniform: Tensor, seen: Tensor | None
+    logits: Tensor, params: SamplingParams, uniform: Tensor | None, seen: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     if seen is not None:
         logits = apply_repetition_penalty(logits, seen, params.repetition_penalty)
