@@ -2,12 +2,11 @@
 
 :class:`FusedDecoder` 直接用权重算，不经过 ``model.forward``：q、k、v 合成一次矩阵乘，gate、up 合成一次，
 GQA 不展开头，新的 K、V 就地写进各行自己的位置，注意力只看用到的长度。它认 MiniMind（稠密 v2、v3 与混合专家）
-和与之同构的 Llama、Qwen3；别的结构用 :class:`ForwardDecoder`，只靠公开的 ``forward`` 接口，慢但什么都能跑。
+和与之同构的 Llama、Qwen3；别的结构用 :class:`~minimind.inference.forward_decoder.ForwardDecoder`，慢但什么都能跑。
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
@@ -16,10 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minimind.inference.forward_decoder import ForwardDecoder
 from minimind.inference.kv_cache import SlotKVCache
 from minimind.inference.linear import JoinedLinear
 from minimind.inference.prompt_attention import prompt_attention
 from minimind.model import MiniMindForCausalLM
+
+__all__ = ["ForwardDecoder", "FusedDecoder", "make_decoder"]
 
 # 与 MiniMind 稠密结构逐层相同的公开结构：权重名也相同
 SAME_LAYOUT = ("LlamaForCausalLM", "Qwen3ForCausalLM")
@@ -289,55 +291,3 @@ class FusedDecoder:
         """混合专家的权重不在这里合并，精度不同时交给自动混合精度；其余情况关掉外面的。"""
         mixed = self.layers[0].experts is not None and self.dtype != self.embedding.dtype
         return torch.autocast(self.device.type, dtype=self.dtype if mixed else None, enabled=mixed)
-
-
-class ForwardDecoder:
-    """只靠 ``forward(input_ids, past_key_values, use_cache)`` 的解码器：每行一个 transformers 自己的缓存，逐行算。"""
-
-    shareable = False  # 缓存里是什么由模型定（滑动窗口、状态空间），未必能截取
-
-    def __init__(self, model: nn.Module, max_slots: int):
-        self.model = model
-        self.device = next(model.parameters()).device
-        self.caches: list[Any] = [None] * max_slots
-
-    def refresh(self) -> None:
-        """每步都直接用模型的权重，没有要更新的。"""
-
-    def prefill(
-        self, prompts: Sequence[Sequence[int]], slots: list[int], starts: list[int] | None = None
-    ) -> Tensor:
-        """见 :meth:`FusedDecoder.prefill`。"""
-        pieces = zip(prompts, slots, starts or [0] * len(prompts))
-        return torch.cat(
-            [
-                self._forward(list(ids), self.caches[slot] if start else None, slot)
-                for ids, slot, start in pieces
-            ]
-        )
-
-    def decode(self, tokens: Tensor, positions: Tensor, lengths: Sequence[int]) -> Tensor:
-        """见 :meth:`FusedDecoder.decode`。"""
-        ids = tokens.tolist()
-        return torch.cat([self._forward([token], self.caches[slot], slot) for slot, token in enumerate(ids)])
-
-    def copy(self, source: list[int], target: list[int], length: int) -> None:
-        for a, b in zip(source, target):
-            self.caches[b] = copy.deepcopy(self.caches[a])
-
-    def move(self, source: list[int], target: list[int], length: int) -> None:
-        for a, b in zip(source, target):
-            self.caches[b], self.caches[a] = self.caches[a], None
-
-    def keep(self, slot: int, length: int) -> Any:
-        return copy.deepcopy(self.caches[slot])
-
-    def restore(self, kept: Any, slots: list[int]) -> None:
-        for slot in slots:
-            self.caches[slot] = copy.deepcopy(kept)
-
-    def _forward(self, ids: list[int], cache: Any, slot: int) -> Tensor:
-        input_ids = torch.tensor([ids], device=self.device)
-        out = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True)
-        self.caches[slot] = out.past_key_values
-        return out.logits[:, -1]

@@ -1,0 +1,62 @@
+"""只靠公开的 ``forward`` 接口的解码器：慢，但什么结构都能跑。"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class ForwardDecoder:
+    """只靠 ``forward(input_ids, past_key_values, use_cache)`` 的解码器：每行一个 transformers 自己的缓存，逐行算。"""
+
+    shareable = False  # 缓存里是什么由模型定（滑动窗口、状态空间），未必能截取
+
+    def __init__(self, model: nn.Module, max_slots: int):
+        self.model = model
+        self.device = next(model.parameters()).device
+        self.caches: list[Any] = [None] * max_slots
+
+    def refresh(self) -> None:
+        """每步都直接用模型的权重，没有要更新的。"""
+
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], slots: list[int], starts: list[int] | None = None
+    ) -> Tensor:
+        """见 :meth:`minimind.inference.decoder.FusedDecoder.prefill`。"""
+        pieces = zip(prompts, slots, starts or [0] * len(prompts))
+        return torch.cat(
+            [
+                self._forward(list(ids), self.caches[slot] if start else None, slot)
+                for ids, slot, start in pieces
+            ]
+        )
+
+    def decode(self, tokens: Tensor, positions: Tensor, lengths: Sequence[int]) -> Tensor:
+        """见 :meth:`minimind.inference.decoder.FusedDecoder.decode`。"""
+        ids = tokens.tolist()
+        return torch.cat([self._forward([token], self.caches[slot], slot) for slot, token in enumerate(ids)])
+
+    def copy(self, source: list[int], target: list[int], length: int) -> None:
+        for a, b in zip(source, target):
+            self.caches[b] = copy.deepcopy(self.caches[a])
+
+    def move(self, source: list[int], target: list[int], length: int) -> None:
+        for a, b in zip(source, target):
+            self.caches[b], self.caches[a] = self.caches[a], None
+
+    def keep(self, slot: int, length: int) -> Any:
+        return copy.deepcopy(self.caches[slot])
+
+    def restore(self, kept: Any, slots: list[int]) -> None:
+        for slot in slots:
+            self.caches[slot] = copy.deepcopy(kept)
+
+    def _forward(self, ids: list[int], cache: Any, slot: int) -> Tensor:
+        input_ids = torch.tensor([ids], device=self.device)
+        out = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True)
+        self.caches[slot] = out.past_key_values
+        return out.logits[:, -1]
