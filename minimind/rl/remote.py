@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -194,11 +195,20 @@ class RemoteRollout:
         return models[0]
 
     def _post(self, path: str, body: dict[str, Any], hint: str = "") -> Any:
-        try:
-            return self._request(path, body)
-        except urllib.error.HTTPError as error:
-            detail = error.read(400).decode("utf-8", "replace")
-            raise self._bad(f"{path} 答复 {error.code}：{detail}", hint) from error
+        give_up = time.monotonic() + self.timeout
+        while True:
+            try:
+                return self._request(path, body)
+            except urllib.error.HTTPError as error:
+                # 服务排满了，过一会儿再来：一步的提示往往比它排得下的多
+                if error.code == 429 and time.monotonic() < give_up:
+                    time.sleep(_retry_after(error))
+                    continue
+                raise self._refused(path, error, hint) from error
+
+    def _refused(self, path: str, error: urllib.error.HTTPError, hint: str) -> UserError:
+        detail = error.read(400).decode("utf-8", "replace")
+        return self._bad(f"{path} 答复 {error.code}：{detail}", hint)
 
     def _request(self, path: str, body: dict[str, Any] | None) -> Any:
         headers = {"Content-Type": "application/json"}
@@ -229,6 +239,12 @@ class RemoteRollout:
     @property
     def kind_name(self) -> str:
         return {"vllm": "vLLM（OpenAI 兼容）", "sglang": "SGLang"}.get(getattr(self, "kind", ""), "采样服务")
+
+
+def _retry_after(error: urllib.error.HTTPError) -> float:
+    """``Retry-After`` 的秒数；没写或写的是日期时 1 秒，至多 10 秒。"""
+    value = error.headers.get("Retry-After") or ""
+    return min(float(value), 10.0) if value.isdigit() else 1.0
 
 
 def write_weights(model: nn.Module, folder: Path) -> None:

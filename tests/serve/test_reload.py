@@ -47,6 +47,19 @@ def test_送去权重_远处采样与这里的相同(tmp_path, temperature):
             assert {True, False} == set(expected.truncated), "有写完的，也有写满的"
 
 
+def test_服务排满了_远处采样等一等再来(tmp_path):
+    """六个提示各要八个，服务只排得下十二个。"""
+    tokenizer = load_tokenizer()
+    prompts = [encode_plain(tokenizer, "说" * n) for n in range(1, 7)]
+    with LiveServer(slots=4, queue=8) as server:
+        remote = RemoteRollout(server.url, tokenizer, max_new_tokens=4)
+        got = remote.generate(prompts, 8, seed=5)
+        busy = httpx.get(f"{server.url}/metrics").text
+        local = LocalRollout(server.table.default.loaded.model, tokenizer, max_new_tokens=4)
+        assert_same(got, local.generate(prompts, 8, seed=5))
+    assert 'endpoint="/v1/completions",status="429"' in busy
+
+
 def test_GRPO两步_远程采样与本进程采样相同(tmp_path, monkeypatch):
     """同样的两步训练：每步的采样与训练的损失都要对上，说明每步送去的权重真的换上了。"""
     from minimind.dataset.microworld import ensure_microworld
@@ -170,10 +183,10 @@ def test_在写的写完才换_新来的等着换好(served, tmp_path, monkeypat
         return thread
 
     threads = [start("旧", lambda: answer(served, **long))]
-    while not engine.running:
+    while not engine.running and "旧" not in results:
         time.sleep(0.005)
     threads.append(start("换", lambda: reload(served).status_code))
-    while not served.runner._when_idle:
+    while not served.runner._when_idle and "换" not in results:
         time.sleep(0.005)
     threads.append(start("新", lambda: answer(served, **long)))
     for thread in threads:
