@@ -2,7 +2,7 @@
 
 一条命令::
 
-    python benchmarks/bench_server.py                       # 26M，随机权重，CPU 约三分钟
+    python benchmarks/bench_server.py                       # 26M，随机权重，4 核 CPU 约四分钟
     python benchmarks/bench_server.py --save_dir out --weight full_sft   # 换成训练好的
 
 同一组权重、同样的提示，在同一次运行里轮流测：
