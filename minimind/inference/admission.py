@@ -1,7 +1,8 @@
 """进场：排着的请求依次读提示，读完的样本住进槽位。
 
 一步最多读 ``chunk`` 个位置，长提示分几步读，其间别人照写不误；同一步里读得完的几条首尾相连一起算。
-先来先读，所以任何时候至多一个请求读到一半：它暂住最后一个槽位，读完的那一步搬到在写的各行后面。
+先来先读，任何时候至多一个请求读到一半：它暂住最后一个槽位，读完的那一步搬到在写的各行后面。排在它后面而半步之内
+读得完的可以先进场，用去这一步的一半；长的那个至少得另一半，所以饿不着。
 不设 ``chunk`` 时提示从不拆开，空出的槽位一次填满再写：强化学习的采样与评测只看总的快慢。
 
 开头与前缀库里相同的部分直接抄来。同一个提示要 n 个样本时只读一次，抄给各行；槽位不够 n 个，就把读好的另存一份。
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -30,6 +32,9 @@ BATCH_TOKENS_DEVICE = 8192
 CHUNK = {"cpu": 256}
 CHUNK_DEVICE = 2048
 
+# 一步最多往队里看多少个请求
+LOOK_AHEAD = 64
+
 
 def default_chunk(device: torch.device) -> int:
     """交互的服务在这种设备上一步读多少个提示位置。"""
@@ -45,7 +50,7 @@ class _Piece:
     stop: int
     slot: int
     count: int
-    reused: Any = None  # 从前缀库抄来的开头
+    reused: Tensor | None = None  # 从前缀库抄来的开头
 
 
 @dataclass
@@ -121,32 +126,61 @@ class Admission:
     def _plan(self, first: int) -> list[_Piece]:
         """这一步读哪些；读完的离队（还有样本没槽位的除外）。"""
         pieces: list[_Piece] = []
-        budget, slot = self.budget, first
-        for request in list(self.queue):
-            if slot == self.max_slots:
+        budget, slot, limit, position = self.budget, first, self.max_slots, 0
+        while slot < limit and position < min(len(self.queue), LOOK_AHEAD):
+            request = self.queue[position]
+            length, need = len(request.prompt_ids), self._need(request)
+            if need and budget <= 0:
                 break
-            length, reused = len(request.prompt_ids), None
-            start = length if request.kept is not None else request.read
-            if start < length and budget <= 0:
-                break
-            if start == 0 and self.prefixes is not None and request.shareable:
-                start, reused = self.prefixes.match(request.prompt_ids[:-1])  # 至少算一个，要它的 logits
-            stop = min(length, start + budget) if self.chunk else length
-            if not self.chunk and pieces and stop - start > budget:
-                break
+            room = need
+            if need > budget:
+                if not self.chunk and pieces:
+                    break
+                if limit < self.max_slots:  # 已有一个读到一半，这一个要等它
+                    position += 1
+                    continue
+                if self.chunk:
+                    room = self._share(position, budget)
+            start, reused = self._begin(request)
+            stop = min(length, start + room)
             budget -= stop - start
-            if reused is not None:
-                request.cached = start
-                self.reused += start
             if stop < length:
                 pieces.append(_Piece(request, start, stop, self.max_slots - 1, 0, reused))
-                break
-            count = min(self.max_slots - slot, len(request.waiting))
+                limit, position = self.max_slots - 1, position + 1
+                continue
+            count = min(limit - slot, len(request.waiting))
             pieces.append(_Piece(request, start, stop, slot, count, reused))
             slot += count
             if count == len(request.waiting):
-                self.queue.popleft()
+                del self.queue[position]
+            else:
+                position += 1
         return pieces
+
+    def _need(self, request: Request) -> int:
+        """还要算多少个提示位置。"""
+        if request.kept is not None:
+            return 0
+        known = request.read
+        if not known and self.prefixes is not None and request.shareable:
+            known = self.prefixes.reach(request.prompt_ids[:-1])
+        return len(request.prompt_ids) - known
+
+    def _share(self, position: int, budget: int) -> int:
+        """读不完的长提示这一步读多少：后面有半步就读得完的，让一半给它们。"""
+        behind = islice(self.queue, position + 1, LOOK_AHEAD)
+        return budget - budget // 2 if any(self._need(one) <= budget // 2 for one in behind) else budget
+
+    def _begin(self, request: Request) -> tuple[int, Tensor | None]:
+        """从第几个位置读起，与从前缀库抄来的开头。"""
+        if request.kept is not None:
+            return len(request.prompt_ids), None
+        if request.read or self.prefixes is None or not request.shareable:
+            return request.read, None
+        start, reused = self.prefixes.match(request.prompt_ids[:-1])  # 至少算一个，要它的 logits
+        request.cached = start
+        self.reused += start
+        return start, reused
 
     def _place(self, piece: _Piece) -> None:
         """``start`` 之前的 KV 到位：另存的、前缀库的，或上一步读了一半的。"""

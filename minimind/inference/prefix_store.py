@@ -50,16 +50,24 @@ class PrefixStore:
         Returns:
             位置数与它们的 K、V ``[层, 2·键值头, 位置, head_dim]``；一块也没有时是 ``(0, None)``。
         """
+        path = self._path(ids)
+        self._touch(path)
+        if not path:
+            return 0, None
+        return len(path) * BLOCK, torch.cat([node.kv for node in path], dim=2)
+
+    def reach(self, ids: Sequence[int]) -> int:
+        """:meth:`match` 会给出多少个位置；不抄，也不算用过。"""
+        return len(self._path(ids)) * BLOCK
+
+    def _path(self, ids: Sequence[int]) -> list[_Node]:
         path, node = [], self._root
         for tokens in _blocks(ids):
             node = node.children.get(tokens)
             if node is None:
                 break
             path.append(node)
-        self._touch(path)
-        if not path:
-            return 0, None
-        return len(path) * BLOCK, torch.cat([node.kv for node in path], dim=2)
+        return path
 
     def insert(self, ids: Sequence[int], copy: Callable[[int, int], Tensor]) -> None:
         """存下 ``ids`` 的各个整块，已有的不重存。

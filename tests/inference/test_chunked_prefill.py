@@ -149,6 +149,25 @@ def test_读到一半只取消其中一个样本():
     assert all(done[request, index].ids == want[0, index].ids for index in (0, 2))
 
 
+def test_短的不必等长的读完_长的也饿不着():
+    """一步 8 个：长的 60 个单独要 8 步；短的源源不断时它每步仍得 4 个。"""
+    model, long, short = tiny(), *prompts_of([60, 4])
+    engine = Engine(model, eos_ids=(), max_slots=4, prefill_chunk=8)
+    slow = engine.add_request(long, GREEDY, 5)
+    engine.step()
+    finished, steps = {}, 0
+    while slow not in finished:
+        quick = engine.add_request(short, GREEDY, 2)
+        for sequence in engine.step():
+            finished[sequence.request_id] = sequence.ids
+        if not any(one.request_id == slow for one in engine.running) and slow not in finished:
+            assert quick in finished, "当步就进场，两个 token 写完"
+            steps += 1
+    assert steps == 11, "剩下 52 个，每步 4 个，最后 8 个一步读完"
+    assert finished.pop(slow) == generated(model, long, 5)
+    assert len(finished) >= 11 and all(ids == generated(model, short, 2) for ids in finished.values())
+
+
 def test_逐个产出的入口_等得起拆开的提示():
     model, prompt = tiny(), prompts_of([40])[0]
     engine = Engine(model, eos_ids=(), max_slots=1, prefill_chunk=8)
