@@ -80,7 +80,7 @@ def quantize_int8(model: nn.Module) -> nn.Module:
         raise UserError(
             f"int8 权重只在 CPU 上有，模型在 {device}", where=where, fix="去掉 --quantize，或加 --device cpu"
         )
-    if getattr(model.config, "use_moe", False):
+    if getattr(model.config, "use_moe", False) or "moe" in model.config.model_type:
         raise UserError("混合专家还不能用 int8 权重", where=where, expected="稠密模型", fix="去掉 --quantize")
     if not int8_available():
         raise UserError(

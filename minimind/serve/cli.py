@@ -85,6 +85,10 @@ def run(args: ServeArguments) -> None:
             where=f"--host {args.host} --reload_dir {args.reload_dir}",
             fix="加上 --api_key，或只听 127.0.0.1",
         )
+    if args.reload_dir and args.quantize != "none":
+        raise UserError(
+            "int8 的权重不能在运行中换", where="--reload_dir 与 --quantize int8", fix="去掉其中一个"
+        )
     reload_dir = resolve_path(args.reload_dir) if args.reload_dir else None
     settings = Settings(args.api_key, args.request_seconds, reload_dir=reload_dir)
     cors = [origin.strip() for origin in args.cors.split(",")] if args.cors else None

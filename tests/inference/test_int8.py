@@ -10,8 +10,11 @@ from minimind.errors import UserError
 from minimind.inference.engine import Engine
 from minimind.inference.int8 import Int8Linear, int8_available, quantize_int8
 from minimind.inference.linear import JoinedLinear
+from minimind.inference.loading import load_for_inference
 from minimind.inference.sampling import GREEDY, SamplingParams
 from minimind.model import MiniMindConfig, MiniMindForCausalLM
+from minimind.tokenizer import load_tokenizer, tokenizer_fingerprint
+from minimind.trainer.checkpoint import config_dict, save_weights, weights_path
 
 pytestmark = pytest.mark.skipif(not int8_available(), reason="这台机器没有精确的 int8 矩阵乘")
 
@@ -121,3 +124,15 @@ def test_贪心能写完():
     while engine.has_unfinished:
         done += engine.step()
     assert len(done[0].ids) == 10
+
+
+def test_打开时就量化(tmp_path):
+    config = MiniMindConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    model, tokenizer = MiniMindForCausalLM(config), load_tokenizer()
+    sidecar = {"config": config_dict(config), "tokenizer_hash": tokenizer_fingerprint(tokenizer)}
+    save_weights(model, weights_path(config, "full_sft", tmp_path), sidecar)
+    options = dict(save_dir=str(tmp_path), weight="full_sft", device="cpu")
+    exact, loaded = load_for_inference(**options).model, load_for_inference(**options, quantize="int8").model
+    assert isinstance(loaded.lm_head, Int8Linear)
+    assert isinstance(loaded.model.layers[0].mlp.down_proj, Int8Linear)
+    assert torch.equal(loaded.model.embed_tokens.weight, exact.model.embed_tokens.weight)

@@ -208,6 +208,11 @@ def test_对外开放而没有密钥_不让开():
         run(ServeArguments(host="0.0.0.0", reload_dir="out/x"))
 
 
+def test_int8的权重不能在运行中换():
+    with pytest.raises(UserError, match="不能在运行中换"):
+        run(ServeArguments(reload_dir="out/x", quantize="int8"))
+
+
 def test_要密钥的服务_换权重也要(tmp_path):
     with LiveServer(Settings(api_key="k", reload_dir=tmp_path)) as server:
         assert reload(server).status_code == 401
