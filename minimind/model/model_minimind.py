@@ -175,9 +175,9 @@ def matmul_nt(x: Tensor, weight: Tensor) -> Tensor:
     AMD 单线程，fp32，MKL → oneDNN 的毫秒：[1500, 512] 乘到 1408 维 22 → 12，[4096, 512] 乘到 512 维 22.5 → 9.9，
     [4096, 512] 乘到 6400 维 320 → 172；结果只差舍入。
     """
-    fits = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    fits = fits and not torch.compiler.is_compiling()
-    if fits and x.numel() * len(weight) >= _SMALL_MATMUL and _onednn_is_faster():
+    eager = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    big = x.numel() * len(weight) >= _SMALL_MATMUL
+    if eager and big and x.dtype == weight.dtype == torch.float32 and _onednn_is_faster():
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return x @ weight.t()
 

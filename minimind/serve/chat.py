@@ -15,10 +15,10 @@ from minimind.serve.grammar import forced_call_schema, requested_schema
 from minimind.serve.hooks import make_hook
 from minimind.serve.metrics import Metrics
 from minimind.serve.models import ServedModel
-from minimind.serve.runner import Ticket
 from minimind.serve.samples import ChatSample
 from minimind.serve.schemas import ChatRequest, Message
 from minimind.serve.stops import StopMatcher
+from minimind.serve.tickets import Ticket
 from minimind.tokenizer import encode_chat
 from minimind.tokenizer.loading import codec_of
 from minimind.tokenizer.special import TOOL_CALL

@@ -13,10 +13,11 @@ from minimind.serve.generation import Job, Settings, check_ids, fit, new_id, pro
 from minimind.serve.hooks import make_hook
 from minimind.serve.metrics import Metrics
 from minimind.serve.models import ServedModel
-from minimind.serve.runner import Ticket, TokenOut, prompt_logprobs
 from minimind.serve.samples import TextSample
 from minimind.serve.schemas import CompletionRequest
+from minimind.serve.scoring import prompt_logprobs
 from minimind.serve.stops import StopMatcher
+from minimind.serve.tickets import Ticket, TokenOut
 from minimind.tokenizer import encode_plain
 
 MAX_PROMPTS = 64

@@ -20,7 +20,7 @@ from minimind.inference.sampling import SamplingParams
 from minimind.serve.errors import ApiError
 from minimind.serve.metrics import Metrics
 from minimind.serve.models import ServedModel
-from minimind.serve.runner import Progress, QueueFull, ShuttingDown, Ticket
+from minimind.serve.tickets import Progress, QueueFull, ShuttingDown, Ticket
 
 log = logging.getLogger("minimind.serve")
 

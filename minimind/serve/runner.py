@@ -11,105 +11,15 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import nn
 
 from minimind.inference.admission import default_chunk
 from minimind.inference.engine import Engine, LogitsHook
 from minimind.inference.engine import Sequence as Sample
 from minimind.inference.sampling import SamplingParams
-
-
-class QueueFull(Exception):
-    """排队的样本太多。"""
-
-
-class ShuttingDown(Exception):
-    """正在停机，不再接新的。"""
-
-
-class TokenOut(NamedTuple):
-    """写出的一个词元。
-
-    Args:
-        logprob: 模型自己的分布下的对数概率（温度 1，惩罚与约束之前）；没要就是 0。
-        top: 概率最高的几个 ``(id, 对数概率)``，没要就是空的。
-    """
-
-    id: int
-    logprob: float = 0.0
-    top: tuple[tuple[int, float], ...] = ()
-
-
-class Progress(NamedTuple):
-    """一个样本新写出的词元；``finished`` 为 ``"stop"``、``"length"``、``"cancelled"``，还在写是 ``None``。"""
-
-    index: int
-    tokens: list[TokenOut]
-    finished: str | None
-    cached: int = 0  # 提示里没有重算的词元数
-
-
-class Mailbox:
-    """一个请求的信箱：只在事件循环里用，只有一个人取。比 ``asyncio.Queue`` 加 ``wait_for`` 省一个任务与一个定时器。"""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop):
-        self.loop = loop
-        self._items: deque[Any] = deque()
-        self._waiter: asyncio.Future | None = None
-
-    def put(self, item: Any) -> None:
-        self._items.append(item)
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def get(self) -> Any:
-        """取一件，没有就等。"""
-        while not self._items:
-            self._waiter = self.loop.create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-        return self._items.popleft()
-
-
-@dataclass
-class Ticket:
-    """一个在途的请求；``events`` 里依次是 :class:`Progress`，或引擎出的错。"""
-
-    prompt: list[int]
-    params: SamplingParams
-    limit: int
-    n: int
-    hook: Callable[[], LogitsHook] | None
-    top_logprobs: int | None
-    events: Mailbox
-    processed: bool = False
-    request_id: int | None = None
-    sent: list[int] = field(default_factory=list)
-    open: int = 0  # 还没写完的样本数
-
-
-def post(events: list[tuple[Ticket, Any]]) -> None:
-    """从引擎线程送到各自的事件循环。
-
-    一步的全部事件一次送过去：``call_soon_threadsafe`` 每次都要写一回唤醒管道，32 路就是每步 32 次系统调用。
-    """
-
-    def open_all(batch: list[tuple[Ticket, Any]]) -> None:
-        for ticket, event in batch:
-            ticket.events.put(event)
-
-    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Ticket, Any]]] = {}
-    for one in events:
-        by_loop.setdefault(one[0].events.loop, []).append(one)
-    for loop, batch in by_loop.items():
-        if not loop.is_closed():  # 已经关了就不必送
-            loop.call_soon_threadsafe(open_all, batch)
+from minimind.serve.tickets import Mailbox, Progress, QueueFull, ShuttingDown, Ticket, TokenOut, post
 
 
 def deferred(work: Callable[[], Any]) -> tuple[Callable[[], None], Future]:
@@ -355,26 +265,3 @@ class EngineRunner:
                 self.engine.cancel(ticket.request_id)
             self._finish(ticket, ticket.open)
         post([(ticket, error) for ticket in tickets])
-
-
-@torch.inference_mode()
-def prompt_logprobs(model: nn.Module, prompt: Sequence[int], top: int) -> list[TokenOut]:
-    """提示里每个词元在前文之下的对数概率；第一个没有前文，记 ``nan``。
-
-    Args:
-        prompt: ``[T]``。
-        top: 每处另给几个最可能的。
-    """
-    device = next(model.parameters()).device
-    logits = model(input_ids=torch.tensor([list(prompt)], device=device)).logits[0, :-1]
-    first = TokenOut(prompt[0], float("nan"))
-    if len(prompt) == 1:
-        return [first]
-    logp = logits.float().log_softmax(-1)
-    own = logp.gather(1, torch.tensor(prompt[1:], device=device)[:, None])[:, 0].tolist()
-    values, ids = logp.topk(max(top, 1), dim=-1)
-    rest = [
-        TokenOut(token, value, tuple(zip(near[:top], nearby[:top])))
-        for token, value, near, nearby in zip(prompt[1:], own, ids.tolist(), values.tolist())
-    ]
-    return [first, *rest]

@@ -16,8 +16,8 @@ from minimind.inference.reply import (
     ReplyParser,
     TextDelta,
 )
-from minimind.serve.runner import Progress, TokenOut
 from minimind.serve.stops import StopMatcher
+from minimind.serve.tickets import Progress, TokenOut
 from minimind.tokenizer.vocabulary import Vocabulary
 
 FINISH = {"stop": "stop", "length": "length", "cancelled": "stop"}

@@ -6,9 +6,9 @@ import pytest
 
 from minimind.inference.reply import ReplyParser
 from minimind.serve.chat import merge_delta
-from minimind.serve.runner import Progress, TokenOut
 from minimind.serve.samples import ChatSample
 from minimind.serve.stops import StopMatcher
+from minimind.serve.tickets import Progress, TokenOut
 from minimind.tokenizer import encode_chat, load_tokenizer
 
 CALL = {"function": {"name": "calculator", "arguments": '{"expression": "1+1"}'}}
