@@ -1,7 +1,7 @@
-"""把 PPO、GRPO、SPO 的效果基准画在一张图上：``python benchmarks/plot_rl.py``，写到 docs/images/rl.png。
+"""把 PPO、GRPO、SPO 的效果基准画在一张图上，并两两比较：``python benchmarks/plot_rl.py``，图写到 docs/images/rl.png。
 
 数据是 ``bench_stages.py --stage ppo / grpo / spo`` 写下的结果；左边是留出题上贪心作答的得分，右边是采样的平均奖励，
-横轴都是采样的条数；细线是各个种子，粗线是平均。
+横轴都是采样的条数；细线是各个种子，粗线是平均。比较的是各种子平均之差与它的标准误（两边的种子各自独立）。
 """
 
 from __future__ import annotations
@@ -43,6 +43,25 @@ def smooth(line: list[list[float]]) -> list[list[float]]:
     return [[x, statistics.fmean(values[max(0, i + 1 - SMOOTH) : i + 1])] for i, (x, _) in enumerate(line)]
 
 
+def difference(ours: list[float], theirs: list[float]) -> tuple[float, float]:
+    """平均之差与它的标准误（Welch：两边的方差不必相同）；每边至少两个数。"""
+    error = sum(statistics.variance(values) / len(values) for values in (ours, theirs)) ** 0.5
+    return statistics.fmean(ours) - statistics.fmean(theirs), error
+
+
+def compare(ours: str, theirs: str) -> None:
+    """打印 ``ours`` 比 ``theirs`` 高多少个百分点。"""
+    results = [read_result(stage) for stage in (ours, theirs)]
+    counts = "、".join(f"{len(result['seeds'])}" for result in results)
+    for metric, title in (("solved", "贪心答对"), ("reward", "采样得分")):
+        values = [[100 * seed["metrics"][metric] for seed in result["seeds"]] for result in results]
+        gap, error = difference(*values)
+        means = "，".join(
+            f"{stage.upper()} {statistics.fmean(v):.1f}" for stage, v in zip((ours, theirs), values)
+        )
+        print(f"{title}：{means}，差 {gap:+.1f} ± {error:.1f} 个百分点（标准误；种子 {counts} 个）")
+
+
 def main() -> None:
     label = labeler()
     figure, axes, style = new_figure(2, 9.0, 3.6)
@@ -59,6 +78,8 @@ def main() -> None:
         axis.set(title=label(*title), xlabel=label("采样的回答数", "responses sampled"))
     axes[0].legend(frameon=False, loc="lower right")
     print(save_figure(figure, style, ROOT / "docs" / "images" / "rl.png"))
+    for ours, theirs in (("spo", "grpo"), ("ppo", "grpo")):
+        compare(ours, theirs)
 
 
 if __name__ == "__main__":

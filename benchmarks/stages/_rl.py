@@ -1,4 +1,4 @@
-"""PPO、GRPO、SPO 共用：同样多的采样、同一份留出的多步题，训练前后各考一次。"""
+"""PPO、GRPO、SPO 共用：同样多的采样、同一份留出的多步题，训练前后各考一次：贪心一次，在训练的温度下采样一次。"""
 
 from __future__ import annotations
 
@@ -11,14 +11,21 @@ from typing import Any
 
 from bench_stages import Bench, Goal, Outcome
 
-from minimind.evaluate.microworld import Answered, accuracy, evaluate_items
+from minimind.dataset.microworld import build_tasks
+from minimind.dataset.microworld.core import HELDOUT
+from minimind.dataset.microworld.stages import Corpus
+from minimind.evaluate.microworld import Answered, accuracy, evaluate_items, prompt_items
+from minimind.inference.sampling import GREEDY, SamplingParams
 from minimind.report.logs import read_log
 
-# 每个算法都采样 30 步（--steps 可改）× 128 条；GRPO 是 16 题 × 8 条，另两个是 128 题 × 1 条
-STEPS, ROLLOUTS = 30, 128
+# 每个算法都采样 60 步（--steps 可改）× 128 条；GRPO 是 16 题 × 8 条，另两个是 128 题 × 1 条
+STEPS, ROLLOUTS = 60, 128
+# 比较算法要分得清一两个点，而 240 题的卷子自己就有 3 个点的标准误：接着 rl_heldout.jsonl 往下出，去掉重复的约两千道
+DRAWN, SAMPLES_EACH = 2800, 2
 GOALS = [
-    Goal("solved", "多步题答对（留出）", at_least=0.20, change=True),
-    Goal("unsolved", "底座答错的那些题，现在答对"),
+    Goal("solved", "多步题答对（留出，贪心）", at_least=0.20, change=True),
+    Goal("reward", "多步题得分（留出，按训练的温度采样）"),
+    Goal("unsolved", "底座贪心答错的那些题，现在答对"),
     Goal("sampled", "采样的平均奖励（末五步）"),
     Goal("length", "回答长度（词元）", percent=False),
     Goal("truncated", "写不完的回答", at_most=0.02),
@@ -36,31 +43,45 @@ def epochs(bench: Bench, prompts_per_step: int) -> int:
     return math.ceil(steps(bench) * prompts_per_step / prompts)
 
 
+@cache
+def records(bench: Bench) -> list[dict[str, Any]]:
+    """留出的多步题：操作数没有在训练里出现过，问句各不相同。"""
+    meta = json.loads((bench.world / "meta.json").read_text("utf-8"))
+    corpus = Corpus(build_tasks(meta["seed"]), meta["scale"], meta["seed"])
+    return list({one["conversations"][0]["content"]: one for one in corpus.rl(HELDOUT, DRAWN)}.values())
+
+
 def problems(bench: Bench) -> list[dict[str, Any]]:
-    """留出的强化学习题，写成考题的样子。"""
-    lines = (bench.world / "rl_heldout.jsonl").read_text("utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
-    return [{**record, "messages": record["conversations"][:-1]} for record in records]
+    """写成考题的样子。"""
+    return prompt_items(records(bench))
 
 
-def answer(bench: Bench, folder: Path, weight: str) -> list[Answered]:
-    loaded = bench.open(folder, weight, dtype="float32")
-    return evaluate_items(loaded.model, loaded.tokenizer, problems(bench), max_new_tokens=64)
+def answer(loaded: Any, items: list[dict[str, Any]], params: SamplingParams = GREEDY) -> list[Answered]:
+    return evaluate_items(
+        loaded.model, loaded.tokenizer, items, max_new_tokens=64, description="多步题", params=params
+    )
+
+
+def open_exactly(bench: Bench, folder: Path, weight: str) -> Any:
+    return bench.open(folder, weight, dtype="float32")
 
 
 @cache
 def base_answers(bench: Bench) -> list[Answered]:
-    """底座的回答。"""
-    return answer(bench, bench.base, "full_sft")
+    """底座的贪心回答。"""
+    return answer(open_exactly(bench, bench.base, "full_sft"), problems(bench))
 
 
 def exam(bench: Bench, folder: Path, weight: str) -> dict[str, float]:
-    results = base_answers(bench) if folder == bench.base else answer(bench, folder, weight)
+    loaded = open_exactly(bench, folder, weight)
+    results = base_answers(bench) if folder == bench.base else answer(loaded, problems(bench))
     missed = [now for now, base in zip(results, base_answers(bench)) if base.score < 1]
-    loaded = bench.open(folder, weight, dtype="float32")
+    sampling = SamplingParams(temperature=1.0, seed=1)
+    sampled = answer(loaded, problems(bench) * SAMPLES_EACH, sampling)
     easy = evaluate_items(loaded.model, loaded.tokenizer, bench.items("easy"), description="简单题")
     return {
         "solved": accuracy(results),
+        "reward": sum(one.score for one in sampled) / len(sampled),
         "unsolved": accuracy(missed),
         "truncated": sum(not one.finished for one in results) / len(results),
         "others": accuracy(easy),
@@ -73,9 +94,12 @@ def before(bench: Bench) -> dict[str, float]:
 
 def common(bench: Bench, seed: int, folder: Path) -> dict[str, Any]:
     """三个算法都一样的设置；其余用各自的默认值。"""
-    settings = bench.common(seed, folder, "rl")
+    heldout = folder / "rl_heldout.jsonl"
+    heldout.write_text("".join(json.dumps(one) + "\n" for one in records(bench)), "utf-8")
     return {
-        **settings,
+        **bench.common(seed, folder, "rl"),
+        "val_path": str(heldout),
+        "val_max_rows": 0,
         "max_gen_len": 64,
         "max_steps": steps(bench),
         "log_interval": 1,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from minimind.dataset.microworld import grade
 from minimind.errors import UserError
 from minimind.inference.generate import generate_batch
 from minimind.inference.loading import stop_ids
+from minimind.inference.sampling import GREEDY, SamplingParams
 from minimind.tokenizer import encode_chat_batch, encode_plain_batch
 
 # 回答最长多少 token：微世界的标准回答没有超过六十个的，放到 96 还能看出「停不下来」
@@ -47,8 +48,13 @@ def read_items(path: str | Path) -> list[dict[str, Any]]:
 
 def read_prompts(path: str | Path) -> list[dict[str, Any]]:
     """把强化学习的留出提示（``rl_heldout.jsonl``）读成考题；问句相同的只留一道。"""
+    return prompt_items(read_items(path))
+
+
+def prompt_items(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """强化学习的提示写成考题；问句相同的只留一道。"""
     items: dict[str, dict[str, Any]] = {}
-    for record in read_items(path):
+    for record in records:
         *messages, reference = record["conversations"]
         question = messages[-1]["content"]
         items[question] = {
@@ -85,8 +91,9 @@ def evaluate_items(
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = 64,
     description: str = "评测",
+    params: SamplingParams = GREEDY,
 ) -> list[Answered]:
-    """逐题贪心生成并判分，结果与 ``items`` 同序。
+    """逐题作答（默认贪心）并判分，结果与 ``items`` 同序。
 
     模型须已在目标设备上；训练状态会暂时切到 eval，结束后还原。
     """
@@ -102,6 +109,7 @@ def evaluate_items(
                 max_new_tokens=max_new_tokens,
                 eos_ids=stop_ids(model, tokenizer),
                 pad_id=tokenizer.pad_token_id,
+                params=params,
                 batch_size=batch_size,
             ):
                 response = tokenizer.decode(completion.ids, skip_special_tokens=True)

@@ -126,11 +126,14 @@ class Corpus:
             records.append(pair)
         return records
 
-    def multistep_examples(self, stage: str, side: str) -> Iterator[tuple[Task, Example]]:
-        """有推导步骤的题，各家族轮流。"""
+    def multistep_examples(
+        self, stage: str, side: str, count: int | None = None
+    ) -> Iterator[tuple[Task, Example]]:
+        """有推导步骤的题，各家族轮流；``count`` 多要的接在默认的那些之后。"""
         rng = stream(self.seed, stage, side)
         tasks = [task for task in self.tasks.values() if isinstance(task, Chain)]
-        count = self.count(STAGE_COUNTS[stage]) if side == TRAIN else HELDOUT_COUNT
+        if count is None:
+            count = self.count(STAGE_COUNTS[stage]) if side == TRAIN else HELDOUT_COUNT
         for i in range(count):
             task = tasks[i % len(tasks)]
             yield task, task.example(rng, side)
@@ -150,7 +153,7 @@ class Corpus:
             rng.shuffle(records)
         return records
 
-    def rl(self, side: str) -> list[dict]:
+    def rl(self, side: str, count: int | None = None) -> list[dict]:
         """可验证的提示；最后一轮助手是参考答案，判分信息放在旁边的字段里。"""
         return [
             {
@@ -159,7 +162,7 @@ class Corpus:
                 "grader": ex.grader,
                 "answer": ex.answer,
             }
-            for task, ex in self.multistep_examples("rl", side)
+            for task, ex in self.multistep_examples("rl", side, count)
         ]
 
     # ---- 评测 ----
