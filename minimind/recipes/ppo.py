@@ -10,8 +10,7 @@
 
 ``{save_weight}``（默认 ppo_actor）只有策略，价值网络在续训存档里。
 
-来源：Schulman et al. 2017（arXiv 1707.06347）；GAE：Schulman et al. 2016（arXiv 1506.02438）；
-语言模型上的用法：Ouyang et al. 2022（InstructGPT）。
+来源：Schulman 2017，arXiv 1707.06347；GAE：Schulman 2016，arXiv 1506.02438；用于语言模型：Ouyang 2022，InstructGPT。
 """
 
 from __future__ import annotations
@@ -98,9 +97,8 @@ def ppo_loss(args: PPOArguments):
     def compute_loss(model: nn.Module, batch: Batch) -> LossResult:
         policy, values, critic_aux = model(batch)
         logp, n = selected_logprobs(policy.logits, policy.targets, args.temperature), policy.targets.numel()
-        loss, clipped = clipped_loss(
-            logp, batch["old_logps"], batch["advantages"], args.clip_epsilon, args.clip_epsilon
-        )
+        clip = args.clip_epsilon
+        loss, clipped = clipped_loss(logp, batch["old_logps"], batch["advantages"], clip, clip)
         critic = value_loss(values, batch["old_values"], batch["returns"], args.value_clip).sum()
         metrics: dict[str, Tensor] = {
             "value_loss": critic.detach(),

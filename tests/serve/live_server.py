@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import socket
 import threading
-import time
 
-import httpx
 import torch
 import uvicorn
+from waiting import free_port, is_up, until
 
 from minimind.inference.loading import Loaded, stop_ids
 from minimind.model import MiniMindConfig, MiniMindForCausalLM
@@ -59,9 +57,7 @@ class LiveServer:
             ]
         )
         self.app = create_app(lambda: self.table, settings)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         config = uvicorn.Config(self.app, port=self.port, log_level="warning")
         self.server = uvicorn.Server(config)
@@ -69,14 +65,8 @@ class LiveServer:
 
     def __enter__(self) -> LiveServer:
         self.thread.start()
-        for _ in range(200):
-            try:
-                if httpx.get(f"{self.url}/health").status_code == 200:
-                    return self
-            except httpx.TransportError:
-                pass  # 还没开始监听
-            time.sleep(0.05)
-        raise AssertionError("服务器十秒还没起来")
+        until(lambda: is_up(self.url), lambda: "服务器没有起来")
+        return self
 
     def __exit__(self, *_) -> None:
         self.server.should_exit = True
@@ -88,8 +78,7 @@ class LiveServer:
 
     def wait_idle(self) -> None:
         """槽位都空出来为止。"""
-        for _ in range(200):
-            if self.runner.idle and not self.runner.engine.has_unfinished:
-                return
-            time.sleep(0.05)
-        raise AssertionError(f"还有 {self.runner.in_flight} 个样本没有放开槽位")
+        until(
+            lambda: self.runner.idle and not self.runner.engine.has_unfinished,
+            lambda: f"还有 {self.runner.in_flight} 个样本没有放开槽位",
+        )

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import httpx
 import torch
+from waiting import free_port, is_up, until
 
 from minimind.model import MiniMindConfig, MiniMindForCausalLM
 from minimind.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -44,9 +43,7 @@ class ServerProcess:
     """``with ServerProcess("--save_dir", …) as server``：就绪才进来，出去时一定结束。"""
 
     def __init__(self, *arguments: object, folder: Path):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         script = ROOT / "scripts" / "serve_openai_api.py"
         self.command = [sys.executable, str(script), "--port", str(self.port), "--device", "cpu"]
@@ -59,17 +56,13 @@ class ServerProcess:
             self.process = subprocess.Popen(
                 self.command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=ROOT
             )
-        for _ in range(1200):
-            try:
-                if httpx.get(f"{self.url}/health").status_code == 200:
-                    return self
-            except httpx.TransportError:
-                pass  # 还没开始监听
-            if self.process.poll() is not None:
-                break
-            time.sleep(0.05)
-        self.__exit__()
-        raise AssertionError(f"服务没有起来：{self.output()}")
+        try:
+            until(lambda: is_up(self.url) or self.process.poll() is not None, self.output)
+            assert self.process.poll() is None, f"服务没有起来：{self.output()}"
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
 
     def __exit__(self, *_) -> None:
         if self.process.poll() is None:
@@ -85,8 +78,7 @@ class ServerProcess:
 
     def wait_idle(self) -> None:
         """槽位都空出来为止。"""
-        for _ in range(600):
-            if self.metric("minimind_samples_in_flight") == 0:
-                return
-            time.sleep(0.05)
-        raise AssertionError(f"还有 {self.metric('minimind_samples_in_flight')} 个样本没有放开槽位")
+        until(
+            lambda: self.metric("minimind_samples_in_flight") == 0,
+            lambda: f"还有 {self.metric('minimind_samples_in_flight')} 个样本没有放开槽位",
+        )
