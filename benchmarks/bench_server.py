@@ -21,6 +21,7 @@ import asyncio
 import importlib.util
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -284,6 +285,8 @@ def report(args: ServerBenchArguments, result: dict[str, Any]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """命令行入口。"""
     args = parse_args(ServerBenchArguments, argv)
+    # 默认的 SIGTERM 当场就死，with 来不及收尾，开着的服务会留下来
+    signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))
     result = measure(args)
     report(args, result)
     name = f"server-{args.name}" if args.name else "server"

@@ -57,11 +57,15 @@ class Service:
             self.process = subprocess.Popen(
                 self.command, stdout=output, stderr=subprocess.STDOUT, env=self.environment
             )
-        deadline = time.perf_counter() + 180
-        while time.perf_counter() < deadline and self.process.poll() is None:
-            if asyncio.run(status_of(self.port, self.ready)) == 200:
-                return self
-            time.sleep(0.2)
+        try:
+            deadline = time.perf_counter() + 180
+            while time.perf_counter() < deadline and self.process.poll() is None:
+                if asyncio.run(status_of(self.port, self.ready)) == 200:
+                    return self
+                time.sleep(0.2)
+        except BaseException:  # 等的时候被 Ctrl-C 打断：还没进 with，没有别人替它收尾
+            self.__exit__()
+            raise
         self.__exit__()
         tail = self.log.read_text("utf-8", "replace")[-1000:]
         raise UserError(f"服务没有起来：{tail}", where=" ".join(self.command), fix=f"看 {self.log}")
