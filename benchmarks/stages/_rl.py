@@ -18,7 +18,7 @@ from minimind.evaluate.microworld import Answered, accuracy, evaluate_items, pro
 from minimind.inference.sampling import GREEDY, SamplingParams
 from minimind.report.logs import read_log
 
-# 每个算法都采样 60 步（--steps 可改）× 128 条；GRPO 是 16 题 × 8 条，另两个是 128 题 × 1 条
+# 每个算法都采样 60（--steps 可改）× 128 条；GRPO 是 16 题 × 8 条，另两个是 128 题 × 1 条
 STEPS, ROLLOUTS = 60, 128
 # 比较算法要分得清一两个点，而 240 题的卷子自己就有 3 个点的标准误：接着 rl_heldout.jsonl 往下出，去掉重复的约两千道
 DRAWN, SAMPLES_EACH = 2800, 2
@@ -33,14 +33,16 @@ GOALS = [
 ]
 
 
-def steps(bench: Bench) -> int:
-    return bench.args.steps or STEPS
+def schedule(bench: Bench, generations: int) -> dict[str, int]:
+    """走几步、几轮：采样的总数不超过预算，差也差不到一步。
 
-
-def epochs(bench: Bench, prompts_per_step: int) -> int:
-    """够走这么多步的轮数。"""
+    不能都走 60 步：一轮的最后一步不满，1,500 题每步 128 题时 60 步只有 7,500 条，预算是 7,680。
+    """
     prompts = len((bench.world / "rl.jsonl").read_text("utf-8").splitlines())
-    return math.ceil(steps(bench) * prompts_per_step / prompts)
+    per_step = ROLLOUTS // generations
+    rounds, rest = divmod((bench.args.steps or STEPS) * per_step, prompts)
+    steps = rounds * math.ceil(prompts / per_step) + rest // per_step
+    return {"max_steps": steps, "epochs": rounds + 1, "eval_interval": steps // 3}
 
 
 @cache
@@ -92,7 +94,7 @@ def before(bench: Bench) -> dict[str, float]:
     return exam(bench, bench.base, "full_sft")
 
 
-def common(bench: Bench, seed: int, folder: Path) -> dict[str, Any]:
+def common(bench: Bench, seed: int, folder: Path, generations: int = 1) -> dict[str, Any]:
     """三个算法都一样的设置；其余用各自的默认值。"""
     heldout = folder / "rl_heldout.jsonl"
     heldout.write_text("".join(json.dumps(one) + "\n" for one in records(bench)), "utf-8")
@@ -100,10 +102,9 @@ def common(bench: Bench, seed: int, folder: Path) -> dict[str, Any]:
         **bench.common(seed, folder, "rl"),
         "val_path": str(heldout),
         "val_max_rows": 0,
+        **schedule(bench, generations),
         "max_gen_len": 64,
-        "max_steps": steps(bench),
         "log_interval": 1,
-        "eval_interval": steps(bench) // 3,
     }
 
 
@@ -111,12 +112,13 @@ def outcome(bench: Bench, folder: Path, result: Any, vitals: tuple[str, ...]) ->
     """考一次，曲线的横轴是已采样的条数。"""
     records = read_log(result.log)
     steps = [row for row in records if "reward" in row]
+    each = (bench.args.steps or STEPS) * ROLLOUTS / steps[-1]["step"]  # 一轮的最后一步不满，均摊
     curves = {
-        name: [[row["step"] * ROLLOUTS, round(row[name], 4)] for row in steps]
+        name: [[round(row["step"] * each), round(row[name], 4)] for row in steps]
         for name in ("reward", "response_length", "entropy", *vitals)
     }
     tested = [row for row in records if "val_reward" in row]
-    curves["val_reward"] = [[row["step"] * ROLLOUTS, round(row["val_reward"], 4)] for row in tested]
+    curves["val_reward"] = [[round(row["step"] * each), round(row["val_reward"], 4)] for row in tested]
     metrics = exam(bench, folder, result.weights.stem.rpartition("_")[0])
     last = steps[-5:]
     metrics["sampled"] = sum(row["reward"] for row in last) / len(last)

@@ -16,10 +16,7 @@ before = _rl.before
 
 def settings(bench: Bench, seed: int, folder: Path) -> grpo.GRPOArguments:
     """演示里用的就是这一组。"""
-    return grpo.GRPOArguments(
-        **_rl.common(bench, seed, folder),
-        epochs=_rl.epochs(bench, _rl.ROLLOUTS // 8),
-    )
+    return grpo.GRPOArguments(**_rl.common(bench, seed, folder, generations=8))
 
 
 def run(bench: Bench, seed: int) -> Outcome:

@@ -18,7 +18,6 @@ def settings(bench: Bench, seed: int, folder: Path) -> ppo.PPOArguments:
     """演示里用的就是这一组。"""
     return ppo.PPOArguments(
         **_rl.common(bench, seed, folder),
-        epochs=_rl.epochs(bench, _rl.ROLLOUTS),
         ppo_epochs=1,  # 走两轮多用六成时间
         critic_learning_rate=1e-3,
     )

@@ -16,10 +16,7 @@ before = _rl.before
 
 def settings(bench: Bench, seed: int, folder: Path) -> spo.SPOArguments:
     """演示里用的就是这一组。"""
-    return spo.SPOArguments(
-        **_rl.common(bench, seed, folder),
-        epochs=_rl.epochs(bench, _rl.ROLLOUTS),  # 提示由记分牌抽，轮数只决定总量
-    )
+    return spo.SPOArguments(**_rl.common(bench, seed, folder))
 
 
 def run(bench: Bench, seed: int) -> Outcome:
