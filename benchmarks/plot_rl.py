@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-from minimind.report.curves import _new_figure as new_figure
-from minimind.report.curves import _save as save_figure
-from minimind.report.curves import labeler
+from minimind.arguments import arg, parse_args
+from minimind.report.curves import labeler, new_figure, save_figure
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -22,12 +22,26 @@ COLORS = {"ppo": "#D55E00", "grpo": "#0072B2", "spo": "#009E73"}
 SMOOTH = 5  # 采样的奖励逐步跳动，取滑动平均
 
 
-def read_result(stage: str) -> dict:
-    """最近一次这个阶段的结果。"""
-    paths = sorted(RESULTS.glob(f"stage-{stage}-*.json"), key=lambda path: path.stat().st_mtime)
-    if not paths:
-        sys.exit(f"没有 {RESULTS}/stage-{stage}-*.json，先运行 bench_stages.py --stage {stage}")
-    return json.loads(paths[-1].read_text("utf-8"))
+@dataclass
+class PlotArguments:
+    """PPO、GRPO、SPO 的曲线画在一张图上，并比较高下。"""
+
+    name: str = arg("", "结果文件名的后缀，即 bench_stages.py 的 --name")
+    figure: str = arg("docs/images/rl.png", "图存到哪里；空串不画")
+
+
+def read_results(name: str) -> dict[str, dict]:
+    """阶段 → 结果；没有跑过的不在其中，几种设备都跑过时取最近的。"""
+    results = {}
+    for stage in COLORS:
+        paths = sorted(RESULTS.glob(f"stage-{stage}-*.json"), key=lambda path: path.stat().st_mtime)
+        for path in paths:
+            result = json.loads(path.read_text("utf-8"))
+            if result["arguments"]["name"] == name:
+                results[stage] = result
+    if not results:
+        sys.exit(f"{RESULTS} 里没有这样的结果，先运行 bench_stages.py --stage {'、'.join(COLORS)}")
+    return results
 
 
 def curves(result: dict, name: str) -> list[list[list[float]]]:
@@ -49,37 +63,46 @@ def difference(ours: list[float], theirs: list[float]) -> tuple[float, float]:
     return statistics.fmean(ours) - statistics.fmean(theirs), error
 
 
-def compare(ours: str, theirs: str) -> None:
+def compare(results: dict[str, dict], ours: str, theirs: str) -> None:
     """打印 ``ours`` 比 ``theirs`` 高多少个百分点。"""
-    results = [read_result(stage) for stage in (ours, theirs)]
-    counts = "、".join(f"{len(result['seeds'])}" for result in results)
     for metric, title in (("solved", "贪心答对"), ("reward", "采样得分")):
-        values = [[100 * seed["metrics"][metric] for seed in result["seeds"]] for result in results]
+        values = [
+            [100 * seed["metrics"][metric] for seed in results[stage]["seeds"]] for stage in (ours, theirs)
+        ]
         gap, error = difference(*values)
         means = "，".join(
-            f"{stage.upper()} {statistics.fmean(v):.1f}" for stage, v in zip((ours, theirs), values)
+            f"{stage.upper()} {statistics.fmean(one):.1f}（{min(one):.1f}，{max(one):.1f}；{len(one)} 个种子）"
+            for stage, one in zip((ours, theirs), values)
         )
-        print(f"{title}：{means}，差 {gap:+.1f} ± {error:.1f} 个百分点（标准误；种子 {counts} 个）")
+        print(f"{title}：{means}，差 {gap:+.2f} ± {error:.2f} 个百分点（标准误）")
 
 
-def main() -> None:
+def draw(results: dict[str, dict], path: Path) -> Path:
+    """左边留出题上贪心作答的得分，右边采样的平均奖励。"""
     label = labeler()
     figure, axes, style = new_figure(2, 9.0, 3.6)
-    for stage, color in COLORS.items():
-        result = read_result(stage)
+    for stage, result in results.items():
         for axis, name in zip(axes, ("val_reward", "reward")):
             lines = curves(result, name)
             for line in lines:
-                axis.plot(*zip(*line), color=color, linewidth=0.7, alpha=0.4)
+                axis.plot(*zip(*line), color=COLORS[stage], linewidth=0.7, alpha=0.4)
             mean = [[points[0][0], statistics.fmean(y for _, y in points)] for points in zip(*lines)]
-            axis.plot(*zip(*mean), color=color, linewidth=2, label=stage.upper())
+            axis.plot(*zip(*mean), color=COLORS[stage], linewidth=2, label=stage.upper())
     titles = (("留出题：贪心作答的得分", "held-out score, greedy"), ("采样的平均奖励", "sampled reward"))
     for axis, title in zip(axes, titles):
         axis.set(title=label(*title), xlabel=label("采样的回答数", "responses sampled"))
     axes[0].legend(frameon=False, loc="lower right")
-    print(save_figure(figure, style, ROOT / "docs" / "images" / "rl.png"))
-    for ours, theirs in (("spo", "grpo"), ("ppo", "grpo")):
-        compare(ours, theirs)
+    return save_figure(figure, style, path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(PlotArguments, argv)
+    results = read_results(args.name)
+    if args.figure:
+        print(draw(results, ROOT / args.figure))
+    for ours in ("spo", "ppo"):
+        if all(len(results.get(stage, {}).get("seeds", ())) > 1 for stage in (ours, "grpo")):
+            compare(results, ours, "grpo")
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+
+from minimind.report.curves import new_figure, save_figure
 
 # 色弱也分得清的几种（Okabe–Ito）
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
@@ -21,13 +22,11 @@ def draw_curves(
     y: str = "loss",
     log_y: bool = False,
 ) -> Path:
-    """画 ``[{曲线名: [[x, y], …]}, …]``（每个种子一份），存成 PNG；文字用 ASCII，没有中文字体的机器也画得出。"""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """画 ``[{曲线名: [[x, y], …]}, …]``（每个种子一份），存成 PNG。
 
-    figure = Figure(figsize=(6.4, 3.4), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    axis: Any = figure.subplots()
+    标题与坐标的字由调用的给；用 ASCII，没有中文字体的机器也画得出。
+    """
+    figure, (axis,), style = new_figure(1, 6.4, 3.4)
     for name, color in zip(dict.fromkeys(name for seed in seeds for name in seed), COLORS):
         lines = [np.array(seed[name], dtype=float) for seed in seeds if seed.get(name)]
         for line in lines:
@@ -38,9 +37,5 @@ def draw_curves(
     axis.set(title=title, xlabel=x, ylabel=y)
     if log_y:
         axis.set_yscale("log")
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
+    return save_figure(figure, style, path)

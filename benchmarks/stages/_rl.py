@@ -46,7 +46,7 @@ def schedule(bench: Bench, generations: int) -> dict[str, int]:
 
 
 @cache
-def records(bench: Bench) -> list[dict[str, Any]]:
+def heldout(bench: Bench) -> list[dict[str, Any]]:
     """留出的多步题：操作数没有在训练里出现过，问句各不相同。"""
     meta = json.loads((bench.world / "meta.json").read_text("utf-8"))
     corpus = Corpus(build_tasks(meta["seed"]), meta["scale"], meta["seed"])
@@ -55,7 +55,7 @@ def records(bench: Bench) -> list[dict[str, Any]]:
 
 def problems(bench: Bench) -> list[dict[str, Any]]:
     """写成考题的样子。"""
-    return prompt_items(records(bench))
+    return prompt_items(heldout(bench))
 
 
 def answer(loaded: Any, items: list[dict[str, Any]], params: SamplingParams = GREEDY) -> list[Answered]:
@@ -96,11 +96,11 @@ def before(bench: Bench) -> dict[str, float]:
 
 def common(bench: Bench, seed: int, folder: Path, generations: int = 1) -> dict[str, Any]:
     """三个算法都一样的设置；其余用各自的默认值。"""
-    heldout = folder / "rl_heldout.jsonl"
-    heldout.write_text("".join(json.dumps(one) + "\n" for one in records(bench)), "utf-8")
+    val_path = folder / "rl_heldout.jsonl"
+    val_path.write_text("".join(json.dumps(one) + "\n" for one in heldout(bench)), "utf-8")
     return {
         **bench.common(seed, folder, "rl"),
-        "val_path": str(heldout),
+        "val_path": str(val_path),
         "val_max_rows": 0,
         **schedule(bench, generations),
         "max_gen_len": 64,

@@ -44,7 +44,8 @@ def labeler() -> Callable[[str, str], str]:
     return lambda chinese, english: chinese if has_font else english
 
 
-def _new_figure(columns: int, width: float, height: float):
+def new_figure(columns: int, width: float, height: float):
+    """一排 ``columns`` 格的图（宽高单位英寸），有中文字体就用上；返回图、各格与存图时要用的样式。"""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -61,7 +62,8 @@ def _new_figure(columns: int, width: float, height: float):
     return figure, axes, style
 
 
-def _save(figure, style: dict, path: Path) -> Path:
+def save_figure(figure, style: dict, path: Path) -> Path:
+    """按 :func:`new_figure` 给的样式存成 PNG，没有的文件夹就建立。"""
     import matplotlib
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,7 +123,7 @@ def plot_stage(records: list[dict] | dict[str, list[dict]], title: str, path: st
     if not panels:
         return None
     label = labeler()
-    figure, axes, style = _new_figure(len(panels), 5.0 if len(panels) == 1 else 4.5 * len(panels), 3.4)
+    figure, axes, style = new_figure(len(panels), 5.0 if len(panels) == 1 else 4.5 * len(panels), 3.4)
     for axis, (key, chinese, english) in zip(axes, panels):
         for color, (name, log) in zip(COLORS, logs.items()):
             steps, values = series(log, key)
@@ -130,7 +132,7 @@ def plot_stage(records: list[dict] | dict[str, list[dict]], title: str, path: st
         axis.set(title=f"{title} · {label(chinese, english)}", xlabel=label("优化步", "step"))
         if len(logs) > 1:
             axis.legend(frameon=False)
-    return _save(figure, style, Path(path))
+    return save_figure(figure, style, Path(path))
 
 
 def plot_rewards(
@@ -143,7 +145,7 @@ def plot_rewards(
         start: 训练前留出题的得分，几种共同的起点。
     """
     label = labeler()
-    figure, axes, style = _new_figure(2, 9.0, 3.4)
+    figure, axes, style = new_figure(2, 9.0, 3.4)
     panels = (
         ("reward", "采样的平均奖励", "mean reward of samples"),
         ("val_reward", "留出题得分（贪心）", "held-out score (greedy)"),
@@ -161,7 +163,7 @@ def plot_rewards(
             )
         axis.set(title=label(chinese, english), xlabel=label("采样的条数", "responses sampled"), ylim=(0, 1))
         axis.legend(frameon=False)
-    return _save(figure, style, Path(path))
+    return save_figure(figure, style, Path(path))
 
 
 def plot_tasks(before: dict[str, float], after: dict[str, float], path: str | Path) -> Path:
@@ -172,7 +174,7 @@ def plot_tasks(before: dict[str, float], after: dict[str, float], path: str | Pa
     """
     label = labeler()
     names = sorted(after, key=lambda name: after[name])
-    figure, (axis,), style = _new_figure(1, 7.0, 0.8 + 0.34 * len(names))
+    figure, (axis,), style = new_figure(1, 7.0, 0.8 + 0.34 * len(names))
     rows = range(len(names))
     axis.barh(
         [row - 0.2 for row in rows], [(before.get(name) or 0.0) * 100 for name in names], 0.38, color=ORANGE
@@ -183,7 +185,7 @@ def plot_tasks(before: dict[str, float], after: dict[str, float], path: str | Pa
     axis.legend(
         [label("微调前", "before SFT"), label("微调后", "after SFT")], loc="lower right", frameon=False
     )
-    return _save(figure, style, Path(path))
+    return save_figure(figure, style, Path(path))
 
 
 def plot_scores(rows: list[tuple[str, str, float | None, float]], path: str | Path) -> Path:
@@ -193,7 +195,7 @@ def plot_scores(rows: list[tuple[str, str, float | None, float]], path: str | Pa
         rows: ``(中文名, English, 之前, 之后)``，0 到 1；没有之前的只画一点。
     """
     label = labeler()
-    figure, (axis,), style = _new_figure(1, 8.0, 1.0 + 0.36 * len(rows))
+    figure, (axis,), style = new_figure(1, 8.0, 1.0 + 0.36 * len(rows))
     for y, (*_, before, after) in enumerate(reversed(rows)):
         if before is not None:
             axis.plot([before * 100, after * 100], [y, y], color="#999999", linewidth=1.5, zorder=1)
@@ -205,4 +207,4 @@ def plot_scores(rows: list[tuple[str, str, float | None, float]], path: str | Pa
     )
     handles = dict(zip(axis.get_legend_handles_labels()[1], axis.get_legend_handles_labels()[0]))
     axis.legend(handles.values(), handles.keys(), loc="lower left", frameon=False)
-    return _save(figure, style, Path(path))
+    return save_figure(figure, style, Path(path))

@@ -53,3 +53,21 @@ def test_曲线存成_png(bench_stages, tmp_path):
     seeds = [{"loss": [[1, 3.0], [2, 1.0 + seed]]} for seed in range(2)]
     path = draw_curves(seeds, tmp_path / "a.png", title="t", log_y=True)
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size < 150_000
+
+
+def test_两种算法之差与标准误_手算(bench_stages):
+    from plot_rl import difference
+
+    gap, error = difference([1.0, 3.0], [2.0, 2.0, 5.0])  # 平均 2 与 3；方差 2 与 3，2/2 + 3/3 = 2
+    assert gap == pytest.approx(-1) and error == pytest.approx(2**0.5)
+
+
+def test_强化学习的三种_采样的总数差不到一步(bench_stages, tmp_path):
+    from stages import _rl
+
+    (tmp_path / "rl.jsonl").write_text("{}\n" * 1500)
+    bench = SimpleNamespace(world=tmp_path, args=SimpleNamespace(steps=0))
+    alone, groups = _rl.schedule(bench, 1), _rl.schedule(bench, 8)
+    assert groups["max_steps"] == 60 and groups["epochs"] == 1  # 960 题，不到一轮
+    # 五轮各 12 步（末步 92 题）共 7,500 条，再走一步
+    assert alone["max_steps"] == 61 and alone["epochs"] == 6 and 5 * 1500 + 128 <= 60 * 128

@@ -107,7 +107,7 @@ def test_画哪几格由日志里有什么决定(keys, panels):
 def test_横轴是采样的条数(tmp_path, monkeypatch):
     """预算相同才好比：步数不同、每步条数不同的两次，走到同一处。"""
     drawn = []
-    monkeypatch.setattr(curves, "_save", lambda figure, style, path: drawn.append(figure) or path)
+    monkeypatch.setattr(curves, "save_figure", lambda figure, style, path: drawn.append(figure) or path)
     few = [{"step": s, "reward": 0.1} for s in (1, 8)]
     many = [{"step": s, "reward": 0.2} for s in (1, 4)]
     few.append({"step": 8, "val_reward": 0.5})
