@@ -23,9 +23,9 @@ STEPS, ROLLOUTS = 60, 128
 # 比较算法要分得清一两个点，而 240 题的卷子自己就有 3 个点的标准误：接着 rl_heldout.jsonl 往下出，去掉重复的约两千道
 DRAWN, SAMPLES_EACH = 2800, 2
 GOALS = [
-    Goal("solved", "多步题答对（留出，贪心）", at_least=0.20, change=True),
+    Goal("unsolved", "底座贪心答错的那些题，现在答对", at_least=0.20, change=True),
+    Goal("solved", "多步题答对（留出，贪心）"),
     Goal("reward", "多步题得分（留出，按训练的温度采样）"),
-    Goal("unsolved", "底座贪心答错的那些题，现在答对"),
     Goal("sampled", "采样的平均奖励（末五步）"),
     Goal("length", "回答长度（词元）", percent=False),
     Goal("truncated", "写不完的回答", at_most=0.02),
@@ -42,7 +42,7 @@ def schedule(bench: Bench, generations: int) -> dict[str, int]:
     per_step = ROLLOUTS // generations
     rounds, rest = divmod((bench.args.steps or STEPS) * per_step, prompts)
     steps = rounds * math.ceil(prompts / per_step) + rest // per_step
-    return {"max_steps": steps, "epochs": rounds + 1, "eval_interval": steps // 3}
+    return {"max_steps": steps, "epochs": rounds + 1, "eval_interval": math.ceil(steps / 3)}
 
 
 @cache
