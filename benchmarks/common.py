@@ -78,9 +78,19 @@ def write_result(name: str, device: torch.device, data: dict[str, Any], results:
             k: Path(v).name if isinstance(v, str) and os.sep in v else v
             for k, v in payload["arguments"].items()
         }
-    partial.write_text(json.dumps(payload, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    partial.write_text(to_json(payload) + "\n", encoding="utf-8")
     partial.replace(path)
     return path
+
+
+# 里面全是数的方括号：曲线上的一个点，或一列种子
+NUMBERS = re.compile(r"\[[-+\d.,eE\s]+\]")
+
+
+def to_json(payload: dict[str, Any]) -> str:
+    """分行缩进，而一列数写在一行里：曲线有几千个点，一个数一行没法读，也没法比较改动。"""
+    text = json.dumps(payload, ensure_ascii=False, indent=1)
+    return NUMBERS.sub(lambda found: "[" + " ".join(found[0][1:-1].split()) + "]", text)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], caption: str = "") -> None:

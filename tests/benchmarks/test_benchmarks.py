@@ -37,6 +37,13 @@ def result_in(tmp_path) -> dict:
     return json.loads(path.read_text("utf-8"))
 
 
+def test_结果里一列数写在一行_读回来一样():
+    payload = {"curve": [[1, 0.5], [2, -1e-05]], "empty": [], "words": ["一", "[1, 2]"], "deep": {"n": [1]}}
+    text = importlib.import_module("common").to_json(payload)
+    assert json.loads(text) == payload
+    assert "[2, -1e-05]" in text and "[1]" in text
+
+
 def point(step: int, bpb: float) -> dict:
     return {"step": step, "seconds": 2.0 * step, "val_bpb": bpb}
 
