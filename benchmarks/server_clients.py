@@ -63,12 +63,11 @@ class Service:
                 if asyncio.run(status_of(self.port, self.ready)) == 200:
                     return self
                 time.sleep(0.2)
-        except BaseException:  # 等的时候被 Ctrl-C 打断：还没进 with，没有别人替它收尾
+            tail = self.log.read_text("utf-8", "replace")[-1000:]
+            raise UserError(f"服务没有起来：{tail}", where=" ".join(self.command), fix=f"看 {self.log}")
+        except BaseException:  # 也包括等的时候被打断：还没进 with，没有别人替它收尾
             self.__exit__()
             raise
-        self.__exit__()
-        tail = self.log.read_text("utf-8", "replace")[-1000:]
-        raise UserError(f"服务没有起来：{tail}", where=" ".join(self.command), fix=f"看 {self.log}")
 
     def __exit__(self, *_: Any) -> None:
         if self.process.poll() is None:

@@ -62,12 +62,15 @@ def test_两种算法之差与标准误_手算(bench_stages):
     assert gap == pytest.approx(-1) and error == pytest.approx(2**0.5)
 
 
-def test_强化学习的三种_采样的总数差不到一步(bench_stages, tmp_path):
+@pytest.mark.parametrize("steps", [0, 30, 120])
+@pytest.mark.parametrize("generations", [1, 8])
+def test_强化学习的三种_采样的总数不超过预算_差不到一步(bench_stages, tmp_path, steps, generations):
     from stages import _rl
 
     (tmp_path / "rl.jsonl").write_text("{}\n" * 1500)
-    bench = SimpleNamespace(world=tmp_path, args=SimpleNamespace(steps=0))
-    alone, groups = _rl.schedule(bench, 1), _rl.schedule(bench, 8)
-    assert groups["max_steps"] == 60 and groups["epochs"] == 1  # 960 题，不到一轮
-    # 五轮各 12 步（末步 92 题）共 7,500 条，再走一步
-    assert alone["max_steps"] == 61 and alone["epochs"] == 6 and 5 * 1500 + 128 <= 60 * 128
+    bench = SimpleNamespace(world=tmp_path, args=SimpleNamespace(steps=steps))
+    plan, per_step = _rl.schedule(bench, generations), 128 // generations
+    one_round = [min(per_step, 1500 - start) for start in range(0, 1500, per_step)]  # 末步不满
+    walked = (one_round * plan["epochs"])[: plan["max_steps"]]
+    assert len(walked) == plan["max_steps"], "轮数不够走这么多步"
+    assert 0 <= (steps or 60) * 128 - generations * sum(walked) < 128

@@ -267,6 +267,13 @@ def test_强化学习的提示都带可判分的参考答案(folder):
         assert grade(record, record["conversations"][0]["content"]) == 0.0
 
 
+def test_强化学习的留出题可以接着往下出_仍不与训练的相同(folder):
+    more = Corpus(build_tasks(42), 1.0, 42).rl(HELDOUT, 400)
+    assert len(more) == 400 and more[:240] == read(folder / "rl_heldout.jsonl")
+    asked = {record["conversations"][0]["content"] for record in read(folder / "rl.jsonl")}
+    assert not asked & {record["conversations"][0]["content"] for record in more}
+
+
 def test_偏好两边内容都对_只有腔调不同(folder):
     rejected = []
     for record in read(folder / "dpo.jsonl"):

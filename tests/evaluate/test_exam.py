@@ -6,6 +6,7 @@ import torch
 from minimind.dataset.microworld import ensure_microworld
 from minimind.errors import UserError
 from minimind.evaluate.microworld import Answered, accuracy, by_task, encode_items, evaluate_items, read_items
+from minimind.inference.sampling import SamplingParams
 from minimind.model import MiniMindConfig
 from minimind.tokenizer import load_tokenizer
 
@@ -63,6 +64,18 @@ def test_按内容判分_与题目同序(tokenizer):
 def test_没停下来要看得出(tokenizer):
     (answered,) = evaluate_items(Parrot(tokenizer.encode("啊")), tokenizer, [CHAT], max_new_tokens=5)
     assert not answered.finished
+
+
+def test_可以不贪心_种子定了就定了(tokenizer):
+    """鹦鹉把一个字说得极可能；温度高到分布几乎是平的，抽到的就不再是它。"""
+    parrot, items = Parrot(tokenizer.encode("啊")), [CHAT, CHAT]
+    flat = [SamplingParams(temperature=1000.0, seed=seed) for seed in (1, 1, 2)]
+    first, same, other = (
+        [one.response for one in evaluate_items(parrot, tokenizer, items, max_new_tokens=5, params=params)]
+        for params in flat
+    )
+    assert first == same != other
+    assert first[0] != first[1], "同一道题的两份各有自己的随机数"
 
 
 def test_部分得分不算答对():
