@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from minimind.arguments import arg, parse_args
 from minimind.errors import UserError, guard
 from minimind.inference.arguments import ModelArguments
+from minimind.ranges import MANY
 
 CHAT_PROMPTS = (
     "你是谁？",
@@ -46,23 +47,25 @@ TOOL_PROMPTS = (
 class ChatArguments(ModelArguments):
     """与训练好的模型对话。"""
 
-    max_new_tokens: int = arg(8192, "回答最多多少个 token")
-    temperature: float = arg(0.85, "采样温度，越大越随机；0 表示每步取概率最大的")
-    top_p: float = arg(0.85, "只在累计概率达到它的最小集合里抽；1 表示不限")
-    top_k: int = arg(0, "只在概率最大的 k 个里抽；0 表示不限")
-    min_p: float = arg(0.0, "丢掉概率低于最大者这么多倍的；0 表示不限")
-    repetition_penalty: float = arg(1.0, "大于 1 时压低已出现过的 token；1 表示不罚")
-    historys: int = arg(0, "携带最近多少条历史消息，一问一答是两条；0 表示每次重新开始")
+    max_new_tokens: int = arg(8192, "回答最多多少个 token", low=1, high=MANY)
+    temperature: float = arg(0.85, "采样温度，越大越随机；0 表示每步取概率最大的", low=0, high=100)
+    top_p: float = arg(0.85, "只在累计概率达到它的最小集合里抽；1 表示不限", above=0, high=1)
+    top_k: int = arg(0, "只在概率最大的 k 个里抽；0 表示不限", low=0, high=MANY)
+    min_p: float = arg(0.0, "丢掉概率低于最大者这么多倍的；0 表示不限", low=0, below=1)
+    repetition_penalty: float = arg(1.0, "大于 1 时压低已出现过的 token；1 表示不罚", above=0, high=100)
+    historys: int = arg(0, "携带最近多少条历史消息，一问一答是两条；0 表示每次重新开始", low=0, high=MANY)
     open_thinking: int | None = arg(None, "思考开关：1 先想再答，0 直接答；不给则由模型决定", (0, 1))
     tools: int = arg(0, "给模型几样安全的工具（计算器、时钟、单位换算、词典）并替它执行", (0, 1))
     tool_names: str = arg(
-        "all", "给哪几样：calculator、get_time、convert_unit、look_up，逗号分隔；all 是全部"
+        "all",
+        "给哪几样：calculator、get_time、convert_unit、look_up，逗号分隔；all 是全部",
+        text="filled",
     )
-    tool_rounds: int = arg(4, "一问里最多执行几轮工具")
+    tool_rounds: int = arg(4, "一问里最多执行几轮工具", low=1, high=1000)
     show_speed: int = arg(1, "每次回答后显示速度", (0, 1))
-    seed: int | None = arg(None, "随机种子；不给则每次不同")
+    seed: int | None = arg(None, "随机种子；不给则每次不同", low=0, high=2**63 - 1)
     mode: str | None = arg(None, "auto 自动测试，manual 手动输入；不给则启动后询问", ("auto", "manual"))
-    prompt: str | None = arg(None, "只问这一句，答完退出")
+    prompt: str | None = arg(None, "只问这一句，答完退出", text="filled")
 
 
 def say_out(text: str) -> None:
@@ -130,11 +133,6 @@ def open_session(args: ChatArguments):
     from minimind.inference.chat import ChatSession
     from minimind.inference.sampling import SamplingParams
 
-    if args.historys < 0:
-        raise UserError(f"--historys={args.historys} 不能是负数", fix="改成 0 或正偶数")
-    if args.max_new_tokens < 1:
-        raise UserError(f"--max_new_tokens={args.max_new_tokens} 应当至少为 1", fix="改成正整数")
-    # 先查采样参数再读权重：写错一个数不必等几秒才知道
     params = SamplingParams(
         args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed
     )
@@ -166,8 +164,6 @@ def pick_tools(args: ChatArguments):
     """``--tool_names`` 选中的工具箱。"""
     from minimind.tools import EXAMPLE_TOOLS, Toolbox
 
-    if args.tool_rounds < 1:
-        raise UserError(f"--tool_rounds={args.tool_rounds} 应当至少为 1", fix="改成正整数，或去掉 --tools")
     return Toolbox(EXAMPLE_TOOLS).pick(args.tool_names)
 
 

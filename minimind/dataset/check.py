@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +12,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from minimind.arguments import ChineseParser
+from minimind.arguments import Arguments, arg, parse_args
 from minimind.dataset.jsonl import DataError
 from minimind.dataset.schema import KINDS, detect_kind
 from minimind.errors import UserError
 from minimind.paths import resolve_path
+from minimind.ranges import MANY
 
 if TYPE_CHECKING:
     from minimind.dataset.token_cache import TokenCache
@@ -26,18 +28,21 @@ SAMPLED_RECORDS = 2000
 EXAMPLE_TOKENS = 300
 
 
+@dataclass
+class CheckArguments(Arguments):
+    """检查 jsonl 数据，报告坏行、长度与截断"""
+
+    file: str = arg("", "jsonl 文件", metavar="文件", text="path")
+    kind: str = arg("auto", "数据种类", ("auto", *KINDS))
+    max_seq_len: int = arg(512, "按这个长度算截断与填充", low=2, high=32768)
+    tokenizer_path: str | None = arg(None, "分词器文件夹；不给则用随包的", text="path")
+    num_workers: int | None = arg(None, "分词的进程数；不给则用全部核", low=0, high=256)
+    examples: int = arg(2, "显示几条例子", low=0, high=MANY)
+
+
 def main_check(argv: list[str] | None = None) -> int:
     """检查一份数据并打印报告；有坏行时返回 1。"""
-    parser = ChineseParser(prog="minimind data check", description="检查 jsonl 数据，报告坏行、长度与截断")
-    parser.add_argument("file", help="jsonl 文件", metavar="文件")
-    parser.add_argument("--kind", choices=["auto", *KINDS], default="auto", help="数据种类")
-    parser.add_argument(
-        "--max_seq_len", "--max-seq-len", type=int, default=512, help="按这个长度算截断与填充"
-    )
-    parser.add_argument("--tokenizer_path", "--tokenizer-path", help="分词器文件夹；默认用随包的")
-    parser.add_argument("--num_workers", "--num-workers", type=int, help="分词的进程数；默认全部核")
-    parser.add_argument("--examples", type=int, default=2, help="显示几条例子")
-    args = parser.parse_args(argv)
+    args = parse_args(CheckArguments, argv, prog="minimind data check")
 
     from minimind.dataset.cache import build_cache
     from minimind.tokenizer import load_tokenizer

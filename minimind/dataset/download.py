@@ -18,21 +18,24 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from minimind.arguments import ChineseParser
+from minimind.arguments import Arguments, arg, parse_args
 from minimind.console import progress, say
 from minimind.dataset.hub import SOURCES, RemoteFile
 from minimind.dataset.locking import file_lock
 from minimind.errors import UserError
 from minimind.paths import resolve_path
+from minimind.ranges import URL
 
 # 不写文件名时下载哪些：够走完预训练与微调的最小一套；公共数据集改过一次名，取清单里有的那套
 RECOMMENDED = [
     ("pretrain_hq.jsonl", "sft_mini_512.jsonl"),
     ("pretrain_t2t_mini.jsonl", "sft_t2t_mini.jsonl"),
 ]
+REPO = (r"[^/\s]+/[^/\s]+", "所有者/名字")
 TIMEOUT_SECONDS = 30
 # 连续失败这么多次才放弃；每次有进展就从头数
 RETRIES = 5
@@ -249,26 +252,28 @@ def choose_files(files: Sequence[RemoteFile], names: Sequence[str]) -> list[Remo
     return chosen
 
 
+@dataclass
+class DownloadArguments(Arguments):
+    """下载公共 MiniMind 的数据文件，断点续传，核对哈希"""
+
+    names: tuple[str, ...] = arg(
+        (),
+        "文件名，可省 .jsonl；all 是全部；不写则下载预训练与微调的最小一套",
+        metavar="文件名",
+        optional=True,
+        text="filled",
+    )
+    source: str = arg("modelscope", "从哪个站下载", tuple(SOURCES))
+    endpoint: str | None = arg(None, "站点地址，例如镜像；不给则是该站的官方地址", pattern=URL)
+    repo: str | None = arg(None, "数据集仓库；不给则是公共 MiniMind 的数据集", pattern=REPO)
+    dir: str = arg("dataset", "放在哪个目录", text="path")
+    list: bool = arg(False, "只列出远端的文件")
+    force: bool = arg(False, "覆盖内容不同的同名文件")
+
+
 def main_download(argv: list[str] | None = None) -> int:
     """``minimind data download [文件名…]``：下载公共数据文件。"""
-    parser = ChineseParser(
-        prog="minimind data download",
-        description="下载公共 MiniMind 的数据文件，断点续传，核对哈希",
-    )
-    parser.add_argument(
-        "names",
-        nargs="*",
-        help="文件名，可省 .jsonl；all 是全部；不写则下载预训练与微调的最小一套",
-        metavar="文件名",
-    )
-    parser.add_argument("--source", choices=list(SOURCES), default="modelscope", help="从哪个站下载")
-    parser.add_argument("--endpoint", help="站点地址，例如镜像；默认为该站的官方地址")
-    parser.add_argument("--repo", help="数据集仓库；默认为公共 MiniMind 的数据集")
-    parser.add_argument("--dir", default="dataset", help="放在哪个目录")
-    parser.add_argument("--list", action="store_true", default=None, help="只列出远端的文件")
-    parser.add_argument("--force", action="store_true", default=None, help="覆盖内容不同的同名文件")
-    args = parser.parse_args(argv)
-
+    args = parse_args(DownloadArguments, argv, prog="minimind data download")
     hub = SOURCES[args.source](get_json, args.endpoint, args.repo)
     files = hub.list_files()
     if args.list:
@@ -278,7 +283,7 @@ def main_download(argv: list[str] | None = None) -> int:
     chosen = choose_files(files, args.names)
     folder = resolve_path(args.dir)
     for file in chosen:
-        if fetch(file, folder / file.name, bool(args.force)):
+        if fetch(file, folder / file.name, args.force):
             checked = "哈希一致" if file.sha256 or file.git_sha1 else "远端没有公布哈希，只核对了大小"
             say(f"{folder / file.name}：{file.size / 1e6:,.1f} MB，{checked}")
     return 0

@@ -34,6 +34,7 @@ from minimind.evaluate.common import (
 )
 from minimind.evaluate.likelihood import Row, choice_logprobs
 from minimind.inference.generate import context_length
+from minimind.ranges import MANY
 from minimind.tokenizer import encode_chat, encode_plain, encode_plain_batch
 
 SCORINGS = ("letter", "text")
@@ -46,14 +47,21 @@ class ChoiceArguments(EvalArguments):
     data_path: str | None = arg(
         None,
         "题目：csv、jsonl 或装着它们的文件夹（C-Eval、CMMLU、AGIEval 的布局）；默认 dataset/mc_eval.jsonl",
+        text="path",
     )
-    dev_path: str | None = arg(None, "少样本示例从哪里取，布局同上；--shots 大于 0 时必须给")
-    shots: int = arg(0, "每题前放几个同学科的示例；没有同学科示例的题照零样本考")
-    scoring: str = arg("letter,text", "考法，逗号分隔：letter 比字母，text 比选项全文")
+    dev_path: str | None = arg(None, "少样本示例从哪里取，布局同上；--shots 大于 0 时必须给", text="path")
+    shots: int = arg(0, "每题前放几个同学科的示例；没有同学科示例的题照零样本考", low=0, high=1000)
+    scoring: str = arg("letter,text", "考法，逗号分隔：letter 比字母，text 比选项全文", text="filled")
     chat: int | None = arg(None, "1 用对话模板问，0 直接续写；不给则按权重的种类", (0, 1))
-    subjects: str | None = arg(None, "只考名字以这些开头的学科，逗号分隔，例如 cmmlu/,agieval/gaokao-history")
-    max_length: int = arg(0, "题目连示例最多多少个 token，放不下就少放示例；0 表示模型的上下文")
-    max_tokens: int = arg(0, "一批最多多少个 token（含补齐）；0 由设备定：CPU 1024，显卡 16384")
+    subjects: str | None = arg(
+        None, "只考名字以这些开头的学科，逗号分隔，例如 cmmlu/,agieval/gaokao-history", text="filled"
+    )
+    max_length: int = arg(
+        0, "题目连示例最多多少个 token，放不下就少放示例；0 表示模型的上下文", low=0, high=MANY
+    )
+    max_tokens: int = arg(
+        0, "一批最多多少个 token（含补齐）；0 由设备定：CPU 1024，显卡 16384", low=0, high=MANY
+    )
     save_items: int = arg(0, "结果文件里附上每一题的对数似然", (0, 1))
 
 

@@ -16,17 +16,18 @@ from minimind.evaluate.common import (
     rate,
     save_result,
 )
+from minimind.ranges import MANY
 
 
 @dataclass
 class WorldArguments(EvalArguments):
     """微世界的考题：留出的题贪心作答，逐题判分。"""
 
-    data_path: str | None = arg(None, "考题 eval.jsonl；不给则现造一份内置的（几秒）")
+    data_path: str | None = arg(None, "考题 eval.jsonl；不给则现造一份内置的（几秒）", text="path")
     kind: str | None = arg(None, "只考对话题或填空题；不给则按权重的种类", ("chat", "cloze"))
-    tasks: str | None = arg(None, "只考这些任务，逗号分隔，例如 add,tool_call")
-    max_new_tokens: int = arg(96, "回答最多多少个 token")
-    batch_size: int = arg(64, "同时写几题")
+    tasks: str | None = arg(None, "只考这些任务，逗号分隔，例如 add,tool_call", text="filled")
+    max_new_tokens: int = arg(96, "回答最多多少个 token", low=1, high=MANY)
+    batch_size: int = arg(64, "同时写几题", low=1, high=65536)
     save_items: int = arg(0, "结果文件里附上每一题的回答", (0, 1))
 
 
@@ -102,10 +103,17 @@ class BpbArguments(EvalArguments):
     """一个文件的每字节比特数：与分词器无关，越低越好。"""
 
     data_path: str | None = arg(
-        None, 'jsonl（{"text"} 数全文，{"conversations"} 只数助手的话）或纯文本（整个文件是一篇）'
+        None,
+        'jsonl（{"text"} 数全文，{"conversations"} 只数助手的话）或纯文本（整个文件是一篇）',
+        text="path",
     )
-    max_length: int = arg(512, "每行多少个 token；更长的文档切成几行，每行重新开始。比训练时长会让模型外推")
-    batch_size: int = arg(16, "每批几行")
+    max_length: int = arg(
+        512,
+        "每行多少个 token；更长的文档切成几行，每行重新开始。比训练时长会让模型外推",
+        low=2,
+        high=MANY,
+    )
+    batch_size: int = arg(16, "每批几行", low=1, high=65536)
 
 
 @guard

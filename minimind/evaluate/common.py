@@ -17,6 +17,7 @@ from minimind.console import format_duration, say
 from minimind.errors import UserError
 from minimind.inference.arguments import ModelArguments
 from minimind.paths import resolve_path
+from minimind.ranges import MANY
 
 T = TypeVar("T")
 # 95 % 置信区间的正态分位数
@@ -27,9 +28,9 @@ Z95 = 1.959963984540054
 class EvalArguments(ModelArguments):
     """打开哪个模型、考多少题、结果写到哪里。"""
 
-    limit: int = arg(0, "至多考多少题，按种子随机抽；0 表示全部")
-    seed: int = arg(42, "抽题的随机种子")
-    out_dir: str = arg("out/eval", "结果文件的目录，每次评测写一个 {权重}_{项目}.json")
+    limit: int = arg(0, "至多考多少题，按种子随机抽；0 表示全部", low=0, high=MANY)
+    seed: int = arg(42, "抽题的随机种子", low=0, high=2**63 - 1)
+    out_dir: str = arg("out/eval", "结果文件的目录，每次评测写一个 {权重}_{项目}.json", text="path")
 
 
 def data_file(path: str | None, usual: str, what: str) -> Path:

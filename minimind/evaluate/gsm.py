@@ -32,6 +32,7 @@ from minimind.evaluate.common import (
     save_result,
 )
 from minimind.evaluate.generation import generate_answers
+from minimind.ranges import MANY
 from minimind.rl.reward_rules import last_number, reference_answer
 from minimind.tokenizer import encode_chat, encode_plain
 
@@ -52,14 +53,18 @@ class GsmArguments(EvalArguments):
     """应用题：生成解答，比数值。"""
 
     data_path: str | None = arg(
-        None, '题目 jsonl：{"question", "answer"} 或 {"conversations"}；默认 dataset/gsm8k_test.jsonl'
+        None,
+        '题目 jsonl：{"question", "answer"} 或 {"conversations"}；默认 dataset/gsm8k_test.jsonl',
+        text="path",
     )
-    dev_path: str | None = arg(None, "少样本示例从哪里取，格式同上；取前 --shots 条")
-    shots: int = arg(0, "题前放几个示例")
+    dev_path: str | None = arg(
+        None, "少样本示例从哪里取，格式同上；取前 --shots 条；--shots 大于 0 时必须给", text="path"
+    )
+    shots: int = arg(0, "题前放几个示例", low=0, high=1000)
     chat: int | None = arg(None, "1 用对话模板问，0 直接续写；不给则按权重的种类", (0, 1))
     open_thinking: int | None = arg(None, "思考开关：1 先想再答，0 直接答；不给则由模型决定", (0, 1))
-    max_new_tokens: int = arg(256, "解答最多多少个 token")
-    batch_size: int = arg(32, "同时写几题")
+    max_new_tokens: int = arg(256, "解答最多多少个 token", low=1, high=MANY)
+    batch_size: int = arg(32, "同时写几题", low=1, high=65536)
     save_items: int = arg(0, "结果文件里附上每一题的解答", (0, 1))
 
 

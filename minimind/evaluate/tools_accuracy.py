@@ -34,6 +34,7 @@ from minimind.evaluate.common import (
 from minimind.evaluate.generation import Written, generate_answers
 from minimind.inference.reply import parse_reply
 from minimind.inference.tool_calls import ToolCall
+from minimind.ranges import MANY
 from minimind.tokenizer import encode_chat
 from minimind.tokenizer.render import call_text, parse_json_list, tools_of
 
@@ -48,10 +49,11 @@ class ToolsArguments(EvalArguments):
         None,
         'jsonl：{"conversations"}（tools、tool_calls 在消息里）或 OpenAI 的 {"messages", "tools"}；'
         "默认 dataset/toolcall.jsonl",
+        text="path",
     )
-    max_new_tokens: int = arg(256, "每个回答最多多少个 token")
-    max_length: int = arg(0, "提示最多多少个 token，更长的不考；0 表示模型的上下文减去回答")
-    batch_size: int = arg(32, "同时写几个")
+    max_new_tokens: int = arg(256, "每个回答最多多少个 token", low=1, high=MANY)
+    max_length: int = arg(0, "提示最多多少个 token，更长的不考；0 表示模型的上下文减去回答", low=0, high=MANY)
+    batch_size: int = arg(32, "同时写几个", low=1, high=65536)
     save_items: int = arg(0, "结果文件里附上每一个回答", (0, 1))
 
 

@@ -2,81 +2,93 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from typing import Any
 
-from minimind.arguments import ChineseParser
+from minimind.arguments import Arguments, arg, parse_args
 from minimind.console import say
-from minimind.errors import UserError, guard
+from minimind.errors import guard
 from minimind.paths import resolve_path
+from minimind.ranges import MANY
 
 PRECISIONS = ("auto", "float32", "float16", "bfloat16")
 
 
-def _flag(parser: argparse.ArgumentParser, name: str, **options: Any) -> None:
-    """``--a_b`` 与 ``--a-b`` 都接受。"""
-    names = [f"--{name}"] + ([f"--{name.replace('_', '-')}"] if "_" in name else [])
-    parser.add_argument(*names, dest=name, **options)
+@dataclass
+class SourceArguments(Arguments):
+    """导出哪一份权重。"""
+
+    name: str = arg("", "权重的名字，如 full_sft；或 .pth 文件的路径", metavar="名字", text="path")
+    save_dir: str = arg("out", "权重所在的目录", text="path")
+    lora_weight: str = arg("None", "先合并进去的 LoRA，逗号分隔几份；None 表示不用", text="paths")
+    hidden_size: int | None = arg(None, "隐层宽度；不给则由权重文件决定", low=1, high=16384)
+    num_hidden_layers: int | None = arg(None, "层数；不给则由权重旁的 JSON 决定", low=1, high=256)
+    use_moe: int | None = arg(None, "是否混合专家；不给则由权重文件决定", (0, 1))
+    arch: str | None = arg(None, "模型结构；不给则由权重旁的 JSON 决定", ("v2", "v3"))
+    tokenizer_path: str | None = arg(None, "分词器目录；不给则用自带的", text="path")
+    inference_rope_scaling: int = arg(0, "把 YaRN 外推写进配置", (0, 1))
+    force: bool = arg(False, "覆盖已有的目标")
+
+    def open(self) -> Any:
+        """打开权重，见 :func:`minimind.export.source.open_source`。"""
+        from minimind.export.source import open_source
+
+        options = {name: getattr(self, name) for name in SourceArguments.__dataclass_fields__}
+        del options["force"]
+        return open_source(**options | {"inference_rope_scaling": bool(self.inference_rope_scaling)})
 
 
-def _source_parser(command: str, description: str) -> ChineseParser:
-    parser = ChineseParser(prog=f"minimind export {command}", description=description, allow_abbrev=False)
-    parser.add_argument("name", metavar="名字", help="权重的名字，如 full_sft；或 .pth 文件的路径")
-    return parser
+@dataclass
+class ExportHFArguments(SourceArguments):
+    """导出成 Hugging Face 目录（safetensors、分词器、对话模板）"""
+
+    folder: str = arg("", "写到哪个目录", metavar="目录", text="path")
+    dtype: str = arg("auto", "权重的精度；auto 与 .pth 相同，一位不变", PRECISIONS)
 
 
-def _source_flags(parser: ChineseParser) -> None:
-    _flag(parser, "save_dir", default="out", help="权重所在的目录")
-    _flag(parser, "lora_weight", default="None", help="先合并进去的 LoRA，逗号分隔几份；None 表示不用")
-    _flag(parser, "hidden_size", type=int, help="隐层宽度；不给则由权重文件决定")
-    _flag(parser, "num_hidden_layers", type=int, help="层数；不给则由权重旁的 JSON 决定")
-    _flag(parser, "use_moe", type=int, choices=(0, 1), help="是否混合专家；不给则由权重文件决定")
-    _flag(parser, "arch", choices=("v2", "v3"), help="模型结构；不给则由权重旁的 JSON 决定")
-    _flag(parser, "tokenizer_path", help="分词器目录；不给则用自带的")
-    _flag(
-        parser,
-        "inference_rope_scaling",
-        nargs="?",
-        const=1,
-        type=int,
-        choices=(0, 1),
-        default=0,
-        help="把 YaRN 外推写进配置",
+@dataclass
+class ExportGGUFArguments(SourceArguments):
+    """导出成 GGUF 文件，旁边附 Ollama 的 Modelfile"""
+
+    file: str = arg("", "写到哪个文件，如 minimind.gguf", metavar="文件", text="path")
+    type: str = arg("f16", "矩阵的精度", ("f32", "f16", "q8_0"))
+    num_ctx: int = arg(2048, "Modelfile 里的上下文长度", low=1, high=MANY)
+
+
+@dataclass
+class ImportArguments(Arguments):
+    """把 Hugging Face 目录或公共 MiniMind 的 .pth 收进来，写成 out/名字_隐藏维.pth 与旁注"""
+
+    source: str = arg("", "Hugging Face 目录，或 .pth 文件", metavar="来源", text="path")
+    name: str | None = arg(None, "收进来叫什么；不给则用目录名或文件名", text="name")
+    save_dir: str = arg("out", "写到哪个目录", text="path")
+    dtype: str = arg("auto", "权重的精度；auto 不改，一位不变", PRECISIONS)
+    tokenizer_path: str | None = arg(None, "训练这份权重的分词器目录；不给则用来源目录里的", text="path")
+    num_attention_heads: int | None = arg(
+        None, "注意力头数；.pth 的形状里看不出来，不给则 8", low=1, high=1024
     )
-    _flag(parser, "force", action="store_true", default=None, help="覆盖已有的目标")
-
-
-SOURCE_NAMES = (
-    "name", "save_dir", "lora_weight", "hidden_size", "num_hidden_layers", "use_moe", "arch", "tokenizer_path",
-)  # fmt: skip
-
-
-def _open(args: argparse.Namespace) -> Any:
-    from minimind.export.source import open_source
-
-    return open_source(
-        **{name: getattr(args, name) for name in SOURCE_NAMES},
-        inference_rope_scaling=bool(args.inference_rope_scaling),
+    num_experts_per_tok: int | None = arg(
+        None, "每词元专家数；.pth 里看不出来，不给则 v2 为 2、v3 为 1", low=1, high=1024
     )
+    rope_theta: float | None = arg(
+        None, "旋转位置编码的底数；.pth 里看不出来，不给则 1e6", above=1, high=1e12
+    )
+    force: bool = arg(False, "覆盖已有的权重")
 
 
 @guard
 def main_hf(argv: list[str] | None = None) -> None:
     """导出 Hugging Face 目录。"""
-    parser = _source_parser("hf", "导出成 Hugging Face 目录（safetensors、分词器、对话模板）")
-    parser.add_argument("folder", metavar="目录", help="写到哪个目录")
-    _flag(parser, "dtype", choices=PRECISIONS, default="auto", help="权重的精度；auto 与 .pth 相同，一位不变")
-    _source_flags(parser)
-    args = parser.parse_args(argv)
+    args = parse_args(ExportHFArguments, argv, prog="minimind export hf")
 
     from minimind.export.files import check_folder
     from minimind.export.hf import OWN_FILES, export_hf
     from minimind.export.layouts import ARCHITECTURES, NATIVE
     from minimind.export.source import DTYPES
 
-    folder, force = resolve_path(args.folder), bool(args.force)
+    folder, force = resolve_path(args.folder), args.force
     check_folder(folder, force, OWN_FILES)  # 先查能不能写，再花时间读权重
-    source = _open(args)
+    source = args.open()
     dtype = source.dtype if args.dtype == "auto" else DTYPES[args.dtype]
     layout = export_hf(source, folder, dtype, force)
     how = (
@@ -90,24 +102,17 @@ def main_hf(argv: list[str] | None = None) -> None:
 @guard
 def main_gguf(argv: list[str] | None = None) -> None:
     """导出 GGUF 与 Modelfile。"""
-    parser = _source_parser("gguf", "导出成 GGUF 文件，旁边附 Ollama 的 Modelfile")
-    parser.add_argument("file", metavar="文件", help="写到哪个文件，如 minimind.gguf")
-    _flag(parser, "type", choices=("f32", "f16", "q8_0"), default="f16", help="矩阵的精度")
-    _flag(parser, "num_ctx", type=int, default=2048, help="Modelfile 里的上下文长度")
-    _source_flags(parser)
-    args = parser.parse_args(argv)
+    args = parse_args(ExportGGUFArguments, argv, prog="minimind export gguf")
 
     from minimind.export.files import check_target, whole_file
     from minimind.export.gguf import export_gguf
     from minimind.export.ollama import modelfile, modelfile_path
 
-    if args.num_ctx < 1:
-        raise UserError(f"--num_ctx={args.num_ctx} 应当至少为 1", fix="改成正整数，如 2048")
     path = resolve_path(args.file)
-    force = bool(args.force)
+    force = args.force
     check_target(path, force)
     check_target(modelfile_path(path), force)
-    source = _open(args)
+    source = args.open()
     arch = export_gguf(source, path, args.type, force)
     with whole_file(modelfile_path(path)) as temporary:
         temporary.write_text(modelfile(source, path.name, args.num_ctx), encoding="utf-8")
@@ -120,23 +125,7 @@ def main_gguf(argv: list[str] | None = None) -> None:
 @guard
 def main_import(argv: list[str] | None = None) -> None:
     """导入外来的权重。"""
-    parser = ChineseParser(
-        prog="minimind import",
-        description="把 Hugging Face 目录或公共 MiniMind 的 .pth 收进来，写成 out/名字_隐藏维.pth 与旁注",
-        allow_abbrev=False,
-    )
-    parser.add_argument("source", metavar="来源", help="Hugging Face 目录，或 .pth 文件")
-    _flag(parser, "name", help="收进来叫什么；默认用目录名或文件名")
-    _flag(parser, "save_dir", default="out", help="写到哪个目录")
-    _flag(parser, "dtype", choices=PRECISIONS, default="auto", help="权重的精度；auto 不改，一位不变")
-    _flag(parser, "tokenizer_path", help="训练这份权重的分词器目录；默认用来源目录里的")
-    _flag(parser, "num_attention_heads", type=int, help="注意力头数；.pth 的形状里看不出来，默认 8")
-    _flag(
-        parser, "num_experts_per_tok", type=int, help="每词元专家数；.pth 里看不出来，默认 v2 为 2、v3 为 1"
-    )
-    _flag(parser, "rope_theta", type=float, help="旋转位置编码的底数；.pth 里看不出来，默认 1e6")
-    _flag(parser, "force", action="store_true", default=None, help="覆盖已有的权重")
-    args = parser.parse_args(argv)
+    args = parse_args(ImportArguments, argv, prog="minimind import")
 
     from minimind.export.importing import import_model
     from minimind.export.source import DTYPES
@@ -147,7 +136,7 @@ def main_import(argv: list[str] | None = None) -> None:
         args.save_dir,
         DTYPES.get(args.dtype),
         args.tokenizer_path,
-        bool(args.force),
+        args.force,
         num_attention_heads=args.num_attention_heads,
         num_experts_per_tok=args.num_experts_per_tok,
         rope_theta=args.rope_theta,
@@ -157,7 +146,7 @@ def main_import(argv: list[str] | None = None) -> None:
     _report_import(args, target, model)
 
 
-def _report_import(args: argparse.Namespace, target: Any, model: Any) -> None:
+def _report_import(args: ImportArguments, target: Any, model: Any) -> None:
     """说明写到了哪里、怎么用；分词器不是随包的那个时，之后每次都要带上它。"""
     from minimind.tokenizer import load_tokenizer, tokenizer_fingerprint
     from minimind.trainer.checkpoint import parse_stem

@@ -18,7 +18,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import nn
 
-from minimind.arguments import arg, parse_args
+from minimind.arguments import Arguments, arg, parse_args
 from minimind.console import say
 from minimind.errors import UserError, guard
 from minimind.inference.loading import Loaded, load_for_inference
@@ -39,31 +39,35 @@ PEFT_PREFIX = "base_model.model."
 
 
 @dataclass
-class _BaseArguments:
+class _BaseArguments(Arguments):
     """底座与 LoRA 在哪里。"""
 
-    weight: str = arg("full_sft", "底座权重的名字")
-    lora_weight: str = arg("lora_identity", "LoRA 的名字或 .pth 路径")
-    save_dir: str = arg("out", "权重所在的目录")
-    hidden_size: int | None = arg(None, "隐层宽度；不给则由权重文件决定")
-    num_hidden_layers: int | None = arg(None, "层数；不给则由权重旁的 JSON 决定，没有 JSON 时为 8")
+    weight: str = arg("full_sft", "底座权重的名字", text="name")
+    lora_weight: str = arg("lora_identity", "LoRA 的名字或 .pth 路径", text="paths")
+    save_dir: str = arg("out", "权重所在的目录", text="path")
+    hidden_size: int | None = arg(None, "隐层宽度；不给则由权重文件决定", low=1, high=16384)
+    num_hidden_layers: int | None = arg(
+        None, "层数；不给则由权重旁的 JSON 决定，没有 JSON 时为 8", low=1, high=256
+    )
     use_moe: int | None = arg(None, "是否混合专家；不给则由权重文件决定", (0, 1))
     arch: str | None = arg(None, "模型结构；不给则由权重旁的 JSON 决定，没有 JSON 时为 v2", ("v2", "v3"))
-    tokenizer_path: str | None = arg(None, "分词器目录；不给则用自带的")
+    tokenizer_path: str | None = arg(None, "分词器目录；不给则用自带的", text="path")
 
 
 @dataclass
 class ExportLoRAArguments(_BaseArguments):
     """把一份 LoRA 写成 peft 的适配器目录。"""
 
-    out_dir: str | None = arg(None, "写到哪里；不给则是 {save_dir}/export/{lora 的文件名}")
+    out_dir: str | None = arg(None, "写到哪里；不给则是 {save_dir}/export/{lora 的文件名}", text="path")
 
 
 @dataclass
 class ExportMergeArguments(_BaseArguments):
     """把一份或几份 LoRA（逗号分隔）合并进底座，写成普通权重。"""
 
-    save_weight: str = arg("merged", "新权重的名字，写到 {save_dir}/{save_weight}_{hidden_size}[_moe].pth")
+    save_weight: str = arg(
+        "merged", "新权重的名字，写到 {save_dir}/{save_weight}_{hidden_size}[_moe].pth", text="name"
+    )
 
 
 def peft_state_dict(adapter: Adapter) -> dict[str, Any]:

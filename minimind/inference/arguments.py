@@ -5,31 +5,39 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from minimind.arguments import arg
+from minimind.arguments import Arguments, arg
+from minimind.ranges import DEVICE
 
 if TYPE_CHECKING:
     from minimind.inference.loading import Loaded
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(Arguments):
     """打开哪个模型；各命令里同名的参数同一个意思。"""
 
-    load_from: str = arg("model", "model 表示本项目训练的 .pth 权重；也可以是 Hugging Face 格式的模型目录")
-    save_dir: str = arg("out", "权重所在的目录")
-    weight: str = arg("full_sft", "权重的名字：pretrain、full_sft、dpo、reason、ppo_actor、grpo、spo……")
+    load_from: str = arg(
+        "model", "model 表示本项目训练的 .pth 权重；也可以是 Hugging Face 格式的模型目录", text="path"
+    )
+    save_dir: str = arg("out", "权重所在的目录", text="path")
+    weight: str = arg(
+        "full_sft", "权重的名字：pretrain、full_sft、dpo、reason、ppo_actor、grpo、spo……", text="name"
+    )
     lora_weight: str = arg(
         "None",
         "叠加的 LoRA：{save_dir}/lora 下的名字（如 lora_identity）或 .pth 路径；逗号分隔几份，"
         "各自的增量相加（a,b 与 b,a 相同）；None 表示不用",
+        text="paths",
     )
-    hidden_size: int | None = arg(None, "隐层宽度；不给则由权重文件决定")
-    num_hidden_layers: int | None = arg(None, "层数；不给则由权重旁的 JSON 决定，没有 JSON 时为 8")
+    hidden_size: int | None = arg(None, "隐层宽度；不给则由权重文件决定", low=1, high=16384)
+    num_hidden_layers: int | None = arg(
+        None, "层数；不给则由权重旁的 JSON 决定，没有 JSON 时为 8", low=1, high=256
+    )
     use_moe: int | None = arg(None, "是否混合专家；不给则由权重文件决定", (0, 1))
     arch: str | None = arg(None, "模型结构；不给则由权重旁的 JSON 决定，没有 JSON 时为 v2", ("v2", "v3"))
-    tokenizer_path: str | None = arg(None, "分词器目录；不给则用自带的（HF 目录用它自己的）")
+    tokenizer_path: str | None = arg(None, "分词器目录；不给则用自带的（HF 目录用它自己的）", text="path")
     inference_rope_scaling: int = arg(0, "用 YaRN 把上下文外推到训练长度之外", (0, 1))
-    device: str = arg("auto", "设备：auto、cpu、cuda:0、npu:0、mps")
+    device: str = arg("auto", "设备：auto、cpu、cuda:0、npu:0、mps", pattern=DEVICE)
     dtype: str = arg(
         "auto", "计算精度；auto：CPU 用 float32，显卡用半精度", ("auto", "float32", "bfloat16", "float16")
     )

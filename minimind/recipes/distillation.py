@@ -25,9 +25,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from minimind.arguments import arg, override
+from minimind.arguments import arg, check, override
 from minimind.dataset import SFTDataset, collate_packed
-from minimind.errors import UserError
 from minimind.recipes.data import open_datasets
 from minimind.recipes.entry import entry, open_model
 from minimind.recipes.health import distillation_health
@@ -37,7 +36,7 @@ from minimind.rl.rollout import LocalRollout
 from minimind.trainer.distill_loss import DIVERGENCES, chunked_loss, distillation_loss
 from minimind.trainer.logprobs import target_mask
 from minimind.trainer.loop import TrainResult, train
-from minimind.trainer.train_args import ON_OFF, TrainArguments
+from minimind.trainer.train_args import LAYERS, MAX_LENGTH, ON_OFF, WIDTHS, TrainArguments
 
 
 @dataclass
@@ -48,42 +47,42 @@ class DistillationArguments(TrainArguments):
     epochs: int = override(TrainArguments, "epochs", 6)
     max_seq_len: int = override(TrainArguments, "max_seq_len", 512)
 
-    alpha: float = arg(0.2, "标准答案的份量；其余 1 − alpha 给教师")
-    temperature: float = arg(1.0, "摊平两边分布的温度，1 到 4")
+    alpha: float = arg(0.2, "标准答案的份量；其余 1 − alpha 给教师", low=0, high=1)
+    temperature: float = arg(1.0, "摊平两边分布的温度，通常 1 到 4", above=0, high=100)
     divergence: str = arg("forward", "与教师的距离：forward、reverse（KL 的两个方向）或 jsd", DIVERGENCES)
-    jsd_beta: float = arg(0.5, "jsd 里教师的份量，0 到 1（不含）")
-    on_policy: float = arg(0.0, "λ：这么大比例的批由学生自己作答，教师来教")
-    max_gen_len: int = arg(128, "学生自己作答时最多写多少个词元")
+    jsd_beta: float = arg(0.5, "jsd 里教师的份量", above=0, below=1)
+    on_policy: float = arg(0.0, "λ：这么大比例的批由学生自己作答，教师来教", low=0, high=1)
+    max_gen_len: int = arg(128, "学生自己作答时最多写多少个词元", low=1, high=MAX_LENGTH)
 
     student_hidden_size: int | None = arg(
-        None, "学生的宽度；不给则 512，教师也只有这么宽（或更窄）时取它的一半"
+        None, "学生的宽度；不给则 512，教师也只有这么宽（或更窄）时取它的一半", **WIDTHS
     )
-    student_num_layers: int | None = arg(None, "学生的层数；不给则 8，教师也只有这么宽（或更窄）时取它的一半")
+    student_num_layers: int | None = arg(
+        None, "学生的层数；不给则 8，教师也只有这么宽（或更窄）时取它的一半", **LAYERS
+    )
     student_use_moe: int = arg(0, "学生是否用混合专家（0 否，1 是）", ON_OFF)
     from_student_weight: str | None = arg(
-        None, "学生从哪个权重开始；不给则依次找同尺寸的 full_sft、pretrain，都没有就从头训练；none 从头训练"
+        None,
+        "学生从哪个权重开始；不给则依次找同尺寸的 full_sft、pretrain，都没有就从头训练；none 从头训练",
+        text="name",
     )
-    teacher_hidden_size: int | None = arg(None, "教师的宽度；不给则 768，没有这样的权重就用现有最大的")
-    teacher_num_layers: int | None = arg(None, "教师的层数；不给则由权重旁的 JSON 决定")
+    teacher_hidden_size: int | None = arg(
+        None, "教师的宽度；不给则 768，没有这样的权重就用现有最大的", **WIDTHS
+    )
+    teacher_num_layers: int | None = arg(None, "教师的层数；不给则由权重旁的 JSON 决定", **LAYERS)
     teacher_use_moe: int | None = arg(
         None, "教师是否用混合专家（0 否，1 是）；不给则由找到的权重决定", ON_OFF
     )
-    from_teacher_weight: str = arg("full_sft", "教师用哪个权重")
+    from_teacher_weight: str = arg("full_sft", "教师用哪个权重", text="name")
 
     LEARNING_RATE_TIMES_WIDTH = 0.5
 
     def __post_init__(self):
+        check(self)
         self._teacher = resolve_sizes(self)  # 学习率随学生的宽度与起点而定，所以先看有哪些权重
         if self.from_weight == "none":
             self.LEARNING_RATE_TIMES_WIDTH = TrainArguments.LEARNING_RATE_TIMES_WIDTH
         super().__post_init__()
-        for name in ("alpha", "on_policy"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"值是 {getattr(self, name)}", where=f"--{name}", expected="0 到 1 之间")
-        if not self.temperature > 0:
-            raise UserError(f"值是 {self.temperature}", where="--temperature", expected="大于 0，通常 1 到 4")
-        if not 0 < self.jsd_beta < 1:
-            raise UserError(f"值是 {self.jsd_beta}", where="--jsd_beta", expected="0 与 1 之间（不含）")
 
 
 def distill_loss(model: nn.Module, batch: dict[str, Any], args: DistillationArguments, student, teacher):

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from minimind.arguments import arg, override
 from minimind.recipes.entry import entry
 from minimind.recipes.rl import open_stage, train_stage
-from minimind.rl.arguments import RLArguments, require
+from minimind.rl.arguments import RLArguments
 from minimind.rl.experience import Collector, Experience, global_moments, prompts_of
 from minimind.rl.objectives import LOSS_TYPES, SCALES, group_advantages, zero_spread
 from minimind.rl.policy import frozen_copy, policy_loss, response_logps
@@ -38,19 +38,19 @@ class GRPOArguments(RLArguments):
     scale_rewards: str = arg(
         "group", "优势除以谁的标准差：group（本组）、batch（整批）、none（不除）", SCALES
     )
-    epsilon: float = arg(0.2, "比值截断的下限 1 − epsilon")
-    epsilon_high: float | None = arg(None, "比值截断的上限 1 + epsilon_high；不给则 0.28，cispo 是 5")
-    beta: float = arg(0.0, "与参考模型的 KL 的系数；0 则不载入参考模型")
+    epsilon: float = arg(0.2, "比值截断的下限 1 − epsilon", above=0, below=1)
+    epsilon_high: float | None = arg(
+        None, "比值截断的上限 1 + epsilon_high；不给则 0.28，cispo 是 5", above=0, high=100
+    )
+    beta: float = arg(0.0, "与参考模型的 KL 的系数；0 则不载入参考模型", low=0, high=1000)
     mask_truncated: int = arg(0, "写到上限还没结束的回答不参与更新（仍参与组内比较）", (0, 1))
     dynamic_sampling: int = arg(0, "全组同分的提示不参与更新，也不进分母", (0, 1))
 
     save_weight: str = override(RLArguments, "save_weight", "grpo")
+    num_generations: int = override(
+        RLArguments, "num_generations", 8, help="每个提示采样几条回答，组内要有得比", low=2
+    )
     accumulation_steps: int = override(RLArguments, "accumulation_steps", 8)
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(self, "num_generations", self.num_generations >= 2, "至少为 2：组内要有得比")
-        require(self, "beta", self.beta >= 0, "不小于 0")
 
 
 def learnable_rows(experience: Experience, args: GRPOArguments) -> list[int]:

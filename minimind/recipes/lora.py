@@ -22,6 +22,7 @@ from minimind.dataset import SFTDataset, collate_packed
 from minimind.errors import UserError
 from minimind.model.model_lora import apply_lora, lora_state_dict
 from minimind.paths import resolve_path
+from minimind.ranges import MANY
 from minimind.recipes.data import open_datasets
 from minimind.recipes.entry import entry, open_model
 from minimind.trainer.adapters import adapter_path, base_fingerprint
@@ -34,16 +35,21 @@ class LoRAArguments(TrainArguments):
     """LoRA 微调：只训练低秩增量，换身份、换口吻、补一个领域。"""
 
     lora_name: str = arg(
-        "lora_identity", "LoRA 的名字，写到 {save_dir}/lora/{lora_name}_{hidden_size}[_moe].pth"
+        "lora_identity",
+        "LoRA 的名字，写到 {save_dir}/lora/{lora_name}_{hidden_size}[_moe].pth",
+        text="name",
     )
-    lora_rank: int = arg(8, "秩 r：增量的自由度，越大能改得越多、文件越大")
-    lora_alpha: float = arg(16.0, "缩放：增量乘 alpha / r")
+    lora_rank: int = arg(8, "秩 r：增量的自由度，越大能改得越多、文件越大", low=1, high=16384)
+    lora_alpha: float = arg(16.0, "缩放：增量乘 alpha / r", above=0, high=MANY)
     lora_targets: str = arg(
         "all",
         "加在哪些层上：all 注意力与前馈的全部线性层（含各专家），square 只要方阵（q_proj、o_proj，公共项目的选法），"
         "或逗号分隔的层名，如 q_proj,v_proj",
+        text="filled",
     )
-    save_weight: str | None = arg(None, "同 --lora_name（各训练命令都有的参数）；不给则用 --lora_name")
+    save_weight: str | None = arg(
+        None, "同 --lora_name（各训练命令都有的参数）；不给则用 --lora_name", text="name"
+    )
     from_weight: str = override(TrainArguments, "from_weight", "full_sft")
     epochs: int = override(TrainArguments, "epochs", 50)
     optimizer: str = override(TrainArguments, "optimizer", "adamw")
@@ -56,9 +62,6 @@ class LoRAArguments(TrainArguments):
         super().__post_init__()
         # 权重、续训存档与日志都用这个名字
         self.lora_name = self.save_weight = self.save_weight or self.lora_name
-        for name in ("lora_rank", "lora_alpha"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"值是 {getattr(self, name)}", where=f"--{name}", expected="大于 0")
 
 
 def add_lora(model: nn.Module, args: LoRAArguments) -> None:

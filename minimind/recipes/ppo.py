@@ -21,10 +21,12 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from minimind.arguments import arg, override
+from minimind.errors import UserError
+from minimind.ranges import MANY
 from minimind.recipes.entry import entry
 from minimind.recipes.rl import open_stage, train_stage
 from minimind.rl.actor_critic import ActorCritic, actor_of
-from minimind.rl.arguments import RLArguments, require
+from minimind.rl.arguments import RLArguments
 from minimind.rl.experience import Batch, Collector, Experience, global_moments, minibatches, prompts_of
 from minimind.rl.objectives import (
     clipped_loss,
@@ -48,16 +50,18 @@ from minimind.trainer.validation import count_targets
 class PPOArguments(RLArguments):
     """PPO：策略与价值网络，截断的更新。"""
 
-    clip_epsilon: float = arg(0.2, "比值截断在 1 ± clip_epsilon")
-    value_clip: float = arg(0.2, "价值每次更新至多离采样时这么远")
-    vf_coef: float = arg(0.5, "价值损失的系数")
-    kl_coef: float = arg(0.02, "逐词元 KL 惩罚的系数；0 则不载入参考模型")
-    critic_learning_rate: float | None = arg(None, "价值网络的学习率；不给则与策略相同")
-    gamma: float = arg(1.0, "折扣")
-    lam: float = arg(0.95, "GAE 的 lambda")
-    ppo_epochs: int = arg(2, "同一批采样走几轮")
-    minibatches: int = arg(2, "每轮分成几个小批，各更新一次")
-    target_kl: float = arg(0.1, "策略离采样时的 KL 超过它就停下，不再用这批采样；0 表示不查")
+    clip_epsilon: float = arg(0.2, "比值截断在 1 ± clip_epsilon", above=0, below=1)
+    value_clip: float = arg(0.2, "价值每次更新至多离采样时这么远", above=0, high=MANY)
+    vf_coef: float = arg(0.5, "价值损失的系数", low=0, high=1000)
+    kl_coef: float = arg(0.02, "逐词元 KL 惩罚的系数；0 则不载入参考模型", low=0, high=1000)
+    critic_learning_rate: float | None = arg(None, "价值网络的学习率；不给则与策略相同", low=0, high=1)
+    gamma: float = arg(1.0, "折扣", low=0, high=1)
+    lam: float = arg(0.95, "GAE 的 lambda", low=0, high=1)
+    ppo_epochs: int = arg(2, "同一批采样走几轮", low=1, high=1000)
+    minibatches: int = arg(2, "每轮分成几个小批，各更新一次", low=1, high=65536)
+    target_kl: float = arg(
+        0.1, "策略离采样时的 KL 超过它就停下，不再用这批采样；0 表示不查", low=0, high=1000
+    )
 
     save_weight: str = override(RLArguments, "save_weight", "ppo_actor")
     num_generations: int = override(RLArguments, "num_generations", 1)
@@ -67,10 +71,14 @@ class PPOArguments(RLArguments):
         super().__post_init__()
         if self.critic_learning_rate is None:
             self.critic_learning_rate = self.learning_rate
-        for name in ("ppo_epochs", "minibatches"):
-            require(self, name, getattr(self, name) >= 1, "至少为 1")
-        for name in ("clip_epsilon", "value_clip", "vf_coef", "kl_coef", "target_kl", "critic_learning_rate"):
-            require(self, name, getattr(self, name) >= 0, "不小于 0")
+        rollouts = self.batch_size * self.accumulation_steps * self.num_generations
+        if self.minibatches > rollouts:
+            raise UserError(
+                f"值是 {self.minibatches}",
+                where="--minibatches",
+                expected=f"不超过一步采样的 {rollouts} 条（batch_size × accumulation_steps × num_generations）",
+                fix="减小它，或每步多采样几条",
+            )
 
 
 def estimate(run: Run, experience: Experience, reference: nn.Module | None, args: PPOArguments) -> None:

@@ -20,9 +20,10 @@ import torch
 
 from minimind.arguments import arg, override
 from minimind.errors import UserError
+from minimind.ranges import MANY
 from minimind.recipes.entry import entry
 from minimind.recipes.rl import open_stage, train_stage
-from minimind.rl.arguments import RLArguments, require
+from minimind.rl.arguments import RLArguments
 from minimind.rl.experience import Collector, global_moments, prompts_of
 from minimind.rl.objectives import whiten
 from minimind.rl.policy import frozen_copy, policy_loss, response_logps
@@ -38,12 +39,16 @@ from minimind.trainer.step import Window
 class SPOArguments(RLArguments):
     """SPO：单条采样，和自己过去的成绩比。"""
 
-    epsilon: float = arg(0.2, "比值截断的下限 1 − epsilon")
-    epsilon_high: float | None = arg(None, "比值截断的上限 1 + epsilon_high；不给则 0.28")
-    beta: float = arg(0.0, "与参考模型的 KL 的系数；0 则不载入参考模型")
-    offline_samples: int = arg(0, "训练前每个提示先采样几条给记分牌定起点；0 则都从 0.5 开始")
-    reward_low: float | None = arg(None, "奖励的最低分，用来换算到 0…1；不给则由奖励自己说")
-    reward_high: float | None = arg(None, "奖励的最高分")
+    epsilon: float = arg(0.2, "比值截断的下限 1 − epsilon", above=0, below=1)
+    epsilon_high: float | None = arg(None, "比值截断的上限 1 + epsilon_high；不给则 0.28", above=0, high=100)
+    beta: float = arg(0.0, "与参考模型的 KL 的系数；0 则不载入参考模型", low=0, high=1000)
+    offline_samples: int = arg(
+        0, "训练前每个提示先采样几条给记分牌定起点；0 则都从 0.5 开始", low=0, high=1024
+    )
+    reward_low: float | None = arg(
+        None, "奖励的最低分，用来换算到 0…1；不给则由奖励自己说", low=-MANY, high=MANY
+    )
+    reward_high: float | None = arg(None, "奖励的最高分；不给则由奖励自己说", low=-MANY, high=MANY)
 
     save_weight: str = override(RLArguments, "save_weight", "spo")
     num_generations: int = override(RLArguments, "num_generations", 1)
@@ -51,7 +56,8 @@ class SPOArguments(RLArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        require(self, "beta", self.beta >= 0, "不小于 0")
+        if None not in (self.reward_low, self.reward_high):
+            check_range(self.reward_low, self.reward_high)
 
 
 def reward_range(args: SPOArguments, rewards: Rewards) -> tuple[float, float]:
@@ -63,6 +69,11 @@ def reward_range(args: SPOArguments, rewards: Rewards) -> tuple[float, float]:
     low, high = rewards.bounds or (None, None)
     low = low if args.reward_low is None else args.reward_low
     high = high if args.reward_high is None else args.reward_high
+    return check_range(low, high)
+
+
+def check_range(low: float | None, high: float | None) -> tuple[float, float]:
+    """两头都有，低的在前。"""
     if low is None or high is None or not low < high:
         raise UserError(
             f"奖励的范围是 {low} 到 {high}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from minimind.arguments import arg, parse_args
+from minimind.arguments import Arguments, arg, parse_args
 from minimind.console import format_duration, say
 from minimind.errors import UserError, guard
 from minimind.paths import resolve_path
@@ -15,12 +15,12 @@ from minimind.report.report import Report
 
 
 @dataclass
-class ReportArguments:
+class ReportArguments(Arguments):
     """把训练日志画成曲线，写成 report.md。"""
 
-    save_dir: str = arg("out", "权重与日志的目录，读其中的 logs/*.jsonl")
-    weight: str | None = arg(None, "只看这个名字的日志，例如 pretrain；不给则全部")
-    report_dir: str = arg("out/report", "报告的目录")
+    save_dir: str = arg("out", "权重与日志的目录，读其中的 logs/*.jsonl", text="path")
+    weight: str | None = arg(None, "只看这个名字的日志，例如 pretrain；不给则全部", text="name")
+    report_dir: str = arg("out/report", "报告的目录", text="path")
 
 
 def summarize(records: list[dict]) -> str:

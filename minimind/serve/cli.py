@@ -9,7 +9,9 @@ from minimind.console import say
 from minimind.errors import UserError, guard
 from minimind.inference.arguments import ModelArguments
 from minimind.paths import resolve_path
+from minimind.ranges import MANY
 
+HOST = (r"[0-9A-Za-z._:%-]+", "一个地址或主机名，如 127.0.0.1")
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
@@ -18,27 +20,35 @@ class ServeArguments(ModelArguments):
     """OpenAI 兼容的服务与网页。"""
 
     lora_weight: str = arg(
-        "None", "LoRA 的名字，逗号分隔；每一份另成一个模型，请求时 model 写它的名字；None 表示不用"
+        "None",
+        "LoRA 的名字，逗号分隔；每一份另成一个模型，请求时 model 写它的名字；None 表示不用",
+        text="paths",
     )
-    model_name: str | None = arg(None, "底座在 API 里叫什么；不给则 minimind")
-    host: str = arg("127.0.0.1", "监听的地址；对外开放时请同时设 --api_key")
-    port: int = arg(8998, "端口")
-    api_key: str | None = arg(None, "要求客户端带的密钥；不给则不要求")
-    cors: str | None = arg(None, "允许跨源请求的来源，逗号分隔；不给则不放行")
-    max_slots: int = arg(32, "同时写多少个样本")
-    max_queue: int = arg(128, "另外最多排多少个样本，再多就答 429")
-    max_length: int = arg(8192, "提示加回答的上限，不超过模型的上下文")
-    prefill_chunk: int = arg(0, "一步最多读多少个提示词元，其间别人照写；0 由设备定：CPU 256，显卡 2048")
+    model_name: str | None = arg(None, "底座在 API 里叫什么；不给则 minimind", text="filled")
+    host: str = arg("127.0.0.1", "监听的地址；对外开放时请同时设 --api_key", pattern=HOST)
+    port: int = arg(8998, "端口", low=1, high=65535)
+    api_key: str | None = arg(None, "要求客户端带的密钥；不给则不要求", text="filled")
+    cors: str | None = arg(None, "允许跨源请求的来源，逗号分隔；不给则不放行", text="filled")
+    max_slots: int = arg(32, "同时写多少个样本", low=1, high=4096)
+    max_queue: int = arg(128, "另外最多排多少个样本，再多就答 429", low=0, high=MANY)
+    max_length: int = arg(8192, "提示加回答的上限，不超过模型的上下文", low=2, high=MANY)
+    prefill_chunk: int = arg(
+        0, "一步最多读多少个提示词元，其间别人照写；0 由设备定：CPU 256，显卡 2048", low=0, high=MANY
+    )
     prefix_cache_tokens: int = arg(
-        16384, "前缀库最多存多少个词元的 KV（26M 每个 8 KB），开头相同的提示不重算；0 不用"
+        16384,
+        "前缀库最多存多少个词元的 KV（26M 每个 8 KB），开头相同的提示不重算；0 不用",
+        low=0,
+        high=MANY,
     )
     reload_dir: str | None = arg(
         None,
         "强化学习的远程采样用：允许 POST /collective_rpc 让底座重读这个目录的 model.safetensors；对外开放时须有 --api_key",
+        text="path",
     )
     cuda_graphs: int = arg(0, "CUDA 上把一步解码录成图，省去主机逐个发射；稠密模型才有，默认不开", (0, 1))
-    request_seconds: float = arg(600.0, "一个请求最多多少秒")
-    shutdown_seconds: float = arg(120.0, "停机时最多等在写的多少秒")
+    request_seconds: float = arg(600.0, "一个请求最多多少秒", above=0, high=MANY)
+    shutdown_seconds: float = arg(120.0, "停机时最多等在写的多少秒", low=0, high=MANY)
 
 
 def model_table(args: ServeArguments):

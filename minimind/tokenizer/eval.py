@@ -10,7 +10,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from minimind.arguments import ChineseParser
+from minimind.arguments import Arguments, arg, parse_args
 from minimind.errors import UserError, guard
 from minimind.paths import resolve_path
 from minimind.tokenizer.chat import encode_plain_batch
@@ -71,19 +71,20 @@ def table(rows: list[Compression]) -> str:
     return "\n".join(lines)
 
 
+@dataclass
+class EvalArguments(Arguments):
+    """量分词器在各个 jsonl 文件上的压缩率与速度。"""
+
+    files: tuple[str, ...] = arg((), "jsonl 文件，所有文本字段用换行连接后分词", metavar="文件", text="path")
+    tokenizer: tuple[str, ...] = arg((SHIPPED_NAME,), "一个或多个分词器文件夹；“随包”指自带的", text="path")
+    json: str | None = arg(None, "把结果另存为 JSON 文件", text="path")
+
+
 @guard
 def main_eval(argv: list[str] | None = None) -> None:
     """``minimind tokenizer eval`` 的入口。"""
-    parser = ChineseParser(
-        prog="minimind tokenizer eval", description="量分词器在各个 jsonl 文件上的压缩率与速度。"
-    )
-    parser.add_argument("files", nargs="+", help="jsonl 文件，所有文本字段用换行连接后分词")
-    parser.add_argument(
-        "--tokenizer", nargs="+", default=[SHIPPED_NAME], help="一个或多个分词器文件夹；“随包”指自带的"
-    )
-    parser.add_argument("--json", help="把结果另存为 JSON 文件")
-    args = parser.parse_args(argv)
-    rows = compare([resolve_path(file) for file in args.files], args.tokenizer)
+    args = parse_args(EvalArguments, argv, prog="minimind tokenizer eval")
+    rows = compare([resolve_path(file) for file in args.files], list(args.tokenizer))
     print(table(rows))
     if args.json:
         text = json.dumps([asdict(row) for row in rows], ensure_ascii=False, indent=1)

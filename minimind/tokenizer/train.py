@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from minimind.arguments import arg, parse_args
+from minimind.arguments import Arguments, arg, parse_args
 from minimind.console import format_duration, say
 from minimind.errors import UserError, guard
 from minimind.paths import base_dir, resolve_path
@@ -38,16 +38,27 @@ DEFAULT_MIX = "pretrain_zh=1,pretrain_en=1.4,sft=1.2,gsm8k_train=1.1,math_zh=1"
 
 
 @dataclass
-class TokenizerArguments:
+class TokenizerArguments(Arguments):
     """训练一个字节级 BPE 分词器，连同对话模板写进一个文件夹。"""
 
-    data_dir: str | None = arg(None, "语料文件夹；不给时用仓库旁边的 ../shared/data，没有就用 dataset/")
-    mix: str = arg(DEFAULT_MIX, "语料与权重，逗号分隔；名字是 data_dir 下的 jsonl，也可以写 jsonl 的路径")
-    exclude_tags: str = arg(
-        ",".join(EXCLUDED_TAGS), "跳过这些来源（data_dir/meta 下的标签，默认是禁止商用或只许研究用的）"
+    data_dir: str | None = arg(
+        None, "语料文件夹；不给时用仓库旁边的 ../shared/data，没有就用 dataset/", text="path"
     )
-    vocab_size: int = arg(6400, "词表大小，含控制 token")
-    save_dir: str = arg("out/tokenizer", "写到哪个文件夹")
+    mix: str = arg(
+        DEFAULT_MIX, "语料与权重，逗号分隔；名字是 data_dir 下的 jsonl，也可以写 jsonl 的路径", text="paths"
+    )
+    exclude_tags: str = arg(
+        ",".join(EXCLUDED_TAGS),
+        "跳过这些来源（data_dir/meta 下的标签，默认是禁止商用或只许研究用的）；空文字表示都用",
+        text="any",
+    )
+    vocab_size: int = arg(
+        6400,
+        "词表大小，含控制 token；要装得下它们与 256 个字节",
+        low=len(SPECIAL_TOKENS) + 257,
+        high=1_000_000,
+    )
+    save_dir: str = arg("out/tokenizer", "写到哪个文件夹", text="path")
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int = 6400) -> Tokenizer:

@@ -5,86 +5,99 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from minimind.arguments import arg
+from minimind.arguments import Arguments, arg
 from minimind.errors import UserError
 from minimind.model.presets import PRESETS
+from minimind.ranges import DEVICE, MANY
 
 ON_OFF = (0, 1)
+MAX_SEED = 2**63 - 1  # torch 收得下的
+MAX_LENGTH = 32768  # 模型的位置上限 max_position_embeddings
+# 八个头、每头的维数是偶数（旋转位置编码两两成对）：宽度要是 16 的倍数
+WIDTHS = {"low": 16, "high": 16384, "multiple": 16}
+LAYERS = {"low": 1, "high": 256}
 
 
 @dataclass
-class TrainArguments:
+class TrainArguments(Arguments):
     """训练的共用参数。"""
 
     # 输出
-    save_dir: str = arg("out", "权重与日志的目录")
+    save_dir: str = arg("out", "权重与日志的目录", text="path")
     save_weight: str = arg(
-        "pretrain", "保存权重的名字，文件为 {save_dir}/{save_weight}_{hidden_size}[_moe].pth"
+        "pretrain", "保存权重的名字，文件为 {save_dir}/{save_weight}_{hidden_size}[_moe].pth", text="name"
     )
-    checkpoint_dir: str = arg("checkpoints", "续训存档的目录")
-    log_interval: int = arg(10, "每多少个优化步打印一行日志")
-    save_interval: int = arg(200, "每多少个优化步保存一次；0 表示只在结束时保存")
+    checkpoint_dir: str = arg("checkpoints", "续训存档的目录", text="path")
+    log_interval: int = arg(10, "每多少个优化步打印一行日志", low=0, high=MANY)
+    save_interval: int = arg(200, "每多少个优化步保存一次；0 表示只在结束时保存", low=0, high=MANY)
 
     # 训练量
-    epochs: int = arg(1, "训练轮数")
-    max_steps: int = arg(0, "至多训练多少个优化步；0 表示由轮数决定")
-    batch_size: int = arg(32, "每个进程每个微批次的行数")
-    accumulation_steps: int = arg(1, "多少个微批次合成一个优化步")
-    max_seq_len: int = arg(512, "每行的 token 数（多篇文档会装进同一行）")
+    epochs: int = arg(1, "训练轮数", low=1, high=MANY)
+    max_steps: int = arg(0, "至多训练多少个优化步；0 表示由轮数决定", low=0, high=MANY)
+    batch_size: int = arg(32, "每个进程每个微批次的行数", low=1, high=65536)
+    accumulation_steps: int = arg(1, "多少个微批次合成一个优化步", low=1, high=65536)
+    max_seq_len: int = arg(512, "每行的 token 数（多篇文档会装进同一行）", low=2, high=MAX_LENGTH)
 
     # 优化
     optimizer: str = arg("muon", "优化器：muon（矩阵用 Muon，其余用 AdamW）或 adamw", ("muon", "adamw"))
     learning_rate: float | None = arg(
-        None, "最高学习率，Muon 与 AdamW 共用；不给则按宽度：预训练 1.5 / 隐层宽度，微调 0.5 / 隐层宽度"
+        None,
+        "最高学习率，Muon 与 AdamW 共用；不给则按宽度：预训练 1.5 / 隐层宽度，微调 0.5 / 隐层宽度",
+        low=0,
+        high=1,
     )
-    embed_lr_scale: float = arg(4.0, "词嵌入的学习率倍数（只对 muon 有意义；adamw 时按 1）")
-    weight_decay: float = arg(0.1, "解耦权重衰减，只作用于隐层矩阵")
-    muon_momentum: float = arg(0.95, "Muon 的动量")
-    adam_beta2: float = arg(0.95, "AdamW 的二阶矩衰减")
+    embed_lr_scale: float = arg(4.0, "词嵌入的学习率倍数（只对 muon 有意义；adamw 时按 1）", low=0, high=1000)
+    weight_decay: float = arg(0.1, "解耦权重衰减，只作用于隐层矩阵", low=0, high=100)
+    muon_momentum: float = arg(0.95, "Muon 的动量", low=0, below=1)
+    adam_beta2: float = arg(0.95, "AdamW 的二阶矩衰减", low=0, below=1)
     schedule: str = arg(
         "cosine", "学习率日程：wsd（预热、平稳、衰减）或 cosine（余弦降到一成）", ("wsd", "cosine")
     )
-    warmup_ratio: float = arg(0.05, "预热占总步数的比例")
-    decay_ratio: float = arg(0.3, "wsd 末段衰减占总步数的比例")
-    grad_clip: float = arg(1.0, "梯度范数上限；0 表示不裁剪")
+    warmup_ratio: float = arg(0.05, "预热占总步数的比例", low=0, high=1)
+    decay_ratio: float = arg(0.3, "wsd 末段衰减占总步数的比例；与预热合起来不超过 1", low=0, high=1)
+    grad_clip: float = arg(1.0, "梯度范数上限；0 表示不裁剪", low=0, high=MANY)
 
     # 设备
-    device: str = arg("auto", "设备：auto、cpu、cuda:0、npu:0、mps；auto 依次找 NPU、CUDA、MPS、CPU")
+    device: str = arg(
+        "auto", "设备：auto、cpu、cuda:0、npu:0、mps；auto 依次找 NPU、CUDA、MPS、CPU", pattern=DEVICE
+    )
     dtype: str = arg(
         "auto",
         "计算精度；auto：NPU 用 float16，CUDA 用 bfloat16，CPU 现场测速决定",
         ("auto", "float32", "bfloat16", "float16"),
     )
     use_compile: int = arg(0, "是否用 torch.compile（0 否，1 是；NPU 上跳过）", ON_OFF)
-    num_workers: int | None = arg(None, "读数据的子进程数，0 表示在主进程里读；不给则 CPU 上 0 个、卡上 2 个")
-    seed: int = arg(42, "随机种子：初始化、数据顺序与 dropout 都由它决定")
+    num_workers: int | None = arg(
+        None, "读数据的子进程数，0 表示在主进程里读；不给则 CPU 上 0 个、卡上 2 个", low=0, high=256
+    )
+    seed: int = arg(42, "随机种子：初始化、数据顺序与 dropout 都由它决定", low=0, high=MAX_SEED)
 
     # 模型
     preset: str | None = arg(
-        None, "预设尺寸（tiny、small、base、moe）；给出后以它为准，下面的尺寸参数不再起作用"
+        None, "预设尺寸（tiny、small、base、moe）；给出后以它为准，下面的尺寸参数不再起作用", tuple(PRESETS)
     )
-    hidden_size: int = arg(512, "隐层宽度")
-    num_hidden_layers: int = arg(8, "层数")
+    hidden_size: int = arg(512, "隐层宽度", **WIDTHS)
+    num_hidden_layers: int = arg(8, "层数", **LAYERS)
     use_moe: int = arg(0, "是否用混合专家（0 否，1 是）", ON_OFF)
     arch: str = arg("v2", "模型结构：v2（默认）或 v3（QK 归一化，与 Qwen3 同构）", ("v2", "v3"))
-    tokenizer_path: str | None = arg(None, "分词器目录；不给则用自带的 6400 词表")
-    from_weight: str = arg("none", "从哪个权重开始（名字，如 pretrain）；none 表示从头训练")
+    tokenizer_path: str | None = arg(None, "分词器目录；不给则用自带的 6400 词表", text="path")
+    from_weight: str = arg("none", "从哪个权重开始（名字，如 pretrain）；none 表示从头训练", text="name")
     from_resume: int = arg(0, "是否从续训存档继续（0 否，1 是）", ON_OFF)
 
     # 数据
     data_path: str | None = arg(
-        None, "训练数据 jsonl；不给则找 dataset/ 下的惯用文件，再没有就用内置的微世界"
+        None, "训练数据 jsonl；不给则找 dataset/ 下的惯用文件，再没有就用内置的微世界", text="path"
     )
     on_bad_line: str = arg("error", "遇到坏行：error 报错停下，skip 跳过并计数", ("error", "skip"))
-    val_path: str | None = arg(None, "验证数据；不给则从训练数据里按文档划出 val_ratio")
-    val_ratio: float = arg(0.005, "划作验证的文档比例；0 表示不验证")
-    val_max_rows: int = arg(256, "每次验证至多用多少行（固定的随机子集）；0 表示全部")
-    eval_interval: int = arg(200, "每多少个优化步验证一次；0 表示只在结束时验证")
+    val_path: str | None = arg(None, "验证数据；不给则从训练数据里按文档划出 val_ratio", text="path")
+    val_ratio: float = arg(0.005, "划作验证的文档比例；0 表示不验证", low=0, below=1)
+    val_max_rows: int = arg(256, "每次验证至多用多少行（固定的随机子集）；0 表示全部", low=0, high=MANY)
+    eval_interval: int = arg(200, "每多少个优化步验证一次；0 表示只在结束时验证", low=0, high=MANY)
 
     # 记录
     tracker: str = arg("none", "除 JSON 行之外的记录工具", ("none", "swanlab", "wandb", "tensorboard"))
     use_wandb: int = arg(0, "同 --tracker swanlab（沿用旧参数名；旧项目的这个开关用的就是 swanlab）", ON_OFF)
-    wandb_project: str = arg("MiniMind", "记录工具里的项目名")
+    wandb_project: str = arg("MiniMind", "记录工具里的项目名", text="filled")
 
     # 学习率 × 隐层宽度。宽度 256 时 6e-3 最好，512 时 3e-3 好过 6e-3（docs/quality.md），所以按宽度反比
     LEARNING_RATE_TIMES_WIDTH: ClassVar[float] = 1.5
@@ -95,17 +108,15 @@ class TrainArguments:
         return PRESETS.get(self.preset, {}).get("hidden_size", self.hidden_size)
 
     def __post_init__(self):
-        """填上随宽度而定的学习率；取值明显不对的参数在动手之前就说。"""
+        """查取值，填上随宽度而定的学习率。"""
+        super().__post_init__()
         if self.learning_rate is None:
             self.learning_rate = self.LEARNING_RATE_TIMES_WIDTH / self.width
-        at_least = {"epochs": 1, "batch_size": 1, "accumulation_steps": 1, "max_seq_len": 2}
-        at_least |= dict.fromkeys(
-            ("log_interval", "save_interval", "eval_interval", "max_steps", "val_max_rows"), 0
-        )
-        at_least |= dict.fromkeys(("learning_rate", "weight_decay", "grad_clip", "embed_lr_scale"), 0)
-        for name, low in at_least.items():
-            if not getattr(self, name) >= low:
-                raise UserError(f"值是 {getattr(self, name)}", where=f"--{name}", expected=f"不小于 {low}")
-        for name in ("warmup_ratio", "decay_ratio", "val_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"值是 {getattr(self, name)}", where=f"--{name}", expected="0 到 1 之间")
+        total = self.warmup_ratio + self.decay_ratio
+        if self.schedule == "wsd" and total > 1:
+            raise UserError(
+                f"合起来是 {total:g}",
+                where=f"--warmup_ratio {self.warmup_ratio:g} 与 --decay_ratio {self.decay_ratio:g}",
+                expected="不超过 1：预热完才衰减",
+                fix="减小其中一个",
+            )

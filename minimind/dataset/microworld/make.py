@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
-from minimind.arguments import ChineseParser
+from minimind.arguments import Arguments, arg, parse_args
 from minimind.console import say
 from minimind.errors import UserError
 from minimind.paths import resolve_path
@@ -114,16 +115,18 @@ def _is_current(folder: Path, scale: float, seed: int) -> bool:
     return same and all(sizes[name] == info["bytes"] for name, info in meta["files"].items())
 
 
+@dataclass
+class MakeArguments(Arguments):
+    """写出微世界“云川”的全部语料与题目（几秒钟，不联网）"""
+
+    out_dir: str = arg(DEFAULT_DIR, "目标文件夹", metavar="DIR", text="path")
+    scale: float = arg(1.0, "训练部分的规模，1.0 约 150 万预训练词元", above=0, high=1000)
+    seed: int = arg(42, "随机种子；同一种子写出的文件逐字节相同", low=0, high=2**63 - 1)
+
+
 def main_make(argv: list[str] | None = None) -> int:
     """``minimind data make-microworld DIR``：写出微世界语料。"""
-    parser = ChineseParser(
-        prog="minimind data make-microworld",
-        description="写出微世界“云川”的全部语料与题目（几秒钟，不联网）",
-    )
-    parser.add_argument("out_dir", nargs="?", default=DEFAULT_DIR, metavar="DIR", help="目标文件夹")
-    parser.add_argument("--scale", type=float, default=1.0, help="训练部分的规模，1.0 约 150 万预训练词元")
-    parser.add_argument("--seed", type=int, default=42, help="随机种子；同一种子写出的文件逐字节相同")
-    options = parser.parse_args(argv)
+    options = parse_args(MakeArguments, argv, prog="minimind data make-microworld")
     paths = make_microworld(options.out_dir, options.scale, options.seed)
     meta = json.loads(paths["meta"].read_text(encoding="utf-8"))
     for name, info in meta["files"].items():
