@@ -178,17 +178,6 @@ def parse_number(text: str, kind: type) -> int | float | None:
         return None
 
 
-class ChineseFormatter(argparse.HelpFormatter):
-    """说明后面附中文的默认值与范围；默认值为 None 时由说明文字自己讲清。"""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        notes = [getattr(action, "range_hint", "")]
-        if action.nargs != 0 and action.default not in (None, argparse.SUPPRESS, "", ()):
-            notes.insert(0, "默认 %(default)s")
-        notes = "；".join(filter(None, notes))
-        return f"{action.help}（{notes}）" if notes else action.help or ""
-
-
 class ChineseParser(argparse.ArgumentParser):
     """标题与报错都用中文的 argparse；报错是 :class:`UserError`，与别的错误同一种写法。"""
 
@@ -196,7 +185,6 @@ class ChineseParser(argparse.ArgumentParser):
     NEGATIVE = re.compile(r"^-(?:\d|\.\d|inf|nan)", re.IGNORECASE)
 
     def __init__(self, *args, **kwargs):
-        kwargs.setdefault("formatter_class", ChineseFormatter)
         super().__init__(*args, add_help=False, exit_on_error=False, allow_abbrev=False, **kwargs)
         self._negative_number_matcher = self.NEGATIVE
         self._positionals.title, self._optionals.title = "位置参数", "选项"
@@ -270,6 +258,18 @@ def _base_type(annotation: Any) -> type:
     return annotation
 
 
+def help_of(field: dataclasses.Field, kind: Any) -> str:
+    """说明，后面附默认值与范围；默认值为 None 时由说明自己讲清。"""
+    rules, default = field.metadata, field.default
+    if isinstance(default, tuple):
+        default = " ".join(default)
+    notes = [f"默认 {default}"] if kind is not bool and default not in (None, "") else []
+    if kind in (int, float) and not rules["choices"] and (hint := rules["range"].hint()):
+        notes.append(hint)
+    text = f"{rules['help']}（{'；'.join(notes)}）" if notes else rules["help"]
+    return text.replace("%", "%%")
+
+
 def build_parser(cls: type, prog: str | None = None, description: str | None = None) -> ChineseParser:
     """由 dataclass 生成解析器；``--flag_name`` 与 ``--flag-name`` 都接受，{0,1} 的开关不写值即为 1。
 
@@ -280,7 +280,7 @@ def build_parser(cls: type, prog: str | None = None, description: str | None = N
     for field in declared(cls):
         rules, kind = field.metadata, _base_type(hints[field.name])
         many = typing.get_origin(kind) is tuple
-        options: dict[str, Any] = {"help": rules["help"].replace("%", "%%"), "default": field.default}
+        options: dict[str, Any] = {"help": help_of(field, kind), "default": field.default}
         if kind is bool:
             options["action"] = "store_true"
         else:
@@ -301,8 +301,7 @@ def build_parser(cls: type, prog: str | None = None, description: str | None = N
         names = [field.name] if rules["metavar"] else [f"--{field.name}"]
         if "_" in field.name and not rules["metavar"]:
             names.append(f"--{field.name.replace('_', '-')}")
-        action = parser.add_argument(*names, **options, **({} if rules["metavar"] else {"dest": field.name}))
-        action.range_hint = "" if rules["choices"] or kind not in (int, float) else rules["range"].hint()
+        parser.add_argument(*names, **options, **({} if rules["metavar"] else {"dest": field.name}))
     return parser
 
 

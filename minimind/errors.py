@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import functools
+import os
+import select
 import sys
 from collections.abc import Callable
+from typing import TextIO
+
+# 与被 SIGPIPE 结束的程序相同：128 + 13
+PIPE_CLOSED = 141
 
 
 class UserError(Exception):
@@ -35,6 +41,7 @@ def guard(main: Callable[..., int | None]) -> Callable[..., int]:
     """包住命令行入口：:class:`UserError` 打印成一句话并返回 2，Ctrl-C 返回 130。
 
     ``main`` 自己用 ``sys.exit`` 给出的退出码（例如 SIGTERM 存盘后的 143）原样保留。
+    读我们输出的程序先走了（``minimind --help | head``），安静地返回 141，与别的命令行程序一样。
     """
 
     @functools.wraps(main)
@@ -48,4 +55,39 @@ def guard(main: Callable[..., int | None]) -> Callable[..., int]:
             print("已中断。", file=sys.stderr)
             return 130
 
+    return _quiet_on_closed_pipe(wrapped)
+
+
+def _quiet_on_closed_pipe(main: Callable[..., int]) -> Callable[..., int]:
+    """输出的读者走了就返回 141；在这里就把缓冲写出去，免得留到解释器退出时才报错。"""
+
+    @functools.wraps(main)
+    def wrapped(*args, **kwargs) -> int:
+        try:
+            try:
+                return main(*args, **kwargs)
+            finally:
+                sys.stdout.flush()
+        except BrokenPipeError:
+            closed = [stream for stream in (sys.stdout, sys.stderr) if _reader_left(stream)]
+            if not closed:  # 断的是别的管道，例如采样服务的连接
+                raise
+            for stream in closed:  # 没写出去的丢掉
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            return PIPE_CLOSED
+
     return wrapped
+
+
+def _reader_left(stream: TextIO) -> bool:
+    try:
+        stream.flush()
+        if not hasattr(select, "poll"):  # Windows
+            return False
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    except BrokenPipeError:
+        return True
+    except (OSError, ValueError):  # 不是真的文件（测试里的替身），或已经关了
+        return False

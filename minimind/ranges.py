@@ -123,12 +123,23 @@ def _name(text: str) -> str | None:
     return "太长" if len(text.encode("utf-8")) > MAX_NAME_BYTES else None
 
 
+def _weight(text: str) -> str | None:
+    return _path(text) if text.endswith(".pth") else _name(text)
+
+
+def _weights(text: str) -> str | None:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    return _filled(text) or next((problem for part in parts if (problem := _weight(part))), None)
+
+
 # 种类 → (查，期望什么)
 TEXTS: dict[str, tuple[Callable[[str], str | None], str]] = {
     "any": (_encodable, "文字"),
     "filled": (_filled, "不空的文字"),
     "path": (_path, "文件或目录的路径"),
     "paths": (_paths, "一个或几个名字或路径，逗号分隔"),
+    "weight": (_weight, "权重的名字，或 .pth 文件的路径"),
+    "weights": (_weights, "名字或 .pth 文件的路径，逗号分隔几个"),
     "name": (_name, f"一个名字，要用作文件名：不含 {' '.join(FORBIDDEN_IN_NAMES)}，不带 .pth"),
 }
 

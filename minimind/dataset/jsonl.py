@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind.errors import UserError
+from minimind.paths import file_problem
 
 BOM = b"\xef\xbb\xbf"
 # 一行超过 64 MiB 的几乎总是“整个文件写成一个 JSON 数组”，继续读只会耗尽内存
@@ -191,22 +192,17 @@ def _reject_surrogates(value: Any, path: str) -> None:
 
 def check_readable(path: Path) -> None:
     """文件存在、非空、像是文本；否则说清怎么办。"""
-    try:
-        with path.open("rb") as file:
-            head = file.read(64)
-    except FileNotFoundError:
+    if problem := file_problem(path):
         raise UserError(
-            f"找不到数据文件 {path}",
-            fix="检查 --data_path；公开数据可用 minimind data download 下载，内置语料用 minimind data make-microworld 生成",
-        ) from None
-    except IsADirectoryError:
-        raise UserError(f"{path} 是文件夹", expected="一个 jsonl 文件") from None
-    except OSError as error:
-        raise UserError(f"读不了数据文件 {path}：{error.strerror}", fix="检查文件权限") from None
+            f"数据文件{problem}",
+            where=str(path),
+            expected="一个 jsonl 文件",
+            fix="检查路径；公开数据可用 minimind data download 下载，内置语料用 minimind data make-microworld 生成",
+        )
+    with path.open("rb") as file:
+        head = file.read(64)
     if not head:
-        raise UserError(
-            f"数据文件 {path} 是空的", expected="每行一个 JSON 对象", fix="重新下载或生成"
-        ) from None
+        raise UserError(f"数据文件 {path} 是空的", expected="每行一个 JSON 对象", fix="重新下载或生成")
     for magic, name, fix in _FOREIGN:
         if head.startswith(magic):
             raise DataError(
@@ -258,3 +254,30 @@ def read_lines(path: Path, start: int, end: int) -> list[bytes]:
     if not lines[-1]:
         lines.pop()
     return lines
+
+
+def read_records(
+    path: Path, bad: list[DataError] | None = None
+) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """逐行给出 ``(行号, 记录)``，行号从 1 起；不核对字段，空行的记录是 None。
+
+    Args:
+        bad: 给了就把坏行的错误追加到这里，记录也是 None；不给则抛出。
+
+    Raises:
+        UserError: 文件读不了、是空的。
+        DataError: 坏行（含文件与行号）。
+    """
+    check_readable(path)
+    line = 0
+    for start, end in line_ranges(path, 4 << 20):
+        for raw in read_lines(path, start, end):
+            line += 1
+            try:
+                record = parse_line(raw)
+            except DataError as error:
+                if bad is None:
+                    raise error.at(path, line) from None
+                bad.append(error.at(path, line))
+                record = None
+            yield line, record

@@ -27,6 +27,7 @@ from minimind.evaluate.common import (
     Rate,
     data_file,
     document_start,
+    need_examples,
     pick,
     print_table,
     rate,
@@ -63,6 +64,18 @@ class ChoiceArguments(EvalArguments):
         0, "一批最多多少个 token（含补齐）；0 由设备定：CPU 1024，显卡 16384", low=0, high=MANY
     )
     save_items: int = arg(0, "结果文件里附上每一题的对数似然", (0, 1))
+
+    def __post_init__(self):
+        super().__post_init__()
+        need_examples(self)
+        scorings = {name.strip() for name in self.scoring.split(",") if name.strip()}
+        if not scorings or scorings - set(SCORINGS):
+            raise UserError(
+                f"{self.scoring} 里有不认识的考法",
+                where="--scoring",
+                expected="、".join(SCORINGS),
+                fix="改 --scoring",
+            )
 
 
 @dataclass
@@ -254,12 +267,8 @@ def load_examples(args: ChoiceArguments) -> dict[str, list[Question]]:
     """学科 → 前 ``--shots`` 个示例。"""
     if not args.shots:
         return {}
-    if args.dev_path is None:
-        raise UserError(
-            f"--shots {args.shots} 需要示例", fix="用 --dev_path 指定示例文件，例如 dataset/mc_dev.jsonl"
-        )
     found: dict[str, list[Question]] = {}
-    for question in read_questions(data_file(args.dev_path, "", "少样本示例"))[0]:
+    for question in read_questions(data_file(args.dev_path, "", "少样本示例", "--dev_path", folders=True))[0]:
         group = found.setdefault(question.subject, [])
         if len(group) < args.shots:
             group.append(question)
@@ -268,7 +277,7 @@ def load_examples(args: ChoiceArguments) -> dict[str, list[Question]]:
 
 def load_questions(args: ChoiceArguments) -> tuple[list[Question], dict[str, int], Path]:
     """要考的题、不考的各有多少、从哪里读的。"""
-    path = data_file(args.data_path, "mc_eval.jsonl", "选择题，csv、jsonl 或文件夹")
+    path = data_file(args.data_path, "mc_eval.jsonl", "选择题，csv、jsonl 或文件夹", folders=True)
     questions, skipped = read_questions(path)
     if args.subjects:
         heads = tuple(name.strip() for name in args.subjects.split(",") if name.strip())
@@ -289,10 +298,6 @@ def main(argv: list[str] | None = None) -> None:
     """命令行入口。"""
     args = parse_args(ChoiceArguments, argv)
     scorings = [name.strip() for name in args.scoring.split(",") if name.strip()]
-    if not scorings or set(scorings) - set(SCORINGS):
-        raise UserError(
-            f"--scoring {args.scoring} 里有不认识的考法", expected="、".join(SCORINGS), fix="改 --scoring"
-        )
     questions, skipped, path = load_questions(args)
     examples = load_examples(args)
     for reason, count in skipped.items():

@@ -16,7 +16,7 @@ from minimind.arguments import arg
 from minimind.console import format_duration, say
 from minimind.errors import UserError
 from minimind.inference.arguments import ModelArguments
-from minimind.paths import resolve_path
+from minimind.paths import file_problem, resolve_path
 from minimind.ranges import MANY
 
 T = TypeVar("T")
@@ -33,21 +33,43 @@ class EvalArguments(ModelArguments):
     out_dir: str = arg("out/eval", "结果文件的目录，每次评测写一个 {权重}_{项目}.json", text="path")
 
 
-def data_file(path: str | None, usual: str, what: str) -> Path:
+def data_file(
+    path: str | None, usual: str, what: str, flag: str = "--data_path", folders: bool = False
+) -> Path:
     """``--data_path``，没给就用 ``dataset/`` 下的惯用文件。
 
+    Args:
+        what: 期望的是什么文件。
+        flag: 由哪个参数给出，报错时用。
+        folders: 文件夹也可以。
+
     Raises:
-        UserError: 都没有。
+        UserError: 都没有，或读不了；说出那里有什么。
     """
     found = resolve_path(path) if path else resolve_path("dataset") / usual
-    if not found.exists():
+    problem = None if folders and found.is_dir() else file_problem(found)
+    if problem:
         raise UserError(
-            "文件不存在" if path else "没有给 --data_path，也没有惯用的文件",
+            f"文件{problem}" if path else f"没有给 {flag}，也没有惯用的文件",
             where=str(found),
             expected=what,
-            fix="用 --data_path 指定文件",
+            fix=f"用 {flag} 指定文件",
         )
     return found
+
+
+def need_examples(args: Any) -> None:
+    """``--shots`` 大于 0 就要有 ``--dev_path``。
+
+    Raises:
+        UserError: 没有。
+    """
+    if args.shots and args.dev_path is None:
+        raise UserError(
+            "要示例而没有说从哪里取",
+            where=f"--shots {args.shots}",
+            fix="用 --dev_path 指定示例文件，例如 dataset/mc_dev.jsonl",
+        )
 
 
 def pick(items: Sequence[T], limit: int, seed: int) -> list[T]:

@@ -26,6 +26,7 @@ from minimind.evaluate.common import (
     EvalArguments,
     data_file,
     document_start,
+    need_examples,
     pick,
     print_table,
     rate,
@@ -66,6 +67,10 @@ class GsmArguments(EvalArguments):
     max_new_tokens: int = arg(256, "解答最多多少个 token", low=1, high=MANY)
     batch_size: int = arg(32, "同时写几题", low=1, high=65536)
     save_items: int = arg(0, "结果文件里附上每一题的解答", (0, 1))
+
+    def __post_init__(self):
+        super().__post_init__()
+        need_examples(self)
 
 
 @dataclass(frozen=True)
@@ -233,7 +238,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(GsmArguments, argv)
     path = data_file(args.data_path, "gsm8k_test.jsonl", "应用题 jsonl")
     problems = pick(read_problems(path), args.limit, args.seed)
-    examples = read_problems(data_file(args.dev_path, "", "示例 jsonl"))[: args.shots] if args.shots else []
+    examples = (
+        read_problems(data_file(args.dev_path, "", "示例 jsonl", "--dev_path"))[: args.shots]
+        if args.shots
+        else []
+    )
     loaded, clock = args.load(), Clock()
     chat = not loaded.plain if args.chat is None else bool(args.chat)
     thinking = None if args.open_thinking is None else bool(args.open_thinking)

@@ -18,9 +18,9 @@ PRECISIONS = ("auto", "float32", "float16", "bfloat16")
 class SourceArguments(Arguments):
     """导出哪一份权重。"""
 
-    name: str = arg("", "权重的名字，如 full_sft；或 .pth 文件的路径", metavar="名字", text="path")
+    name: str = arg("", "权重的名字，如 full_sft；或 .pth 文件的路径", metavar="名字", text="weight")
     save_dir: str = arg("out", "权重所在的目录", text="path")
-    lora_weight: str = arg("None", "先合并进去的 LoRA，逗号分隔几份；None 表示不用", text="paths")
+    lora_weight: str = arg("None", "先合并进去的 LoRA，逗号分隔几份；None 表示不用", text="weights")
     hidden_size: int | None = arg(None, "隐层宽度；不给则由权重文件决定", low=1, high=16384)
     num_hidden_layers: int | None = arg(None, "层数；不给则由权重旁的 JSON 决定", low=1, high=256)
     use_moe: int | None = arg(None, "是否混合专家；不给则由权重文件决定", (0, 1))

@@ -21,7 +21,7 @@ from minimind.export.hf import SIDECAR
 from minimind.export.layouts import NATIVE, config_from_hf
 from minimind.export.shapes import arch_of, config_of_state, is_tied
 from minimind.model import MiniMindConfig, MiniMindForCausalLM
-from minimind.paths import resolve_path
+from minimind.paths import file_problem, resolve_path
 from minimind.tokenizer import load_tokenizer, tokenizer_fingerprint
 from minimind.trainer.checkpoint import (
     atomic_write,
@@ -81,10 +81,12 @@ def import_model(
         )
     if path.is_dir():
         model = read_folder(path, tokenizer_path)
-    elif path.is_file():
-        model = read_pth(path, tokenizer_path, options)
+    elif problem := file_problem(path, ".pth"):
+        raise UserError(
+            f"来源{problem}", where=str(path), expected="Hugging Face 目录或 .pth 文件", fix="检查路径"
+        )
     else:
-        raise UserError("没有这个目录或文件", where=str(path), fix="检查路径")
+        model = read_pth(path, tokenizer_path, options)
     target = weights_path(model.config, name or _default_name(path), save_dir)
     in_place = target.exists() and path.is_file() and target.samefile(path)
     if target.exists() and not in_place and not force:

@@ -43,7 +43,7 @@ class _BaseArguments(Arguments):
     """底座与 LoRA 在哪里。"""
 
     weight: str = arg("full_sft", "底座权重的名字", text="name")
-    lora_weight: str = arg("lora_identity", "LoRA 的名字或 .pth 路径", text="paths")
+    lora_weight: str = arg("lora_identity", "LoRA 的名字或 .pth 路径", text="weights")
     save_dir: str = arg("out", "权重所在的目录", text="path")
     hidden_size: int | None = arg(None, "隐层宽度；不给则由权重文件决定", low=1, high=16384)
     num_hidden_layers: int | None = arg(

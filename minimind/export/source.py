@@ -12,7 +12,7 @@ from torch import Tensor
 from minimind.errors import UserError
 from minimind.inference.loading import load_for_inference, stop_ids
 from minimind.model import MiniMindConfig
-from minimind.paths import resolve_path
+from minimind.paths import file_problem, resolve_path
 from minimind.trainer.checkpoint import load_file, parse_stem, read_sidecar
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -58,8 +58,10 @@ def open_source(
     """
     if name.endswith(".pth"):
         path = resolve_path(name)
-        if not path.is_file():
-            raise UserError("没有这个权重文件", where=str(path), fix="检查路径，或写权重的名字，如 full_sft")
+        if problem := file_problem(path, ".pth"):
+            raise UserError(
+                f"权重文件{problem}", where=str(path), fix="检查路径，或写权重的名字，如 full_sft"
+            )
         stem = parse_stem(path)
         if stem is None:
             raise UserError(

@@ -27,7 +27,7 @@ class ModelArguments(Arguments):
         "None",
         "叠加的 LoRA：{save_dir}/lora 下的名字（如 lora_identity）或 .pth 路径；逗号分隔几份，"
         "各自的增量相加（a,b 与 b,a 相同）；None 表示不用",
-        text="paths",
+        text="weights",
     )
     hidden_size: int | None = arg(None, "隐层宽度；不给则由权重文件决定", low=1, high=16384)
     num_hidden_layers: int | None = arg(

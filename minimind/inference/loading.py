@@ -13,7 +13,7 @@ from minimind.console import say
 from minimind.errors import UserError
 from minimind.inference.int8 import quantize_int8
 from minimind.model import MiniMindConfig, count_parameters
-from minimind.paths import resolve_path
+from minimind.paths import folder_problem, resolve_path
 from minimind.tokenizer import load_tokenizer
 from minimind.tokenizer.loading import codec_of
 from minimind.tokenizer.special import IM_END
@@ -151,7 +151,8 @@ def _load_folder(folder: str, weight: str, tokenizer_path: str | None) -> Loaded
 
     path = resolve_path(folder)
     if not (path / "config.json").is_file():
-        found = "目录里没有 config.json" if path.is_dir() else "目录不存在"
+        problem = folder_problem(path)
+        found = f"目录{problem}" if problem else "目录里没有 config.json"
         raise UserError(
             found,
             where=str(path),

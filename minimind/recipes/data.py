@@ -10,7 +10,7 @@ from minimind.console import say
 from minimind.dataset.microworld import ensure_microworld
 from minimind.dataset.packed import PackedDataset
 from minimind.errors import UserError
-from minimind.paths import resolve_path
+from minimind.paths import file_problem, resolve_path
 
 # 公共项目发布过的文件名，排在前面的优先（它各版本的默认训练文件）
 USUAL_FILES = {
@@ -45,15 +45,15 @@ def training_files(
         data_path, val_path: 命令行给的，可以没有。
 
     Raises:
-        UserError: 给了路径但文件不存在。
+        UserError: 给了路径，但那里没有能读的文件；说出有什么。
     """
     for flag, path in (("--data_path", data_path), ("--val_path", val_path)):
-        if path and not resolve_path(path).is_file():
+        if path and (problem := file_problem(resolve_path(path))):
             raise UserError(
-                "数据文件不存在",
+                f"数据文件{problem}",
                 where=f"{flag} {resolve_path(path)}",
                 expected="一个 jsonl 文件",
-                fix="检查路径，或去掉这个参数用内置的微世界语料",
+                fix="写出一个文件的路径，或去掉这个参数用内置的微世界语料",
             )
     validation = resolve_path(val_path) if val_path else None
     if data_path:

@@ -21,7 +21,7 @@ from minimind.console import say
 from minimind.dataset.jsonl import short
 from minimind.dataset.microworld.graders import ANSWER_SPAN, after_thinking
 from minimind.errors import UserError
-from minimind.paths import resolve_path
+from minimind.paths import folder_problem, resolve_path
 
 if TYPE_CHECKING:
     from minimind.rl.rewards import Sample
@@ -150,7 +150,8 @@ def _read_config(folder: Path, where: str) -> dict[str, Any]:
     try:
         return json.loads((folder / "config.json").read_text("utf-8"))
     except (OSError, ValueError) as error:
-        found = "目录不存在" if not folder.is_dir() else f"读不出 config.json（{type(error).__name__}）"
+        problem = folder_problem(folder)
+        found = f"目录{problem}" if problem else f"读不出 config.json（{type(error).__name__}）"
         raise UserError(
             found, where=where, expected="下载到本地的 Hugging Face 模型目录", fix=_FIX
         ) from error

@@ -22,7 +22,7 @@ class ServeArguments(ModelArguments):
     lora_weight: str = arg(
         "None",
         "LoRA 的名字，逗号分隔；每一份另成一个模型，请求时 model 写它的名字；None 表示不用",
-        text="paths",
+        text="weights",
     )
     model_name: str | None = arg(None, "底座在 API 里叫什么；不给则 minimind", text="filled")
     host: str = arg("127.0.0.1", "监听的地址；对外开放时请同时设 --api_key", pattern=HOST)

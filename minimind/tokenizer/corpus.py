@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
+from minimind.dataset.jsonl import DataError, read_records, short
 from minimind.errors import UserError
+from minimind.paths import file_problem
 from minimind.tokenizer.render import text_of
 
 # 禁止商用或只许研究用的来源：分词器要随代码以 Apache-2.0 发布，不拿它们训练
@@ -48,9 +48,9 @@ def parse_mix(mix: str, folder: Path) -> list[Source]:
         path = Path(name).expanduser()
         if path.suffix != ".jsonl":
             path = folder / f"{name}.jsonl"
-        if not path.is_file():
+        if problem := file_problem(path):
             raise UserError(
-                "语料文件不存在",
+                f"语料文件{problem}",
                 where=str(path),
                 fix="用 --data_dir 指出语料所在文件夹，或用 --mix 列出自己的文件",
             )
@@ -75,24 +75,41 @@ def _fields(record: dict) -> Iterator[str]:
     for key in ("conversations", "messages", "chosen", "rejected"):
         messages = record.get(key)
         for message in messages if isinstance(messages, list) else ():
+            if not isinstance(message, dict):
+                raise UserError(f"{key} 里的一条消息是 {short(message)}", expected="JSON 对象 {…}")
             yield text_of(message.get("reasoning_content"))
             yield text_of(message.get("content"))
 
 
-def read_texts(path: Path, exclude: tuple[str, ...] = ()) -> Iterator[str]:
+def read_texts(
+    path: Path, exclude: tuple[str, ...] = (), bad: list[DataError] | None = None
+) -> Iterator[str]:
     """逐行读出文本；``meta/{文件名}.src.txt`` 存在时，跳过标签在 ``exclude`` 里的行。
 
+    行的读法与训练数据相同（:mod:`minimind.dataset.jsonl`）：容忍 BOM 与空行，孤立的代理符是坏行。
+
+    Args:
+        bad: 给了就跳过坏行，错误追加到这里；不给则抛出。
+
     Raises:
-        UserError: 某行不是 JSON 对象，或标签文件与语料行数不同。
+        DataError: 坏行（含文件、行号、字段）。
+        UserError: 文件读不了，或标签文件与语料行数不同。
     """
     tags = _source_tags(path) if exclude else None
     count = 0
-    with path.open("rb") as lines:
-        for count, line in enumerate(lines, start=1):
-            if tags is not None and count <= len(tags) and tags[count - 1] in exclude:
-                continue
-            if text := record_text(_parse_line(line, path, count)):
-                yield text
+    for count, record in read_records(path, bad):
+        if record is None or (tags is not None and count <= len(tags) and tags[count - 1] in exclude):
+            continue
+        try:
+            text = record_text(record)
+        except UserError as error:
+            found = DataError(error.what, expected=error.expected, fix="改正或删掉这一行").at(path, count)
+            if bad is None:
+                raise found from None
+            bad.append(found)
+            continue
+        if text:
+            yield text
     if tags is not None and count != len(tags):
         raise UserError(
             f"来源标签有 {len(tags)} 行，语料有 {count} 行，按标签取舍会错位",
@@ -106,21 +123,6 @@ def _source_tags(path: Path) -> list[str] | None:
     return file.read_text("utf-8").splitlines() if file.is_file() else None
 
 
-def _parse_line(line: bytes, path: Path, number: int) -> dict[str, Any]:
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except ValueError as error:
-        raise UserError(
-            f"不是 UTF-8 的 JSON（{error}）",
-            where=f"{path}:{number}",
-            expected="每行一个 JSON 对象",
-            fix="修好或删去这一行",
-        ) from error
-    if not isinstance(record, dict):
-        raise UserError("不是 JSON 对象", where=f"{path}:{number}", expected="每行一个 JSON 对象")
-    return record
-
-
 def weighted(texts: Iterator[str], weight: float) -> Iterator[str]:
     """每条重复 ``weight`` 次；小数部分均匀地抽（每隔几条多一次），没有随机数，两次运行相同。"""
     owed = 0.0
@@ -131,6 +133,8 @@ def weighted(texts: Iterator[str], weight: float) -> Iterator[str]:
             owed -= 1
 
 
-def mixed_texts(sources: list[Source], exclude: tuple[str, ...] = EXCLUDED_TAGS) -> Iterator[str]:
-    """所有来源按权重展开后的文本。"""
-    return chain.from_iterable(weighted(read_texts(s.path, exclude), s.weight) for s in sources)
+def mixed_texts(
+    sources: list[Source], exclude: tuple[str, ...] = EXCLUDED_TAGS, bad: list[DataError] | None = None
+) -> Iterator[str]:
+    """所有来源按权重展开后的文本；``bad`` 见 :func:`read_texts`。"""
+    return chain.from_iterable(weighted(read_texts(s.path, exclude, bad), s.weight) for s in sources)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from minimind.arguments import Arguments, arg, parse_args
 from minimind.errors import UserError, guard
-from minimind.paths import resolve_path
+from minimind.paths import file_problem, resolve_path
 from minimind.tokenizer.chat import encode_plain_batch
 from minimind.tokenizer.corpus import read_texts
 from minimind.tokenizer.loading import load_tokenizer
@@ -50,8 +50,8 @@ def compare(files: list[Path], folders: list[str]) -> list[Compression]:
     tokenizers = {name: load_tokenizer(None if name == SHIPPED_NAME else name) for name in folders}
     rows = []
     for file in files:
-        if not file.is_file():
-            raise UserError("文件不存在", where=str(file), expected="jsonl 文件")
+        if problem := file_problem(file):
+            raise UserError(f"文件{problem}", where=str(file), expected="jsonl 文件", fix="检查路径")
         texts = list(read_texts(file))
         if not texts:
             raise UserError("没有可以量的文本", where=str(file), expected="每行一个含文本字段的 JSON 对象")

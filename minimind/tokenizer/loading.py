@@ -12,7 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from minimind.errors import UserError
-from minimind.paths import resolve_path
+from minimind.paths import folder_problem, resolve_path
 from minimind.tokenizer.special import IM_END, IM_START, PAD, TAGS
 
 if TYPE_CHECKING:
@@ -83,9 +83,9 @@ def load_tokenizer(path: str | Path | None = None) -> PreTrainedTokenizerFast:
 
 def _check_folder(folder: Path) -> None:
     fix = "检查 --tokenizer_path，或去掉它用随包的分词器"
-    if not folder.is_dir():
+    if problem := folder_problem(folder):
         raise UserError(
-            "分词器文件夹不存在", where=str(folder), expected="一个含 tokenizer.json 的文件夹", fix=fix
+            f"分词器文件夹{problem}", where=str(folder), expected="一个含 tokenizer.json 的文件夹", fix=fix
         )
     if not (folder / "tokenizer.json").is_file():
         raise UserError("文件夹里没有 tokenizer.json", where=str(folder), fix=fix)

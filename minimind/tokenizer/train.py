@@ -58,6 +58,7 @@ class TokenizerArguments(Arguments):
         low=len(SPECIAL_TOKENS) + 257,
         high=1_000_000,
     )
+    on_bad_line: str = arg("error", "遇到坏行：error 报错停下，skip 跳过并计数", ("error", "skip"))
     save_dir: str = arg("out/tokenizer", "写到哪个文件夹", text="path")
 
 
@@ -138,9 +139,11 @@ def main_train(argv: list[str] | None = None) -> None:
     for source in sources:
         say(f"语料 {source.path}，权重 {source.weight:g}")
     start = time.monotonic()
-    tokenizer = train_bpe(
-        mixed_texts(sources, tuple(filter(None, args.exclude_tags.split(",")))), args.vocab_size
-    )
+    bad = [] if args.on_bad_line == "skip" else None
+    exclude = tuple(filter(None, args.exclude_tags.split(",")))
+    tokenizer = train_bpe(mixed_texts(sources, exclude, bad), args.vocab_size)
+    if bad:
+        say(f"跳过 {len(bad):,} 个坏行，第一个是：{bad[0]}")
     folder = resolve_path(args.save_dir)
     save_tokenizer(tokenizer, folder)
     say(f"{args.vocab_size} 个 token，用时 {format_duration(time.monotonic() - start)}，写到 {folder}")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from minimind.console import say
 from minimind.errors import UserError
 from minimind.model.model_lora import MARK, Adapter, merge_adapter, parse_adapter
-from minimind.paths import resolve_path
+from minimind.paths import file_problem, resolve_path
 from minimind.trainer.checkpoint import load_file, read_sidecar, strip_prefixes, weights_path
 
 FOLDER = "lora"
@@ -52,12 +52,12 @@ def read_adapter(path: Path) -> tuple[Adapter, dict[str, Any]]:
     Raises:
         UserError: 文件不存在、损坏，或里面不是 LoRA 权重，指出键与形状。
     """
-    if not path.is_file():
+    if problem := file_problem(path, ".pth"):
         others = sorted(p.name for p in path.parent.glob("*.pth"))
         hint = f"；目录里有 {'、'.join(others)}" if others else ""
         name = path.stem.removesuffix("_moe").rpartition("_")[0] or path.stem
         raise UserError(
-            f"没有 LoRA 权重 {path.name}",
+            f"没有 LoRA 权重 {path.name}（{problem}）",
             where=str(path),
             fix=f"先运行 python trainer/train_lora.py --lora_name {name}，或改 --lora_weight{hint}",
         )
