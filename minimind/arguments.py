@@ -27,7 +27,7 @@ def arg(
     choices: tuple | None = None,
     *,
     text: str | None = None,
-    pattern: tuple[str, str] | None = None,
+    pattern: tuple[str, ...] | None = None,
     metavar: str | None = None,
     optional: bool = False,
     **limits: float,
@@ -39,7 +39,7 @@ def arg(
         help: 中文说明。
         choices: 允许的取值；字段是数或文字都可以。
         text: 文字的种类，见 :data:`minimind.ranges.TEXTS`。
-        pattern: ``(正则, 期望的说法)``，文字要整个合乎它。
+        pattern: ``(正则, 期望的说法, 不合时怎么称呼)``，文字要整个合乎它。
         metavar: 给了就是位置参数，这是它在说明里的名字；默认值是 ``""`` 或 ``()`` 的必须写出。
         optional: ``tuple`` 的位置参数可以一个也不写。
         limits: 数的范围：``low high above below multiple``，见 :class:`minimind.ranges.Range`。
@@ -111,8 +111,10 @@ def check_value(field: dataclasses.Field, value: Any) -> None:
             fix = name_fix(value, flag) if rules["text"] == "name" else None
             seen = problem if problem == "是空的" else f"{shown(value)} {problem}"
             raise UserError(seen, where=flag, expected=expected, fix=fix or _fix(field))
-        if rules["pattern"] and not re.fullmatch(rules["pattern"][0], value):
-            raise UserError(f"值是 {shown(value)}", where=flag, expected=rules["pattern"][1], fix=_fix(field))
+        if rules["pattern"]:
+            regex, expected, called = rules["pattern"]
+            if not re.fullmatch(regex, value):
+                raise UserError(f"{called}{shown(value)}", where=flag, expected=expected, fix=_fix(field))
 
 
 def _fix(field: dataclasses.Field) -> str:

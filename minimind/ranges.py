@@ -18,8 +18,8 @@ MAX_NAME_BYTES, MAX_PART_BYTES, MAX_PATH_BYTES = 200, 255, 4000
 # 文件名里不能有的：分隔符、Windows 不许的、会被当成通配符的
 FORBIDDEN_IN_NAMES = '/\\:*?"<>|[]'
 
-DEVICE = (r"(?i:auto|(cpu|mps|cuda|npu)(:[0-9]{1,4})?)", "auto、cpu、cuda:0、npu:0 或 mps")
-URL = (r"https?://[^\s/]+\S*", "http:// 或 https:// 开头的地址")
+DEVICE = (r"(?i:auto|(cpu|mps|cuda|npu)(:[0-9]{1,4})?)", "auto、cpu、cuda:0、npu:0 或 mps", "不认识的设备 ")
+URL = (r"https?://[^\s/]+\S*", "写成 https://主机名 或 http://主机名:端口", "不是网址：")
 
 
 def shown(value: Any, limit: int = 40) -> str:

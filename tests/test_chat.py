@@ -162,7 +162,7 @@ def test_打开_hf_目录(ask, tmp_path):
         (["--hidden_size", "64"], "full_sft_32.pth"),
         (["--lora_weight", "lora_identity"], "train_lora.py"),
         (["--load_from", "no/such/folder"], "目录不存在"),
-        (["--temperature", "-1"], "temperature=-1"),
+        (["--temperature", "-1"], "--temperature：值是 -1.0；期望：0 到 100"),
         (["--prompt", "长" * 200], "模型的上下文只有 96 个"),
     ],
 )

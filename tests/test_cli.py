@@ -1,6 +1,7 @@
 """命令行总入口：快、认得别名、写错了给建议、退出码正确。"""
 
 import importlib
+import os
 import subprocess
 import sys
 
@@ -46,6 +47,7 @@ def test_认出命令与其余参数(argv, expected):
     ("argv", "hint"),
     [
         (["pretrian"], "minimind pretrain"),
+        (["pretain"], "minimind pretrain"),
         (["tokeniser", "train"], "minimind tokenizer train"),
         (["data"], "data check、data download"),
         (["data", "chek"], "data check"),
@@ -77,3 +79,46 @@ def test_使用者的错误与退出码穿过命令表(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["term"])
     assert stopped.value.code == 143
+
+
+def run_without_reader(code: str, closed: str, unbuffered: str) -> subprocess.CompletedProcess:
+    """在子进程里运行一段代码，``closed``（stdout、stderr 或 both）接到一个读的那头已经关了的管道上。"""
+    read, write = os.pipe()
+    os.close(read)
+    streams = {name: write if closed in (name, "both") else subprocess.PIPE for name in ("stdout", "stderr")}
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    try:
+        return subprocess.run([sys.executable, "-c", code], text=True, env=environment, **streams)
+    finally:
+        os.close(write)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows 的管道没有 SIGPIPE 这回事")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("argv", "closed", "codes"),
+    [
+        (["--help"], "stdout", {141}),
+        (["--version"], "stdout", {141}),
+        (["data", "make-microworld", "--help"], "stdout", {0, 141}),  # argparse 自己也会咽下这个错误
+        (["nope"], "stdout", {2}),  # 要说的话在 stderr 上，没有人走
+        (["nope"], "both", {141}),
+        (["data", "make-microworld", "--seeed", "1"], "stderr", {141}),
+    ],
+)
+def test_读的那头先走了_安静地退出(argv, closed, codes, unbuffered):
+    code = f"import sys; from minimind.cli import main; sys.exit(main({argv!r}))"
+    done = run_without_reader(code, closed, unbuffered)
+    assert done.returncode in codes, done.stderr
+    if closed == "stdout":
+        assert done.stderr.count("\n") == (1 if codes == {2} else 0)
+        assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="同上")
+def test_别处断的管道不当成读者走了():
+    code = (
+        "from minimind.errors import guard\n@guard\ndef main(): raise BrokenPipeError('采样服务断了')\nmain()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and "采样服务断了" in done.stderr

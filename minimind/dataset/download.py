@@ -35,7 +35,7 @@ RECOMMENDED = [
     ("pretrain_hq.jsonl", "sft_mini_512.jsonl"),
     ("pretrain_t2t_mini.jsonl", "sft_t2t_mini.jsonl"),
 ]
-REPO = (r"[^/\s]+/[^/\s]+", "所有者/名字")
+REPO = (r"[^/\s]+/[^/\s]+", "所有者/名字", "不是仓库的写法：")
 TIMEOUT_SECONDS = 30
 # 连续失败这么多次才放弃；每次有进展就从头数
 RETRIES = 5

@@ -194,7 +194,7 @@ def check_readable(path: Path) -> None:
     """文件存在、非空、像是文本；否则说清怎么办。"""
     if problem := file_problem(path):
         raise UserError(
-            f"数据文件{problem}",
+            problem.replace("不存在", "找不到数据文件", 1),
             where=str(path),
             expected="一个 jsonl 文件",
             fix="检查路径；公开数据可用 minimind data download 下载，内置语料用 minimind data make-microworld 生成",
@@ -208,6 +208,14 @@ def check_readable(path: Path) -> None:
             raise DataError(
                 f"这是{name}", expected="UTF-8 编码的 jsonl 文本", fix=fix, file=str(path), line=1
             )
+    if b"\0" in head:
+        raise DataError(
+            "这像是二进制文件（有 NUL 字节）",
+            expected="UTF-8 编码的 jsonl 文本",
+            fix="换一个文件",
+            file=str(path),
+            line=1,
+        )
 
 
 def line_ranges(path: Path, chunk_bytes: int) -> Iterator[tuple[int, int]]:

@@ -66,7 +66,7 @@ def need_examples(args: Any) -> None:
     """
     if args.shots and args.dev_path is None:
         raise UserError(
-            "要示例而没有说从哪里取",
+            "需要示例而没有说从哪里取",
             where=f"--shots {args.shots}",
             fix="用 --dev_path 指定示例文件，例如 dataset/mc_dev.jsonl",
         )

@@ -11,7 +11,7 @@ from minimind.inference.arguments import ModelArguments
 from minimind.paths import resolve_path
 from minimind.ranges import MANY
 
-HOST = (r"[0-9A-Za-z._:%-]+", "一个地址或主机名，如 127.0.0.1")
+HOST = (r"[0-9A-Za-z._:%-]+", "一个地址或主机名，如 127.0.0.1", "不是主机：")
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 

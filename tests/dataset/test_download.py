@@ -220,7 +220,7 @@ def test_没有这个仓库时一句话(hub, tmp_path, capsys):
 
 
 def test_地址写错时一句话(tmp_path):
-    with pytest.raises(UserError, match="--endpoint 写成 https"):
+    with pytest.raises(UserError, match="--endpoint：不是网址：'modelscope'；期望：写成 https"):
         main_download(["--endpoint", "modelscope", "--dir", str(tmp_path)])
 
 

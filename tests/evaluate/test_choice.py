@@ -248,7 +248,7 @@ def test_命令行_结果文件与表格(out, capsys):
         (["--data_path", "no/such.jsonl"], "文件不存在"),
         (["--subjects", "物理"], "没有以 物理 开头的学科"),
         (["--shots", "5"], "需要示例"),
-        (["--limit", "-1"], "limit=-1"),
+        (["--limit", "-1"], "--limit：值是 -1"),
     ],
 )
 def test_命令行_写错了是一句话(out, capsys, argv, said):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -63,6 +64,104 @@ def test_别种数据_指出行号与字段(home, world, capsys, recipe):
     path = write(home, [wrong])
     message = refuse(recipe, world, capsys, data_path=path)
     assert f"{path}:1" in message and "缺少字段" in message and "换用对应的训练命令" in message
+
+
+@pytest.mark.parametrize("flag", ["data_path", "val_path"])
+@pytest.mark.parametrize("recipe", ["pretrain", "dpo", "grpo"])
+def test_数据文件是文件夹_列出里面的jsonl(home, world, capsys, recipe, flag):
+    folder = home / "文件夹"
+    folder.mkdir()
+    message = refuse(recipe, world, capsys, **{flag: folder})
+    assert f"--{flag} {folder}" in message and "里面没有 .jsonl 文件" in message
+    for name in ("b.jsonl", "a.jsonl", "c.txt"):
+        (folder / name).write_text("{}\n")
+    assert "是文件夹，里面有 a.jsonl、b.jsonl；" in refuse(recipe, world, capsys, **{flag: folder})
+    (folder / "data.jsonl").write_text("{}\n")
+    assert "同一目录里有 data.jsonl" in refuse(recipe, world, capsys, **{flag: folder / "dta.jsonl"})
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"\x1f\x8b\x08\x00", "gzip 压缩文件"),
+        (b"PK\x03\x04rest", "zip 压缩文件"),
+        (bytes(range(256)), "这像是二进制文件"),
+        (b'{"text": "\\ud800"}\n', "字段 text：第 1 个字符 \\ud800 是孤立的代理符"),
+    ],
+)
+def test_数据文件不是文本_说出是什么(home, world, capsys, data, words):
+    path = home / "data.jsonl"
+    path.write_bytes(data)
+    message = refuse("pretrain", world, capsys, data_path=path)
+    assert words in message and f"{path}:1" in message
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="超级用户什么都读得了")
+def test_数据文件没有权限读(home, world, capsys):
+    path = home / "data.jsonl"
+    path.write_text("{}\n")
+    path.chmod(0)
+    assert "没有权限读" in refuse("pretrain", world, capsys, data_path=path)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "words"),
+    [
+        ("tokenizer_path", "nope", "分词器文件夹不存在"),
+        ("tokenizer_path", "out/full_sft_64.pth", "是文件，不是文件夹"),
+        ("tokenizer_path", "out", "里没有 tokenizer.json"),
+        ("from_weight", "out/full_sft_64.pth", "写成 --save_dir out --from_weight full_sft"),
+        ("from_weight", "full_sft_64.pth", "写成 --from_weight full_sft"),
+        ("from_weight", "nope", "没有权重文件"),
+    ],
+)
+def test_权重与分词器的写法不对_说出那里有什么(home, world, capsys, flag, value, words):
+    assert words in refuse("full_sft", world, capsys, **{flag: value})
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "words"),
+    [
+        ("reward_model_path", "out/full_sft_64.pth", "是文件，不是文件夹"),
+        ("reward_model_path", "out", "config.json"),
+        ("reward", "nope.py:f", "nope.py"),
+    ],
+)
+def test_奖励的路径不对_说出那里有什么(home, world, capsys, flag, value, words):
+    changes = {"reward": None} if flag == "reward_model_path" else {}
+    assert words in refuse("grpo", world, capsys, **changes, **{flag: value})
+
+
+# ---------------------------------------------------------------- 取值的边上
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes"),
+    [
+        ("pretrain", {"max_seq_len": 2, "batch_size": 65536, "seed": 2**63 - 1}),
+        ("pretrain", {"hidden_size": 16, "num_hidden_layers": 1, "learning_rate": 0, "log_interval": 0}),
+        ("full_sft", {"warmup_ratio": 1, "decay_ratio": 1, "grad_clip": 0, "weight_decay": 100}),
+        ("full_sft", {"muon_momentum": 0, "adam_beta2": 0, "val_max_rows": 0, "save_interval": 0}),
+        ("lora", {"lora_rank": 16384, "lora_alpha": 1e9, "learning_rate": 0}),
+        ("dpo", {"beta": 1000, "label_smoothing": 0.499, "sft_coef": 1000}),
+        ("distillation", {"alpha": 1, "temperature": 100, "on_policy": 1, "max_gen_len": 1}),
+        ("reason", {"tag_weight": 1000, "embed_lr_scale": 0}),
+        ("ppo", {"gamma": 0, "lam": 0, "vf_coef": 0, "kl_coef": 0, "target_kl": 0, "minibatches": 16}),
+        ("ppo", {"critic_learning_rate": 0, "clip_epsilon": 1e-9, "value_clip": 1e9, "max_gen_len": 1}),
+        (
+            "grpo",
+            {"num_generations": 2, "epsilon": 0.999, "epsilon_high": 100, "beta": 1000, "temperature": 100},
+        ),
+        ("grpo", {"temperature": 1e-6, "rollout_slots": 1, "rows_per_forward": 1}),
+        ("spo", {"offline_samples": 1, "num_generations": 3, "reward_low": -1e9, "reward_high": 1e9}),
+    ],
+)
+def test_范围边上的值真的训练得起来(home, world, capsys, recipe, changes):
+    """或者一句话说清为什么不行；总之没有调用栈。"""
+    case = CASES[recipe]
+    code = case.main()(case.argv(world, **{"max_steps": 2, **changes}))
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("错误：")]
+    assert code == 0 or (code == 2 and len(error) == 1)
 
 
 # ---------------------------------------------------------------- 偏好

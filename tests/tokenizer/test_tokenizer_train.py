@@ -184,3 +184,63 @@ def test_评测命令打印每个文件每个分词器一行(corpus, tmp_path, c
 def test_评测的坏输入是一句错误(tmp_path, capsys):
     assert main_eval([str(tmp_path / "没有.jsonl")]) == 2
     assert "文件不存在" in capsys.readouterr().err
+
+
+def write_bytes(folder, data: bytes):
+    path = folder / "mine.jsonl"
+    path.write_bytes(data)
+    return path
+
+
+GOOD = json.dumps({"text": "面包店的早晨，阳光洒在石板路上。"}, ensure_ascii=False).encode()
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (rb'{"text": "\ud800"}', "字段 text：第 1 个字符 \\ud800 是孤立的代理符"),
+        (rb'{"conversations": [{"role": "user", "content": "a\udc00"}]}', "字段 conversations[0].content"),
+        (b'{"text": "\xff"}', "不是合法的 UTF-8"),
+        (b"{", "不是合法的 JSON"),
+        (b"[1]", "每行一个 JSON 对象"),
+        (b'{"conversations": ["hi"]}', "conversations 里的一条消息是 'hi'"),
+        (b'{"messages": [{"role": "user", "content": 3}]}', "content 读不懂"),
+    ],
+)
+def test_语料的坏行_指出行号_或者跳过(tmp_path, capsys, line, words):
+    path = write_bytes(tmp_path, GOOD + b"\n" + line + b"\n" + GOOD + b"\n")
+    with pytest.raises(UserError) as caught:
+        list(read_texts(path))
+    assert f"{path}:2" in str(caught.value) and words in str(caught.value)
+    bad = []
+    assert len(list(read_texts(path, bad=bad))) == 2 and len(bad) == 1
+    flags = {"mix": str(path), "vocab_size": 320, "save_dir": tmp_path / "out"}
+    assert run_train(tmp_path, tmp_path / "out", **flags) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_跳过坏行照样训练出来_并说跳过了几行(corpus, tmp_path, capsys):
+    lines = (corpus / "zh.jsonl").read_bytes() + b'{"text": "\\ud800"}\n'
+    path = write_bytes(tmp_path, lines)
+    assert run_train(corpus, tmp_path / "out", mix=path, on_bad_line="skip") == 0
+    assert "跳过 1 个坏行" in capsys.readouterr().err
+    assert load_tokenizer(tmp_path / "out").vocab_size
+
+
+def test_BOM_空行与CRLF和训练数据一样读(tmp_path):
+    path = write_bytes(tmp_path, b"\xef\xbb\xbf" + GOOD + b"\r\n\r\n   \n" + GOOD + b"\n")
+    assert list(read_texts(path)) == [json.loads(GOOD)["text"]] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("mine.jsonl", b"\x1f\x8b\x08\x00abc", "gzip 压缩文件"),
+        ("mine.jsonl", b"", "是空的"),
+        ("mien.jsonl", b"{}", "语料文件不存在；同一目录里有 mien.jsonl"),
+    ],
+)
+def test_语料文件不是文本时说出是什么(tmp_path, name, data, words):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=words):
+        list(read_texts(parse_mix("mine", tmp_path)[0].path))
