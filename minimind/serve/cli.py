@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
 
 from minimind.arguments import arg, parse_args
@@ -26,7 +27,7 @@ class ServeArguments(ModelArguments):
     )
     model_name: str | None = arg(None, "底座在 API 里叫什么；不给则 minimind", text="filled")
     host: str = arg("127.0.0.1", "监听的地址；对外开放时请同时设 --api_key", pattern=HOST)
-    port: int = arg(8998, "端口", low=1, high=65535)
+    port: int = arg(8998, "端口；0 由系统挑一个空着的", low=0, high=65535)
     api_key: str | None = arg(None, "要求客户端带的密钥；不给则不要求", text="filled")
     cors: str | None = arg(None, "允许跨源请求的来源，逗号分隔；不给则不放行", text="filled")
     max_slots: int = arg(32, "同时写多少个样本", low=1, high=4096)
@@ -76,6 +77,23 @@ def model_table(args: ServeArguments):
     return ModelTable([open_model("None"), *(open_model(name.strip()) for name in names)])
 
 
+def free_port(host: str) -> int:
+    """这个地址上一个空着的端口。
+
+    Raises:
+        UserError: 这不是本机的地址。
+    """
+    try:
+        family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family) as probe:
+            probe.bind((host, 0))
+            return probe.getsockname()[1]
+    except OSError as error:
+        raise UserError(
+            f"不能在 {host} 上监听（{error.strerror}）", where="--host", fix="用 127.0.0.1 或本机的地址"
+        ) from error
+
+
 def run(args: ServeArguments) -> None:
     """启动，直到收到 SIGTERM 或 Ctrl-C：在写的写完才退出，退出码 0；等不及就退出的是 1。"""
     try:
@@ -103,8 +121,9 @@ def run(args: ServeArguments) -> None:
     settings = Settings(args.api_key, args.request_seconds, reload_dir=reload_dir)
     cors = [origin.strip() for origin in args.cors.split(",")] if args.cors else None
     app = create_app(lambda: model_table(args), settings, cors)
-    say(f"服务在 http://{args.host}:{args.port} ，接口在 /v1，说明在 /docs；Ctrl-C 停止。")
-    config = uvicorn.Config(app, host=args.host, port=args.port, log_level="warning")
+    port = args.port or free_port(args.host)
+    say(f"服务在 http://{args.host}:{port} ，接口在 /v1，说明在 /docs；Ctrl-C 停止。")
+    config = uvicorn.Config(app, host=args.host, port=port, log_level="warning")
     server = GracefulServer(config, app, args.shutdown_seconds)
     server.run()
     if server.forced:
