@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minimind.arguments import arg, parse_args
+from minimind.errors import guard
 from minimind.report.curves import labeler, new_figure, save_figure
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,6 +96,7 @@ def draw(results: dict[str, dict], path: Path) -> Path:
     return save_figure(figure, style, path)
 
 
+@guard
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(PlotArguments, argv)
     results = read_results(args.name)
@@ -106,4 +108,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

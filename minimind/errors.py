@@ -67,9 +67,10 @@ def _quiet_on_closed_pipe(main: Callable[..., int]) -> Callable[..., int]:
             try:
                 return main(*args, **kwargs)
             finally:
-                sys.stdout.flush()
+                if sys.stdout is not None:  # 标准输出是关着的：没有可写的
+                    sys.stdout.flush()
         except BrokenPipeError:
-            closed = [stream for stream in (sys.stdout, sys.stderr) if _reader_left(stream)]
+            closed = [stream for stream in (sys.stdout, sys.stderr) if stream and _reader_left(stream)]
             if not closed:  # 断的是别的管道，例如采样服务的连接
                 raise
             for stream in closed:  # 没写出去的丢掉

@@ -165,7 +165,7 @@ REFUSED = [
     ("chat", "weight", "out/full_sft"), ("chat", "prompt", " "), ("serve", "port", "70000"), ("serve", "max_slots", "0"),
     ("serve", "request_seconds", "-1"), ("serve", "host", "http://x"), ("serve", "max_queue", "-1"),
     ("eval choice", "limit", "-1"), ("eval choice", "scoring", "words"), ("eval gsm", "shots", "1"),
-    ("eval bpb", "max_length", "1"), ("eval world", "batch_size", "0"), ("eval tools", "max_length", "-1"),
+    ("eval bpb", "max_length", "1"), ("eval bpb", "max_length", "1000000000"), ("eval world", "batch_size", "0"), ("eval tools", "max_length", "-1"),
     ("data make-microworld", "scale", "nan"), ("tokenizer train", "vocab_size", "0"),
     ("report", "weight", "a/b"), ("export lora", "hidden_size", "0"), ("export merge", "save_weight", "a/b"),
 ]  # fmt: skip

@@ -29,7 +29,7 @@ class DemoArguments(Arguments):
     out_dir: str = arg("out/demo", "数据、权重与日志的目录", text="path")
     report_dir: str = arg("out/report", "报告的目录", text="path")
     preset: str = arg("tiny", "模型尺寸", SIZES)
-    scale: float = arg(1.0, "微世界训练语料的规模", above=0, high=1000)
+    scale: float = arg(1.0, "微世界训练语料的规模", above=0, high=100)
     pretrain_epochs: int = arg(1, "预训练轮数", low=1, high=MANY)
     sft_epochs: int = arg(1, "微调轮数", low=1, high=MANY)
     pretrain_lr: float = arg(6e-3, "预训练的最高学习率", low=0, high=1)

@@ -111,7 +111,7 @@ class BpbArguments(EvalArguments):
         512,
         "每行多少个 token；更长的文档切成几行，每行重新开始。比训练时长会让模型外推",
         low=2,
-        high=MANY,
+        high=32768,
     )
     batch_size: int = arg(16, "每批几行", low=1, high=65536)
 

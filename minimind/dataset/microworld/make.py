@@ -120,7 +120,7 @@ class MakeArguments(Arguments):
     """写出微世界“云川”的全部语料与题目（几秒钟，不联网）"""
 
     out_dir: str = arg(DEFAULT_DIR, "目标文件夹", metavar="DIR", text="path")
-    scale: float = arg(1.0, "训练部分的规模，1.0 约 150 万预训练词元", above=0, high=1000)
+    scale: float = arg(1.0, "训练部分的规模，1.0 约 150 万预训练词元", above=0, high=100)
     seed: int = arg(42, "随机种子；同一种子写出的文件逐字节相同", low=0, high=2**63 - 1)
 
 
