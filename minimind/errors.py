@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from typing import TextIO
 
+from minimind.distribution import warn_other_minimind
+
 # 与被 SIGPIPE 结束的程序相同：128 + 13
 PIPE_CLOSED = 141
 
@@ -40,12 +42,13 @@ class UserError(Exception):
 def guard(main: Callable[..., int | None]) -> Callable[..., int]:
     """包住命令行入口：:class:`UserError` 打印成一句话并返回 2，Ctrl-C 返回 130。
 
-    ``main`` 自己用 ``sys.exit`` 给出的退出码（例如 SIGTERM 存盘后的 143）原样保留。
+    环境里另有一份 ``minimind`` 时先说一句。``main`` 自己用 ``sys.exit`` 给出的退出码（例如 SIGTERM 存盘后的 143）原样保留。
     读我们输出的程序先走了（``minimind --help | head``），安静地返回 141，与别的命令行程序一样。
     """
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs) -> int:
+        warn_other_minimind()
         try:
             return main(*args, **kwargs) or 0
         except UserError as error:
