@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from minimind.arguments import arg, override
+from minimind.errors import UserError
 from minimind.recipes.entry import entry
 from minimind.recipes.rl import open_stage, train_stage
 from minimind.rl.arguments import RLArguments
@@ -47,10 +48,17 @@ class GRPOArguments(RLArguments):
     dynamic_sampling: int = arg(0, "全组同分的提示不参与更新，也不进分母", (0, 1))
 
     save_weight: str = override(RLArguments, "save_weight", "grpo")
-    num_generations: int = override(
-        RLArguments, "num_generations", 8, help="每个提示采样几条回答，组内要有得比", low=2
-    )
     accumulation_steps: int = override(RLArguments, "accumulation_steps", 8)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_generations < 2:
+            raise UserError(
+                f"值是 {self.num_generations}",
+                where="--num_generations",
+                expected="至少为 2：组内要有得比",
+                fix="改成 4 到 16，或用 minimind spo（单条采样）",
+            )
 
 
 def learnable_rows(experience: Experience, args: GRPOArguments) -> list[int]:

@@ -68,13 +68,15 @@ def tag_weights(labels: Tensor, ids: list[int], weight: float) -> Tensor:
     return torch.where(is_tag, weight, 1.0)
 
 
-def weighted(
-    rows: list[Any], collate: Callable[[list[Any]], dict[str, Any]], ids: list[int], weight: float
-) -> dict[str, Any]:
-    """拼好的批，加上 ``loss_weights``；损失的分母随之是权重之和。
+def weighted(collate: Callable[[list[Any]], dict[str, Any]], ids: list[int], weight: float) -> Callable:
+    """给拼好的批加上 ``loss_weights``；损失的分母随之是权重之和。
 
-    用 ``partial`` 给出后三个当 collate：函数里的函数送不进另起的读数据进程（macOS、Windows）。
+    不用函数里的函数：它送不进另起的读数据进程（macOS、Windows 的子进程都是另起的）。
     """
+    return partial(_with_weights, collate, ids, weight)
+
+
+def _with_weights(collate: Callable, ids: list[int], weight: float, rows: list[Any]) -> dict[str, Any]:
     batch = collate(rows)
     return {**batch, "loss_weights": tag_weights(batch["labels"], ids, weight)}
 
@@ -102,7 +104,7 @@ def run(args: ReasonArguments) -> TrainResult:
         tokenizer,
         train_ds,
         language_model_loss,
-        collate=partial(weighted, collate=collate_packed, ids=ids, weight=args.tag_weight),
+        collate=weighted(collate_packed, ids, args.tag_weight),
         val_ds=val_ds,
         recipe="reason",
     )
