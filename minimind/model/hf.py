@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 
-from .model_minimind import MiniMindConfig, MiniMindLM, MiniMindOutput
+from .model_minimind import EMBEDDING, HEAD, MiniMindConfig, MiniMindLM, MiniMindOutput
 
 # 缓存的名字：5.24 起叫 cache，之前叫 past_key_values。第一个是本项目自己用的
 CACHE_NAMES = ("past_key_values", "cache")
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # generate 与 Trainer 会带上、对这个模型没有作用的参数；别的名字一律报错，不悄悄吞掉
 _NO_EFFECT = {"cache_position"}
 _NOT_KEPT = ("output_attentions", "output_hidden_states")
@@ -48,7 +47,7 @@ class HFOutput(MiniMindOutput, dict):
         return CACHE_NAMES[0] if key in self.cache_names else key
 
     def __getattr__(self, name: str) -> Any:  # 只在没有这个属性时才来：别的版本给缓存起的名字
-        if name in type(self).__dict__.get("cache_names", ()) or name in self.__dict__.get("cache_names", ()):
+        if name in self.__dict__.get("cache_names", ()):
             return self.past_key_values
         raise AttributeError(f"{type(self).__name__} 没有 {name}")
 
@@ -128,15 +127,16 @@ class MiniMindForCausalLM(MiniMindLM, PreTrainedModel, GenerationMixin):
         name, cache = next(iter(given.items()), (None, None))
         if use_cache and cache is None:
             cache = _new_cache()
+        placed = _Placed(cache) if cache is not None and _wants_position(type(cache)) else cache
         out = MiniMindLM.forward(
-            self, input_ids, attention_mask, position_ids, cache, labels, loss_weights, cu_seqlens, max_seqlen,
+            self, input_ids, attention_mask, position_ids, placed, labels, loss_weights, cu_seqlens, max_seqlen,
             logits_to_keep, return_logits, inputs_embeds,
         )  # fmt: skip
         if num_items_in_batch is not None and out.loss_sum is not None:
             out.loss = out.loss_sum / _at_least_one(num_items_in_batch, out.loss_sum)
         presented = HFOutput(
             loss=out.loss, loss_sum=out.loss_sum, target_count=out.target_count, aux_loss=out.aux_loss,
-            logits=out.logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states,
+            logits=out.logits, past_key_values=cache, hidden_states=out.hidden_states,
         )  # fmt: skip
         if name is not None and name not in CACHE_NAMES:
             presented.cache_names = (*CACHE_NAMES, name)
@@ -271,6 +271,25 @@ class MiniMindForCausalLM(MiniMindLM, PreTrainedModel, GenerationMixin):
 
 
 _FORWARD = frozenset(inspect.signature(MiniMindForCausalLM.forward).parameters) - {"self", "kwargs"}
+
+
+class _Placed:
+    """有的版本（如 5.0）的静态缓存要人告诉它写在哪里，不告诉就从 0 写起，把前文盖掉。"""
+
+    def __init__(self, cache: Any):
+        self.cache, self.start = cache, cache.get_seq_length()
+
+    def get_seq_length(self) -> int:
+        return self.start
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        position = torch.arange(self.start, self.start + key.shape[-2], device=key.device)
+        return self.cache.update(key, value, layer_idx, {"cache_position": position})
+
+
+@functools.cache
+def _wants_position(kind: type) -> bool:
+    return "cache_kwargs" in inspect.signature(kind.update).parameters
 
 
 def _new_cache() -> Any:

@@ -10,6 +10,7 @@ V 词表、N = B·T、E 专家数、K 每个词元选中的专家数。
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import math
@@ -24,14 +25,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
-try:  # torch>=2.10 才有公开的变长注意力；它的参数在 2.12 前后换过名字
-    from torch.nn.attention.varlen import varlen_attn
+varlen_attn, _VARLEN_OPTIONS = None, {}
+if torch.cuda.is_available():  # 没有显卡用不上，而它连带编译器，读入要 1 s 处理器时间
+    with contextlib.suppress(ImportError):  # torch>=2.10 才有公开的变长注意力；它的参数在 2.12 前后换过名字
+        from torch.nn.attention.varlen import varlen_attn
 
-    _VARLEN_OPTIONS = inspect.signature(varlen_attn).parameters
-except ImportError:
-    varlen_attn, _VARLEN_OPTIONS = None, {}
+        _VARLEN_OPTIONS = inspect.signature(varlen_attn).parameters
 
 IGNORE_INDEX = -100
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # 共享的两个权重
 
 # ---------------------------------------------------------------- 配置
 
@@ -858,6 +860,16 @@ class MiniMindLM(nn.Module):
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
 
+    @property
+    def tied_keys(self) -> dict[str, str]:
+        """``{权重文件里可以没有的键: 它共享的那个}``。"""
+        return {HEAD: EMBEDDING} if self.config.tie_word_embeddings else {}
+
+    @property
+    def device(self) -> torch.device:
+        """参数所在的设备。"""
+        return self.lm_head.weight.device
+
     # ------------------------------------------------------------ 绑定：自己做，自己查
 
     def tie(self) -> None:
@@ -888,16 +900,15 @@ class MiniMindLM(nn.Module):
             return
         if embedding.shape != head.shape or not torch.equal(embedding, head.to(embedding)):
             raise ValueError(
-                f"权重里 model.embed_tokens.weight {tuple(embedding.shape)} 与 lm_head.weight "
-                f"{tuple(head.shape)} 不相等，而 tie_word_embeddings=True；"
+                f"权重里 {EMBEDDING} {tuple(embedding.shape)} 与 {HEAD} {tuple(head.shape)} 不相等，而 tie_word_embeddings=True；"
                 "这份权重没有共享词嵌入，请用 tie_word_embeddings=False 的配置读它"
             )
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        embedding, head = (state_dict.get(prefix + n) for n in ("model.embed_tokens.weight", "lm_head.weight"))
-        if self.config.tie_word_embeddings and embedding is not None and head is not None:
-            if embedding.shape == head.shape:  # 形状不对的由 load_state_dict 报
-                self.check_same(embedding, head)
+        embedding, head = state_dict.get(prefix + EMBEDDING), state_dict.get(prefix + HEAD)
+        both = self.config.tie_word_embeddings and embedding is not None and head is not None
+        if both and embedding.shape == head.shape:  # 形状不对的由 load_state_dict 报
+            self.check_same(embedding, head)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn, recurse: bool = True):
