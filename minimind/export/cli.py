@@ -82,7 +82,7 @@ def main_hf(argv: list[str] | None = None) -> None:
     args = parse_args(ExportHFArguments, argv, prog="minimind export hf")
 
     from minimind.export.files import check_folder
-    from minimind.export.hf import OWN_FILES, export_hf
+    from minimind.export.hf import CODE_FILES, OWN_FILES, export_hf
     from minimind.export.layouts import ARCHITECTURES, NATIVE
     from minimind.export.source import DTYPES
 
@@ -92,7 +92,7 @@ def main_hf(argv: list[str] | None = None) -> None:
     dtype = source.dtype if args.dtype == "auto" else DTYPES[args.dtype]
     layout = export_hf(source, folder, dtype, force)
     how = (
-        "transformers 读取时加 trust_remote_code=True（模型文件 model_minimind.py 在目录里）"
+        f"transformers 读取时加 trust_remote_code=True（模型文件 {'、'.join(CODE_FILES)} 在目录里）"
         if layout == NATIVE
         else "AutoModelForCausalLM、vLLM 直接读，不需要 trust_remote_code"
     )

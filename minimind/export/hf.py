@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,25 @@ from minimind.export.source import Source, cast
 from minimind.model import model_minimind
 from minimind.tokenizer.loading import SHIPPED_DIR
 
+MODEL_FOLDER = Path(model_minimind.__file__).parent
+
+
+def code_files() -> tuple[str, ...]:
+    """模型文件与它相对引用的全部文件：随目录走，没装本项目的机器才读得开。"""
+    found = [Path(model_minimind.__file__).name]
+    for name in found:  # 边走边加
+        text = (MODEL_FOLDER / name).read_text(encoding="utf-8")
+        found += [
+            f"{m}.py" for m in re.findall(r"^\s*from \.(\w+) import", text, re.M) if f"{m}.py" not in found
+        ]
+    return tuple(found)
+
+
+CODE_FILES = code_files()
 SIDECAR = "minimind.json"  # 训练时的旁注，原样带着：步数、指标，导回来时还在
 OWN_FILES = frozenset(
     (
-        *("config.json", "generation_config.json", "model.safetensors", "model_minimind.py"),
+        *("config.json", "generation_config.json", "model.safetensors", *CODE_FILES),
         *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
         *(SIDECAR, "README.md"),
     )
@@ -42,7 +58,8 @@ def export_hf(source: Source, folder: Path, dtype: torch.dtype, force: bool = Fa
         write_json(target / "generation_config.json", generation_config(source))
         write_tokenizer(source.tokenizer, target)
         if layout == NATIVE:
-            shutil.copyfile(model_minimind.__file__, target / "model_minimind.py")
+            for name in CODE_FILES:
+                shutil.copyfile(MODEL_FOLDER / name, target / name)
         if source.sidecar:
             write_json(target / SIDECAR, source.sidecar)
         (target / "README.md").write_text(model_card(source, layout, folder.name), encoding="utf-8")

@@ -20,7 +20,7 @@ from minimind.errors import UserError
 from minimind.export.hf import SIDECAR
 from minimind.export.layouts import NATIVE, config_from_hf
 from minimind.export.shapes import arch_of, config_of_state, is_tied
-from minimind.model import MiniMindConfig, MiniMindForCausalLM
+from minimind.model import MiniMindConfig, MiniMindLM
 from minimind.paths import file_problem, resolve_path
 from minimind.tokenizer import load_tokenizer, tokenizer_fingerprint
 from minimind.trainer.checkpoint import (
@@ -251,7 +251,7 @@ def _check(config: MiniMindConfig, state: dict[str, Tensor], where: Path, fix: s
         )
     try:
         with torch.device("meta"):
-            model = MiniMindForCausalLM(config)
+            model = MiniMindLM(config)
     except (RuntimeError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0][:160]
         raise UserError(f"按配置建不出模型（{reason}）", where=str(where), fix=fix) from error

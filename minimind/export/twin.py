@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from minimind.export.layouts import hf_config
-from minimind.model import MiniMindForCausalLM
+from minimind.model import MiniMindLM
 
 
-def transformers_twin(model: MiniMindForCausalLM, **changes: Any) -> torch.nn.Module:
+def transformers_twin(model: MiniMindLM, **changes: Any) -> torch.nn.Module:
     """``LlamaForCausalLM`` 或 ``Qwen3ForCausalLM``，权重抄自 ``model``；只收稠密模型（专家的存法两边不同）。
 
     Args:

@@ -19,7 +19,7 @@ from minimind.inference.forward_decoder import ForwardDecoder
 from minimind.inference.kv_cache import SlotKVCache
 from minimind.inference.linear import JoinedLinear
 from minimind.inference.prompt_attention import prompt_attention
-from minimind.model import MiniMindForCausalLM
+from minimind.model import MiniMindLM
 
 __all__ = ["ForwardDecoder", "FusedDecoder", "make_decoder"]
 
@@ -34,7 +34,7 @@ def make_decoder(model: nn.Module, max_slots: int, dtype: torch.dtype | None = N
         max_slots: 同时最多多少行。
         dtype: 矩阵乘与缓存的精度，默认与权重相同；只有 :class:`FusedDecoder` 能换。
     """
-    if isinstance(model, MiniMindForCausalLM) or _is_plain_llama(model):
+    if isinstance(model, MiniMindLM) or _is_plain_llama(model):
         return FusedDecoder(model, max_slots, dtype)
     return ForwardDecoder(model, max_slots)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class ForwardDecoder:
-    """只靠 ``forward(input_ids, past_key_values, use_cache)`` 的解码器：每行一个 transformers 自己的缓存，逐行算。"""
+    """只靠 ``forward(input_ids, 缓存, use_cache)`` 的解码器（缓存叫什么随 transformers 的版本）：每行一个 transformers 自己的缓存，逐行算。"""
 
     shareable = False  # 缓存里是什么由模型定（滑动窗口、状态空间），未必能截取
 
@@ -56,7 +56,8 @@ class ForwardDecoder:
             self.caches[slot] = copy.deepcopy(kept)
 
     def _forward(self, ids: list[int], cache: Any, slot: int) -> Tensor:
+        from minimind.model.hf import step_with_cache  # 别家的模型来了才用到
+
         input_ids = torch.tensor([ids], device=self.device)
-        out = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True)
-        self.caches[slot] = out.past_key_values
-        return out.logits[:, -1]
+        logits, self.caches[slot] = step_with_cache(self.model, input_ids, cache)
+        return logits[:, -1]

@@ -149,6 +149,8 @@ def _load_folder(folder: str, weight: str, tokenizer_path: str | None) -> Loaded
     """Hugging Face 目录；不执行目录里自带的代码。"""
     from transformers import AutoModelForCausalLM
 
+    import minimind.model.hf  # noqa: F401  登记本项目自己的结构
+
     path = resolve_path(folder)
     if not (path / "config.json").is_file():
         problem = folder_problem(path)

@@ -1,7 +1,8 @@
 """MiniMind 的模型：一个文件，从上读到下。
 
 顺序：配置 → 归一化 → 旋转位置编码（含 YaRN）→ 注意力 → 前馈 → 混合专家 → 主干 → 语言模型 → 分块交叉熵。
-导出权重时这个文件会一起放进目录，所以它不引用项目里的其他文件。
+只用 torch；transformers 的配置基类除外，其余与它打交道的在旁边的 hf.py。导出权重时这两个文件一起放进目录，
+所以不引用项目里的其他部分。
 
 形状记号：B 批、T 本次输入的长度、S 键的长度（缓存里的加上本次的）、H 隐藏维、D 每个头的维数、
 V 词表、N = B·T、E 专家数、K 每个词元选中的专家数。
@@ -9,6 +10,7 @@ V 词表、N = B·T、E 专家数、K 每个词元选中的专家数。
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import math
@@ -20,17 +22,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.configuration_utils import PretrainedConfig
+from torch.utils.checkpoint import checkpoint
+from transformers import PretrainedConfig
 
-try:  # torch>=2.10 才有公开的变长注意力；它的参数在 2.12 前后换过名字
-    from torch.nn.attention.varlen import varlen_attn
+varlen_attn, _VARLEN_OPTIONS = None, {}
+if torch.cuda.is_available():  # 没有显卡用不上，而它连带编译器，读入要 1 s 处理器时间
+    with contextlib.suppress(ImportError):  # torch>=2.10 才有公开的变长注意力；它的参数在 2.12 前后换过名字
+        from torch.nn.attention.varlen import varlen_attn
 
-    _VARLEN_OPTIONS = inspect.signature(varlen_attn).parameters
-except ImportError:
-    varlen_attn, _VARLEN_OPTIONS = None, {}
+        _VARLEN_OPTIONS = inspect.signature(varlen_attn).parameters
 
 IGNORE_INDEX = -100
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # 共享的两个权重
 
 # ---------------------------------------------------------------- 配置
 
@@ -69,7 +72,10 @@ class MiniMindConfig(PretrainedConfig):
     """
 
     model_type = "minimind"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    # Trainer 评估时只收 logits
+    keys_to_ignore_at_inference = [
+        "past_key_values", "cache", "loss_sum", "target_count", "aux_loss", "hidden_states"
+    ]  # fmt: skip
     attribute_map = {"num_experts": "n_routed_experts", "router_aux_loss_coef": "aux_loss_alpha"}
 
     # fmt: off
@@ -126,6 +132,9 @@ class MiniMindConfig(PretrainedConfig):
         self.tie_word_embeddings = tie_word_embeddings
         self._check()
         super().__init__(**kwargs)
+        # 有的版本的基类会把这几项放回它的默认值
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
+        self.tie_word_embeddings = tie_word_embeddings
 
     def _check(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
@@ -593,6 +602,8 @@ class MoE(nn.Module):
         """x [B, T, H]，valid [B, T]（True 为真词元，None 表示全是）→ 输出 [B, T, H] 与辅助损失标量。"""
         B, T, H = x.shape
         flat = x.reshape(-1, H)
+        if not isinstance(self.gate, nn.Linear):
+            raise TypeError(_REPLACED.format("路由器 gate", type(self.gate).__name__))
         with torch.autocast(x.device.type, enabled=False):  # 路由差一点就换专家，用 fp32
             score = linear(flat.float(), self.gate.weight.float()).softmax(-1)
         weight, expert = score.topk(self.top_k, dim=-1, sorted=False)
@@ -691,6 +702,7 @@ class MiniMindModel(nn.Module):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self._frequencies: Tensor | None = None
+        self.gradient_checkpointing = False  # 反向时重算各层
 
     def forward(
         self, input_ids, attention_mask=None, position_ids=None, cache=None, cu_seqlens=None, max_seqlen=None,
@@ -720,7 +732,10 @@ class MiniMindModel(nn.Module):
             x = F.dropout(x, self.config.dropout)
         aux_total = None
         for layer in self.layers:
-            x, aux = layer(x, rope, plan, valid, cache)
+            if self.gradient_checkpointing and self.training:
+                x, aux = checkpoint(layer, x, rope, plan, valid, cache, use_reentrant=False)
+            else:
+                x, aux = layer(x, rope, plan, valid, cache)
             if aux is not None:
                 aux_total = aux if aux_total is None else aux_total + aux
         if aux_total is None:
@@ -788,13 +803,9 @@ class MiniMindModel(nn.Module):
 # ---------------------------------------------------------------- 语言模型
 
 
-# 缓存的两个名字：transformers 5.24 起叫 cache，之前叫 past_key_values；收进来、递出去都两个都认
-CACHE_NAMES = ("past_key_values", "cache")
-
-
-@dataclass(eq=False, repr=False)
-class MiniMindOutput(dict):
-    """前向的结果：自己的类，不随 transformers 的 ``ModelOutput`` 改名；按属性、按键、按下标都能取。
+@dataclass
+class MiniMindOutput:
+    """前向的结果。
 
     loss: 目标词元上的平均交叉熵（不含辅助损失）；loss_sum: 加权和；target_count: 权重和（0 维张量）。
     aux_loss: 已乘 alpha 的负载均衡损失，稠密模型为 0。
@@ -809,61 +820,112 @@ class MiniMindOutput(dict):
     past_key_values: Any = None
     hidden_states: Tensor | None = None
 
-    def __post_init__(self) -> None:
-        for name, value in self.__dict__.items():
-            if value is not None:
-                dict.__setitem__(self, name, value)
-
     @property
     def cache(self) -> Any:
+        """``past_key_values`` 的另一个名字。"""
         return self.past_key_values
 
-    def __contains__(self, key: object) -> bool:
-        return dict.__contains__(self, "past_key_values" if key in CACHE_NAMES else key)
 
-    def __getitem__(self, key: Any) -> Any:
-        if isinstance(key, str):
-            return dict.__getitem__(self, "past_key_values" if key in CACHE_NAMES else key)
-        return tuple(self.values())[key]
+class MiniMindLM(nn.Module):
+    """带语言模型头的 MiniMind，只用 torch；权重名与公开版相同，词嵌入与输出头共享。
 
-    def get(self, key: str, default: Any = None) -> Any:
-        return dict.get(self, "past_key_values" if key in CACHE_NAMES else key, default)
-
-
-# transformers 的 generate 与 Trainer 会带上、对这个模型没有作用的参数；别的名字一律报错，不悄悄吞掉
-_HARMLESS_KWARGS = {"cache_position", "return_dict", "num_items_in_batch"}
-
-
-class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
-    """带语言模型头的 MiniMind；权重名与公开版相同，词嵌入与输出头共享。"""
-
-    config_class = MiniMindConfig
-    base_model_prefix = "model"
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    _no_split_modules = ["Block"]
-    _supports_sdpa = True
+    用的时候建 :class:`MiniMindForCausalLM`：它是这个类加上 transformers 的接口，在 hf.py。
+    """
 
     def __init__(self, config: MiniMindConfig | None = None):
-        super().__init__(config or MiniMindConfig())
+        super().__init__()
+        self.config = config or MiniMindConfig()
+        self.build()
+        self.check_tied()
+
+    def build(self) -> None:
+        """建起各层，初始化，绑定。在 meta 设备上建时初始化不做事，等读入权重。"""
         self.model = MiniMindModel(self.config)
         self.lm_head = Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
-        self.post_init()
+        self.apply(self.init_module)
+        if self.config.tie_word_embeddings:
+            self.tie()
+        self.register_load_state_dict_post_hook(_tie_again)
 
-    def _init_weights(self, module: nn.Module) -> None:
-        if self.config.zero_init_residual and getattr(module, "writes_residual", False):
+    @torch.no_grad()
+    def init_module(self, module: nn.Module) -> None:
+        """给一层自己的参数赋初值：线性层与词嵌入正态，归一化全 1。"""
+        zero_residual, std = self.config.zero_init_residual, self.config.initializer_range
+        if zero_residual and getattr(module, "writes_residual", False):
             nn.init.zeros_(module.weight)
-        elif self.config.zero_init_residual and isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.initializer_range / 4)
-        else:
-            super()._init_weights(module)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=std / 4 if zero_residual else std)
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=std)
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
 
+    @property
+    def tied_keys(self) -> dict[str, str]:
+        """``{权重文件里可以没有的键: 它共享的那个}``。"""
+        return {HEAD: EMBEDDING} if self.config.tie_word_embeddings else {}
+
+    @property
+    def device(self) -> torch.device:
+        """参数所在的设备。"""
+        return self.lm_head.weight.device
+
+    # ------------------------------------------------------------ 绑定：自己做，自己查
+
+    def tie(self) -> None:
+        """让输出头用词嵌入的那个参数。"""
+        self.lm_head.weight = self.model.embed_tokens.weight
+        self.lm_head.out_features = self.lm_head.weight.shape[0]
+
+    def check_tied(self) -> None:
+        """该共享的没共享（或反过来），训练出来的是另一个模型，参数也不是这么多。
+
+        Raises:
+            RuntimeError: 与 ``config.tie_word_embeddings`` 不符。
+        """
+        tied = self.lm_head.weight is self.model.embed_tokens.weight
+        if tied != self.config.tie_word_embeddings:
+            found = "是同一个参数" if tied else "不是同一个参数"
+            raise RuntimeError(
+                f"词嵌入与输出头{found}，而 tie_word_embeddings={self.config.tie_word_embeddings}；"
+                "请检查 transformers 的版本与改动模型的代码"
+            )
+
+    def check_same(self, embedding: Tensor, head: Tensor) -> None:
+        """
+        Raises:
+            ValueError: 要绑定的两份权重不相等：绑上就丢掉一份，不绑就是另一个模型。
+        """
+        if embedding is head or embedding.is_meta or head.is_meta:
+            return
+        if embedding.shape != head.shape or not torch.equal(embedding, head.to(embedding)):
+            raise ValueError(
+                f"权重里 {EMBEDDING} {tuple(embedding.shape)} 与 {HEAD} {tuple(head.shape)} 不相等，而 tie_word_embeddings=True；"
+                "这份权重没有共享词嵌入，请用 tie_word_embeddings=False 的配置读它"
+            )
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        embedding, head = state_dict.get(prefix + EMBEDDING), state_dict.get(prefix + HEAD)
+        both = self.config.tie_word_embeddings and embedding is not None and head is not None
+        if both and embedding.shape == head.shape:  # 形状不对的由 load_state_dict 报
+            self.check_same(embedding, head)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _apply(self, fn, recurse: bool = True):
+        """换设备、换精度：参数若被换成新的（如 meta → to_empty），共享的仍共享。"""
+        tied = self.lm_head.weight is self.model.embed_tokens.weight
+        super()._apply(fn, recurse)
+        if tied:
+            self.tie()
+        return self
+
+    # fmt: off
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
-        use_cache: bool = False,
         labels: Tensor | None = None,
         loss_weights: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
@@ -871,8 +933,6 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         return_logits: bool | None = None,
         inputs_embeds: Tensor | None = None,
-        cache: Any = None,
-        **kwargs: Any,
     ) -> MiniMindOutput:
         # fmt: on
         """一次前向。
@@ -881,7 +941,7 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids: [B, T]。
             attention_mask: [B, 缓存+T]，1 为真词元；或 4 维的现成 mask。
             position_ids: [B, T]；打包行每篇从 0 起。
-            past_key_values（又名 cache）: 任何有 `update(k, v, layer_idx)` 与 `get_seq_length()` 的缓存；k、v 为 [B, kv_heads, T, D]。
+            past_key_values: 任何有 `update(k, v, layer_idx)` 与 `get_seq_length()` 的缓存；k、v 为 [B, kv_heads, T, D]。
             labels: [B, T]，与 input_ids 对齐（移位在里面做），-100 不是目标。
             loss_weights: [B, T]，与 labels 对齐的每词元权重。
             cu_seqlens: int32 [n+1]，把 B·T 个位置切成文档的累计边界，首 0 末 B·T。
@@ -892,18 +952,8 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: 超过最大位置，或参数互相矛盾。
-            TypeError: 不认识的参数。
+            TypeError: 输出头被换成了别的模块，而损失直接用它的权重。
         """
-        unknown = [
-            k for k, v in kwargs.items() if v is not None and v is not False and k not in _HARMLESS_KWARGS
-        ]
-        if unknown:
-            raise TypeError(f"forward 不认识参数 {unknown}，请检查拼写")
-        if cache is not None and past_key_values is not None:
-            raise TypeError("past_key_values 与 cache 是同一个参数的两个名字，只能给一个")
-        past_key_values = past_key_values if cache is None else cache
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
         hidden, aux_loss = self.model(
             input_ids, attention_mask, position_ids, past_key_values, cu_seqlens, max_seqlen, inputs_embeds
         )
@@ -922,6 +972,8 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
             weight = (target != IGNORE_INDEX).float()
             if loss_weights is not None:
                 weight = weight * F.pad(loss_weights[:, 1:], (0, 1)).flatten()
+            if not isinstance(self.lm_head, nn.Linear):
+                raise TypeError(_REPLACED.format("输出头 lm_head", type(self.lm_head).__name__))
             loss_sum = linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, target, weight)
             target_count = weight.sum()
             loss = loss_sum / target_count.where(target_count > 0, 1.0)
@@ -932,6 +984,17 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         if not self.config.use_moe:
             return None
         return [layer.mlp.last_load for layer in self.model.layers]
+
+
+# 输出头与路由器直接取 weight 算；换成 LoRA 之类的包装，增量就不起作用，所以拒绝
+_REPLACED = "{} 被换成了 {}，这里直接用它的权重，换上的不起作用；请不要在它上面加 LoRA 或别的包装"
+
+
+def _tie_again(model: MiniMindLM, incompatible_keys: Any) -> None:
+    """``load_state_dict(assign=True)`` 把两个键各换成一个新参数，换完再绑上。"""
+    plain = isinstance(model.model.embed_tokens, nn.Embedding) and isinstance(model.lm_head, nn.Linear)
+    if plain and model.config.tie_word_embeddings:
+        model.tie()
 
 
 # ---------------------------------------------------------------- 分块交叉熵
@@ -993,5 +1056,10 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(hidden, weight, target, loss_weight, chunk, need_grad)
 
 
-AutoConfig.register("minimind", MiniMindConfig, exist_ok=True)
-AutoModelForCausalLM.register(MiniMindConfig, MiniMindForCausalLM, exist_ok=True)
+def __getattr__(name: str) -> Any:
+    """``MiniMindForCausalLM`` 用到时才读 hf.py：它的基类连带一千多个模块，只看帮助、只做推理的不必等。"""
+    if name == "MiniMindForCausalLM":
+        from .hf import MiniMindForCausalLM
+
+        return MiniMindForCausalLM
+    raise AttributeError(f"{__name__} 里没有 {name}")

@@ -7,7 +7,7 @@ from typing import Any
 
 from minimind.arguments import parse_args
 from minimind.errors import guard
-from minimind.model import MiniMindForCausalLM
+from minimind.model import MiniMindLM
 from minimind.trainer.trainer_utils import init_model, model_config, shutdown_distributed, start_run
 
 
@@ -31,7 +31,7 @@ def entry(arguments: type, run: Callable[[Any], Any]) -> Callable[..., int]:
     return main
 
 
-def open_model(args: Any) -> tuple[MiniMindForCausalLM, Any]:
+def open_model(args: Any) -> tuple[MiniMindLM, Any]:
     """建进程组、选设备、设种子，再按参数打开起点的模型。
 
     Returns:

@@ -10,7 +10,7 @@ from torch import nn
 
 from minimind.console import say
 from minimind.dataset import RLAIFDataset
-from minimind.model import MiniMindForCausalLM
+from minimind.model import MiniMindLM
 from minimind.recipes.data import open_datasets
 from minimind.recipes.entry import open_model
 from minimind.rl.arguments import RLArguments
@@ -27,7 +27,7 @@ from minimind.trainer.sampler import epoch_order
 class Stage:
     """开场备好的东西；``val_ds`` 是留出的提示，可能没有。"""
 
-    model: MiniMindForCausalLM
+    model: MiniMindLM
     tokenizer: Any
     train_ds: RLAIFDataset
     val_ds: RLAIFDataset | None

@@ -12,7 +12,7 @@ from torch import nn
 
 from minimind.console import say
 from minimind.errors import UserError
-from minimind.model import MiniMindConfig, MiniMindForCausalLM, count_parameters
+from minimind.model import MiniMindConfig, MiniMindLM, count_parameters
 from minimind.paths import resolve_path
 from minimind.tokenizer import load_tokenizer, tokenizer_fingerprint
 from minimind.trainer.checkpoint import config_dict, load_file, load_weights, read_sidecar, weights_path
@@ -165,7 +165,7 @@ def load_teacher(args: Any, student: MiniMindConfig, device: torch.device) -> nn
             where=str(teacher.path),
             fix="用 --student_hidden_size、--student_num_layers 给出更小的学生，或换一个教师",
         )
-    model = MiniMindForCausalLM(teacher.config)
+    model = MiniMindLM(teacher.config)
     load_weights(model, teacher.path)
     say(
         f"教师 {teacher.path}：{count_parameters(model) / 1e6:.2f}M 参数，宽 {teacher.config.hidden_size}、"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minimind.model import MiniMindForCausalLM
+from minimind.model import MiniMindLM
 from minimind.trainer.logprobs import TargetLogits, target_logits, target_mask
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", "cu_seqlens", "max_seqlen")
@@ -20,7 +20,7 @@ class Critic(nn.Module):
     头从零开始，所以开始时处处报 0；写成向量而不是 ``[1, H]`` 的矩阵，Muon 才不会去正交化它。
     """
 
-    def __init__(self, actor: MiniMindForCausalLM):
+    def __init__(self, actor: MiniMindLM):
         super().__init__()
         self.model = copy.deepcopy(actor.model)
         self.value_weight = nn.Parameter(torch.zeros(actor.config.hidden_size))
@@ -41,7 +41,7 @@ class ActorCritic(nn.Module):
         actor: 策略；价值网络的主干从它此刻的权重开始。
     """
 
-    def __init__(self, actor: MiniMindForCausalLM):
+    def __init__(self, actor: MiniMindLM):
         super().__init__()
         self.config = actor.config
         self.actor, self.critic = actor, Critic(actor).to(next(actor.parameters()).device)
@@ -51,6 +51,6 @@ class ActorCritic(nn.Module):
         return target_logits(self.actor, batch), *self.critic(batch)
 
 
-def actor_of(model: ActorCritic) -> MiniMindForCausalLM:
+def actor_of(model: ActorCritic) -> MiniMindLM:
     """其中的策略。"""
     return model.actor

@@ -239,7 +239,7 @@ def check_state(model: nn.Module, state: Mapping[str, Tensor], where: Path, fix:
         UserError: 指出文件、键、两边的形状。
     """
     own = unwrap(model).state_dict()
-    tied = set(getattr(model, "_tied_weights_keys", None) or ())
+    tied = getattr(model, "tied_keys", {})
     for key, value in own.items():
         if key in state and state[key].shape != value.shape:
             raise UserError(

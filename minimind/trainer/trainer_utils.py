@@ -9,7 +9,7 @@ import torch
 
 from minimind.console import say
 from minimind.errors import UserError
-from minimind.model import MiniMindConfig, MiniMindForCausalLM, preset
+from minimind.model import MiniMindConfig, MiniMindLM, preset
 from minimind.paths import resolve_path
 from minimind.tokenizer import load_tokenizer, tokenizer_fingerprint
 from minimind.trainer.checkpoint import (
@@ -92,7 +92,7 @@ def init_model(
     tokenizer_path: str | None = None,
     save_dir: str | Path = "out",
     device: str | torch.device = "auto",
-) -> tuple[MiniMindForCausalLM, Any]:
+) -> tuple[MiniMindLM, Any]:
     """配置 + 权重 + 分词器。
 
     Args:
@@ -101,11 +101,13 @@ def init_model(
         device: 模型放在哪里。
 
     Returns:
-        ``(model, tokenizer)``，模型是 fp32。
+        ``(model, tokenizer)``，模型是 fp32 的 ``MiniMindForCausalLM``。
 
     Raises:
         UserError: 没有这个权重，尺寸不符，键对不上，或权重与分词器不配套。
     """
+    from minimind.model import MiniMindForCausalLM  # 连带 transformers 的模型基类，只看 --help 的不必等
+
     tokenizer = load_tokenizer(tokenizer_path)
     if len(tokenizer) > lm_config.vocab_size:
         lm_config.vocab_size = len(tokenizer)
