@@ -927,7 +927,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 rows = slice(start, start + chunk)
                 h, t, lw = hidden[rows].to(dtype), target[rows, None].clamp_min(0), loss_weight[rows, None]
                 logp = F.log_softmax(matmul_nt(h, w).float(), dim=-1)
-                total -= (logp.gather(1, t) * lw).sum()
+                # 不就地累加：torch 2.11 的编译把就地改过的返回值当成常数，全部梯度成了 0，一声不响
+                total = total - (logp.gather(1, t) * lw).sum()
                 if need_grad:
                     grad = logp.exp_().scatter_add_(1, t, torch.full_like(lw, -1.0)).mul_(lw).to(dtype)
                     grad_hidden[rows] = matmul_nt(grad, w.t())
