@@ -61,8 +61,16 @@ def _base_type(annotation: Any) -> type:
     return annotation
 
 
+def _converter(annotation: Any, choices: tuple | None) -> Any:
+    """文字 → 值；取值有数有字（``0``、``1``、``auto``）时按写法对上哪个就是哪个。"""
+    if choices and len({type(choice) for choice in choices}) > 1:
+        by_text = {str(choice): choice for choice in choices}
+        return lambda text: by_text.get(text, text)
+    return _base_type(annotation)
+
+
 def build_parser(cls: type, prog: str | None = None, description: str | None = None) -> ChineseParser:
-    """由 dataclass 生成解析器；``--flag_name`` 与 ``--flag-name`` 都接受，{0,1} 的开关不写值即为 1。"""
+    """由 dataclass 生成解析器；``--flag_name`` 与 ``--flag-name`` 都接受，{0,1} 的开关（可以另有 auto）不写值即为 1。"""
     parser = ChineseParser(
         prog=prog, description=description or (cls.__doc__ or "").split("\n")[0], allow_abbrev=False
     )
@@ -76,11 +84,11 @@ def build_parser(cls: type, prog: str | None = None, description: str | None = N
         parser.add_argument(
             *flags,
             dest=field.name,
-            type=_base_type(hints[field.name]),
+            type=_converter(hints[field.name], field.metadata["choices"]),
             default=field.default,
             choices=field.metadata["choices"],
             help=field.metadata["help"].replace("%", "%%"),
-            **({"nargs": "?", "const": 1} if field.metadata["choices"] == (0, 1) else {}),
+            **({"nargs": "?", "const": 1} if (field.metadata["choices"] or ())[:2] == (0, 1) else {}),
             metavar=None if field.metadata["choices"] else _base_type(hints[field.name]).__name__.upper(),
         )
     return parser

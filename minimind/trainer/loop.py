@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from minimind.console import format_duration, say
 from minimind.console import progress as progress_bar
 from minimind.trainer.checkpoint import write_sidecar
+from minimind.trainer.compiling import compile_and_check
 from minimind.trainer.device import peak_memory_bytes, preserved_rng
 from minimind.trainer.distributed import any_process, barrier, is_main_process
 from minimind.trainer.interrupt import StopSignal
@@ -160,6 +161,7 @@ def train(
             updates = 0
             for update in prepare(run, window) if prepare else (window,):
                 updates += 1
+                compile_and_check(run, update, compute_loss)
                 sums, micro_losses = forward_backward(run, update, compute_loss, count, stop)
                 stopping = sums.pop("stop") > 0 or stopping
                 if update_weights(run, sums):
@@ -258,7 +260,8 @@ def seconds_left(run: Run) -> float:
 def announce_total(run: Run) -> None:
     """尽早说一声全程要多久，只说一次。"""
     meter = run.meter
-    if run.announced_total or (meter.seen < FIRST_STEPS and meter.elapsed() < SLOW_SECONDS):
+    training = meter.elapsed() - sum(meter.pauses["compile"])
+    if run.announced_total or (meter.seen < FIRST_STEPS and training < SLOW_SECONDS):
         return
     run.announced_total = True
     say(f"按现在的速度，本次全程约 {format_duration(meter.elapsed() + seconds_left(run))}（含验证与存盘）。")

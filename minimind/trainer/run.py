@@ -18,6 +18,7 @@ from minimind.model import MiniMindConfig, count_parameters, flops_per_token
 from minimind.paths import resolve_path
 from minimind.tokenizer import token_byte_lengths, tokenizer_fingerprint
 from minimind.trainer import checkpoint, device, distributed
+from minimind.trainer.compiling import CompiledBlocks, maybe_compile
 from minimind.trainer.meter import Meter
 from minimind.trainer.optim import build_optimizer
 from minimind.trainer.progress import Progress, TrainState
@@ -91,8 +92,8 @@ class Run:
         self.scaler = device.make_scaler(self.device, self.dtype)
         if saved:
             self._restore(saved)
-        self.wrapped = self._wrap()
         self.progress = Progress(args, len(train_ds), self.world_size, self.state)
+        self.wrapped = self._wrap()
         self._open_log(saved)
         self._seed(saved)
         self.meter = Meter(eval_guess_steps=self._eval_guess())
@@ -188,7 +189,8 @@ class Run:
 
     def _wrap(self) -> nn.Module:
         """compile 在里、DDP 在外；``self.model`` 始终是没包装的，存档的键名因此干净。"""
-        wrapped = device.maybe_compile(self.model, bool(self.args.use_compile), self.device, say)
+        wrapped = maybe_compile(self.model, self.args.use_compile, self)
+        self.compiled = wrapped if isinstance(wrapped, CompiledBlocks) else None
         if not torch.distributed.is_initialized():
             return wrapped
         ids = [self.device.index] if self.device.type in ("cuda", "npu") else None
