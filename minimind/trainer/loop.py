@@ -237,6 +237,18 @@ def log_interval(run: Run, epoch: int, lr: float) -> dict[str, Any]:
     peak = run.numerics["peak_flops"]
     if flops and peak:
         record["mfu"] = flops / (peak * run.world_size)
+    if sums.get("zero_grad"):
+        record["zero_grad_steps"] = int(sums["zero_grad"])
+    notes = run.vitals.examine(
+        record,
+        recipe=run.recipe,
+        vocab_size=run.config.vocab_size,
+        warm=state.step - max(args.log_interval, 1) >= args.warmup_ratio * progress.total_steps,
+        updates=sums.get("steps", 0.0),
+        group_lrs=[group["lr"] for group in run.optimizer.param_groups],
+    )
+    if notes:
+        record["notes"] = notes
     run.write_log(record)
     state.interval.clear()
 
@@ -247,6 +259,8 @@ def log_interval(run: Run, epoch: int, lr: float) -> dict[str, Any]:
         + (f" 利用率 {record['mfu']:.0%}" if "mfu" in record else "")
         + f" 剩余 {format_duration(seconds_left(run))}"
     )
+    for sentence in notes:
+        say(f"留意：{sentence}")
     return record
 
 

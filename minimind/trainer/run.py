@@ -24,6 +24,7 @@ from minimind.trainer.optim import build_optimizer
 from minimind.trainer.progress import Progress, TrainState
 from minimind.trainer.tracking import RunLog, Tracker, start_tracker
 from minimind.trainer.validation import to_device
+from minimind.trainer.vital_signs import VitalSigns
 
 # 续训时必须与存档相同的参数：换了它们，优化器状态或数据位置就没有意义
 FIXED_ARGS = (
@@ -92,6 +93,7 @@ class Run:
         self.scaler = device.make_scaler(self.device, self.dtype)
         if saved:
             self._restore(saved)
+        self.vitals = VitalSigns(self.model, (saved or {}).get("vitals"))
         self.progress = Progress(args, len(train_ds), self.world_size, self.state)
         self.wrapped = self._wrap()
         self._open_log(saved)
@@ -252,6 +254,7 @@ class Run:
         """存权重与续训存档；多进程时只有主进程写，写不成则一起停。"""
         args = self.args
         rng = distributed.gather_objects(device.rng_state(self.device))
+        vitals = self.vitals.state_dict()
 
         def write() -> None:
             what = self.weights_of(self.model) if self.weights_of else self.model
@@ -270,6 +273,7 @@ class Run:
                 rng=rng,
                 numerics=self.numerics,
                 identity=self._identity(),
+                vitals=vitals,
                 args={k: getattr(args, k) for k in FIXED_ARGS + NOTED_ARGS},
                 train_loss=self.train_loss,
                 metrics=self.metrics,
@@ -294,10 +298,11 @@ class Run:
                 interval[f"{name}/{part}"] = interval.get(f"{name}/{part}", 0.0) + value
 
     def write_log(self, record: dict[str, Any]) -> None:
-        """主进程写一行 JSON，同一份也交给记录工具。"""
+        """主进程写一行 JSON；其中的数也交给记录工具。"""
         if self.log is not None:
             self.log.write(record)
-            values = {k: v for k, v in record.items() if k != "step" and math.isfinite(v)}
+            numbers = {k: v for k, v in record.items() if isinstance(v, (int, float))}
+            values = {k: v for k, v in numbers.items() if k != "step" and math.isfinite(v)}
             self.tracker.log(values, self.state.step)
 
     def close(self) -> None:
