@@ -189,7 +189,9 @@ def compile_and_check(run: Run, window: list, compute_loss: Callable) -> None:
         return
     compiled.state = "on"
     seconds = run.meter.pauses["compile"][-1]
-    say(f"编译与核对用时 {format_duration(seconds)}，损失与 {len(plain.grads)} 个参数的梯度都与不编译时一致。")
+    say(
+        f"编译与核对用时 {format_duration(seconds)}，损失与 {len(plain.grads)} 个参数的梯度都与不编译时一致。"
+    )
 
 
 class Gradients:

@@ -148,7 +148,9 @@ class VitalSigns:
         norms = torch.stack(torch._foreach_norm([self.params[i].grad for i in present]))
         total = torch.linalg.vector_norm(norms)
         zero = torch.ones_like(self.streaks, dtype=torch.bool)
-        zero[torch.tensor(present, device=zero.device) if len(present) < len(zero) else slice(None)] = norms == 0
+        zero[torch.tensor(present, device=zero.device) if len(present) < len(zero) else slice(None)] = (
+            norms == 0
+        )
         longer = torch.where(zero, self.streaks + 1, 0.0)
         # 整步没有梯度的更新会被跳过，另有一句，不算到各部分头上
         self.streaks = torch.where(total == 0, self.streaks, longer)

@@ -13,6 +13,7 @@ from trainer_helpers import (
     assert_same_weights,
     saved_model,
     tiny_args,
+    tiny_config,
     tiny_model,
     toy_train,
 )
@@ -146,7 +147,9 @@ def wrong(kind):
     """一个算错梯度的“编译器”：损失都对，梯度不对。"""
 
     def spoil(grad):
-        return {"zero": grad * 0, "double": grad * 2, "swapped": grad.flip(0), "nan": grad * float("nan")}[kind]
+        return {"zero": grad * 0, "double": grad * 2, "swapped": grad.flip(0), "nan": grad * float("nan")}[
+            kind
+        ]
 
     def compile(function, **options):
         def forward(unit, x, *rest):
@@ -189,9 +192,7 @@ def test_编译不了是一句话_训练照常(tmp_path, monkeypatch, capsys):
         raise RuntimeError("no C++ compiler found\n  长长的栈")
 
     original = CompiledBlocks.__init__
-    monkeypatch.setattr(
-        CompiledBlocks, "__init__", lambda self, model: original(self, model, backend=broken)
-    )
+    monkeypatch.setattr(CompiledBlocks, "__init__", lambda self, model: original(self, model, backend=broken))
     torch._dynamo.reset()
     toy_train(tmp_path / "a", use_compile=1)
     said = [line for line in capsys.readouterr().err.splitlines() if "编译失败" in line]
@@ -246,7 +247,7 @@ def fake_run(kind="cuda", steps=10_000, probes=True, peak=1e14):
     return types.SimpleNamespace(
         device=types.SimpleNamespace(type=kind), args=args, probes=probes, numerics={"peak_flops": peak},
         progress=types.SimpleNamespace(total_steps=steps), state=types.SimpleNamespace(step=0),
-        train_ds=ToyRows(4), config=tiny_model(hidden_size=512, num_hidden_layers=8).config,
+        train_ds=ToyRows(4), config=tiny_config(hidden_size=512, num_hidden_layers=8),
     )  # fmt: skip
 
 
@@ -305,11 +306,12 @@ def test_模型文件载入两份_编译的算子照样可用(backend, tmp_path)
         spec.loader.exec_module(module)
         batch = pack([Packed()[i] for i in range(2)])
         for home in (model_minimind, module):
-            model = home.MiniMindForCausalLM(home.MiniMindConfig(**tiny_model().config.to_diff_dict()))
-            torch._dynamo.reset()
+            config = home.MiniMindConfig(**tiny_config(num_hidden_layers=1).to_diff_dict())
+            model = home.MiniMindForCausalLM(config)
             compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-            torch.testing.assert_close(compiled(**batch).loss, model(**batch).loss)
-            compiled(**batch).loss.backward()
+            loss = compiled(**batch).loss
+            torch.testing.assert_close(loss, model(**batch).loss)
+            loss.backward()
     finally:
         del sys.modules["second_copy"]
 
@@ -334,4 +336,3 @@ def one_rank_wrong(folder):
     CompiledBlocks.turn_off = lambda self, reason: off.append(reason) or original(self, reason)
     toy_train(folder, use_compile=1, max_steps=3)
     assert len(off) == 1 and "编译后的梯度不对" in off[0]
-
