@@ -51,9 +51,9 @@ class CompiledBlocks(nn.Module):
     def __init__(self, model: nn.Module, backend: str | Callable = "inductor"):
         super().__init__()
         self.module, self.backend, self.state = model, backend, "unchecked"
-        # CPU 上有 dropout 时注意力逐段走 SDPA，不能进图；其余都要求一图到底，断图就报错而不是悄悄变慢
+        # CPU 上有 dropout 时注意力逐段走 SDPA，不能进图，只编译前馈
         on_cpu = next(model.parameters()).device.type == "cpu"
-        self.fullgraph = not (on_cpu and getattr(model.config, "dropout", 0.0))
+        self.attention_fits = not (on_cpu and has_dropout(model))
         self.first_shape: torch.Size | None = None
         self.capacity = 0
         self._compiled: dict[type, Callable] = {}
@@ -100,13 +100,17 @@ class CompiledBlocks(nn.Module):
         return shape[1:] == self.first_shape[1:] and shape[0] < self.first_shape[0]
 
     def units(self) -> Iterator[nn.Module]:
-        """编译的单位：稠密的层是整层；混合专家的层，词元多少批批不同，只编译注意力与共享专家。"""
+        """编译的单位：一般是整层；混合专家的层，词元的分法批批不同，只编译注意力与共享专家。"""
         for layer in self.module.modules():
-            if isinstance(layer, Block) and isinstance(layer.mlp, MoE):
-                yield layer.self_attn
-                yield from layer.mlp.shared_experts or ()
-            elif isinstance(layer, Block):
+            if not isinstance(layer, Block):
+                continue
+            mixture = isinstance(layer.mlp, MoE)
+            if self.attention_fits and not mixture:
                 yield layer
+                continue
+            if self.attention_fits:
+                yield layer.self_attn
+            yield from (layer.mlp.shared_experts or ()) if mixture else (layer.mlp,)
 
     @contextlib.contextmanager
     def _swapped(self) -> Iterator[None]:
@@ -123,7 +127,7 @@ class CompiledBlocks(nn.Module):
     def _compiled_forward(self, kind: type) -> Callable:
         if kind not in self._compiled:
             forward = {Block: Block.forward, Attention: Attention.forward, MLP: MLP.forward}[kind]
-            self._compiled[kind] = torch.compile(forward, fullgraph=self.fullgraph, backend=self.backend)
+            self._compiled[kind] = torch.compile(forward, fullgraph=True, backend=self.backend)
         return self._compiled[kind]
 
 
@@ -223,7 +227,7 @@ def difference(
     try:
         with no_dropout(compiled):
             ours = gradients(run, compiled, batch, compute_loss)
-        if has_dropout(compiled):  # 训练时用的是带 dropout 的图，也在这里编好
+        if has_dropout(compiled.module):  # 训练时用的是带 dropout 的图，也在这里编好
             gradients(run, compiled, batch, compute_loss)
     except Exception as error:  # 没有 C++ 编译器、断图、内部错误……不编译也能训练，所以只说一句
         return f"编译失败（{one_line(error)}）"
@@ -254,15 +258,15 @@ def compare(plain: Gradients, ours: Gradients, dtype: torch.dtype) -> str | None
     return None
 
 
-def has_dropout(compiled: CompiledBlocks) -> bool:
-    return bool(getattr(compiled.module.config, "dropout", 0.0))
+def has_dropout(model: nn.Module) -> bool:
+    return bool(getattr(model.config, "dropout", 0.0))
 
 
 @contextlib.contextmanager
 def no_dropout(compiled: CompiledBlocks) -> Iterator[None]:
     """里面各层当作不在训练，于是没有 dropout；没有 dropout 的模型不动。"""
     layers = [m for m in compiled.module.modules() if isinstance(m, (Block, Attention)) and m.training]
-    layers = layers if has_dropout(compiled) else []
+    layers = layers if has_dropout(compiled.module) else []
     for layer in layers:
         layer.training = False
     try:
