@@ -313,7 +313,8 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class AttentionPlan:
     """一次前向里各层共用的注意力安排，只算一次，层里不与主机同步。
 
-    mode: "segments" 按 segments（展平到 B·T 的起止位置）分段，段内因果，段间不可见；
+    mode: "segments" 按 cu_seqlens（展平到 B·T 的边界）分段，段内因果，段间不可见；segments 是读出来的起止位置，
+            编译时没有；
         "varlen" 同样的意思交给 CUDA 变长内核，边界在 cu_seqlens、max_seqlen；
         "sdpa" 用 mask [B 或 1, 1, T, S]（布尔，True 可见；或加性浮点），没有 mask 时按 causal，
         causal=False 即全部可见（逐词元解码）。
@@ -350,22 +351,31 @@ class _SegmentAttentionCPU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, segments: list[tuple[int, int]]) -> Tensor:
         """q [N, heads, D]，k、v [N, kv_heads, D] → [N, heads, D]。"""
+        ctx.save_for_backward(q, k, v)
+        ctx.segments = segments
+        return _SegmentAttentionCPU.attend(q, k, v, segments)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return *_SegmentAttentionCPU.gradients(grad, *ctx.saved_tensors, ctx.segments), None
+
+    @staticmethod
+    def attend(q: Tensor, k: Tensor, v: Tensor, segments: list[tuple[int, int]]) -> Tensor:
         out, future = torch.empty_like(q), _SegmentAttentionCPU._future()
         for start, stop in segments:
             k_seg, v_seg = k[start:stop].transpose(0, 1), v[start:stop].transpose(0, 1)  # [kv_heads, L, D]
             for rows, keys in _SegmentAttentionCPU._blocks(start, stop):
                 prob = _SegmentAttentionCPU._probability(_group(q[rows], k.shape[1]), k_seg[:, :keys], future)
                 out[rows] = _ungroup(prob.to(v.dtype) @ v_seg[:, :keys], rows)
-        ctx.save_for_backward(q, k, v)
-        ctx.segments = segments
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
-        q, k, v = ctx.saved_tensors
+    def gradients(
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, segments: list[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         kv_heads, scale, future = k.shape[1], q.shape[2] ** -0.5, _SegmentAttentionCPU._future()
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        for start, stop in ctx.segments:
+        for start, stop in segments:
             k_seg, v_seg = k[start:stop].transpose(0, 1), v[start:stop].transpose(0, 1)
             dk, dv = (torch.zeros(t.shape, dtype=t.dtype) for t in (k_seg, v_seg))
             for rows, keys in _SegmentAttentionCPU._blocks(start, stop):
@@ -379,7 +389,7 @@ class _SegmentAttentionCPU(torch.autograd.Function):
                 grad_q[rows] = _ungroup(d_score @ k_seg[:, :keys], rows)
                 dk[:, :keys].baddbmm_(d_score.transpose(1, 2), q_blk)
             grad_k[start:stop], grad_v[start:stop] = dk.transpose(0, 1), dv.transpose(0, 1)
-        return grad_q, grad_k, grad_v, None
+        return grad_q, grad_k, grad_v
 
     @staticmethod
     def _blocks(start: int, stop: int):
@@ -403,9 +413,37 @@ class _SegmentAttentionCPU(torch.autograd.Function):
         return score.softmax(-1)
 
 
-@torch.compiler.disable
 def _segments(cu_seqlens: Tensor) -> list[tuple[int, int]]:
     return [(start, stop) for start, stop in pairwise(cu_seqlens.tolist()) if stop > start]
+
+
+# 编译时的同一件事：作为一个算子整个进图，段的长短只是它的输入，不断图，也不因段数不同而重编译
+@torch.library.custom_op("minimind::segment_attention", mutates_args=(), device_types="cpu")
+def _segment_op(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    return _SegmentAttentionCPU.attend(q, k, v, _segments(cu_seqlens))
+
+
+@torch.library.custom_op("minimind::segment_attention_backward", mutates_args=(), device_types="cpu")
+def _segment_op_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _SegmentAttentionCPU.gradients(grad, q, k, v, _segments(cu_seqlens))
+
+
+@_segment_op.register_fake
+def _(q, k, v, cu_seqlens):
+    return torch.empty_like(q)
+
+
+@_segment_op_backward.register_fake
+def _(grad, q, k, v, cu_seqlens):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+_segment_op.register_autograd(
+    lambda ctx, grad: (*_segment_op_backward(grad, *ctx.saved_tensors), None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
 
 
 def _group(x: Tensor, kv_heads: int) -> Tensor:
@@ -420,13 +458,21 @@ def _ungroup(x: Tensor, rows: slice) -> Tensor:
     return x.view(kv_heads, -1, rows.stop - rows.start, dim).permute(2, 0, 1, 3).flatten(1, 2)
 
 
-@torch.compiler.disable  # 段的长短批批不同，编译它只会反复重编译
 def segment_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, dropout: float = 0.0) -> Tensor:
     """注意力不出段：q [N, heads, D]，k、v [N, kv_heads, D] → [N, heads, D]。"""
-    if q.device.type == "cpu" and not dropout:
-        return _SegmentAttentionCPU.apply(q, k, v, plan.segments)
+    if q.device.type != "cpu" or dropout:
+        return _segment_by_segment(q, k, v, plan, dropout)
+    if torch.compiler.is_compiling():
+        return _segment_op(q, k, v, plan.cu_seqlens)
+    return _SegmentAttentionCPU.apply(q, k, v, plan.segments)
+
+
+@torch.compiler.disable  # 段的长短批批不同，编译它只会反复重编译
+def _segment_by_segment(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, dropout: float) -> Tensor:
+    """同 `segment_attention`，逐段一次 SDPA：CPU 上有 dropout 时，以及 NPU、MPS。"""
     q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
-    pieces = ((q[:, :, s:e], k[:, :, s:e], v[:, :, s:e]) for s, e in plan.segments)
+    segments = _segments(plan.cu_seqlens) if plan.segments is None else plan.segments
+    pieces = ((q[:, :, s:e], k[:, :, s:e], v[:, :, s:e]) for s, e in segments)
     out = torch.cat([attention(*piece, mask=None, causal=True, dropout=dropout) for piece in pieces], dim=2)
     return out.squeeze(0).transpose(0, 1)
 
@@ -770,7 +816,8 @@ class MiniMindModel(nn.Module):
                     max_seqlen = T  # 编译时用行长这个上界，免得每批的最长文档都触发重编译
                 return AttentionPlan("varlen", cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
             if flash and device.type != "cuda":
-                return AttentionPlan("segments", _segments(cu_seqlens))
+                segments = None if compiling else _segments(cu_seqlens)
+                return AttentionPlan("segments", segments, cu_seqlens)
             document = torch.bucketize(torch.arange(B * T, device=device), cu_seqlens[1:], right=True).view(
                 B, T
             )
@@ -789,7 +836,8 @@ class MiniMindModel(nn.Module):
         if attention_mask is None and (T == 1 or past == 0):
             # 128 以下分块没有好处，一次 SDPA 更省调度
             if device.type == "cpu" and T >= 128 and flash and not cached and not compiling:
-                return AttentionPlan("segments", [(i, i + T) for i in range(0, B * T, T)])
+                segments = [(i, i + T) for i in range(0, B * T, T)]
+                return AttentionPlan("segments", segments, torch.arange(0, B * T + 1, T))
             return AttentionPlan(causal=T > 1)
         query = torch.arange(past, S, device=device).unsqueeze(1)
         key = torch.arange(S, device=device).unsqueeze(0)
@@ -1016,7 +1064,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 rows = slice(start, start + chunk)
                 h, t, lw = hidden[rows].to(dtype), target[rows, None].clamp_min(0), loss_weight[rows, None]
                 logp = F.log_softmax(matmul_nt(h, w).float(), dim=-1)
-                total -= (logp.gather(1, t) * lw).sum()
+                # 不就地累加：torch 2.11 的编译把就地改过的返回值当成常数，全部梯度成了 0，一声不响
+                total = total - (logp.gather(1, t) * lw).sum()
                 if need_grad:
                     grad = logp.exp_().scatter_add_(1, t, torch.full_like(lw, -1.0)).mul_(lw).to(dtype)
                     grad_hidden[rows] = matmul_nt(grad, w.t())

@@ -282,15 +282,3 @@ def preserved_rng(device: torch.device) -> Iterator[None]:
         yield
     finally:
         set_rng_state(state, device)
-
-
-def maybe_compile(
-    model: torch.nn.Module, enabled: bool, device: torch.device, say: Callable[[str], None]
-) -> Any:
-    """按需 ``torch.compile``；NPU 上跳过并说一声。"""
-    if not enabled:
-        return model
-    if device.type == "npu":
-        say("NPU 上不用 torch.compile，已跳过 --use_compile。")
-        return model
-    return torch.compile(model)

@@ -23,6 +23,7 @@ from minimind.console import format_duration, say
 from minimind.console import progress as progress_bar
 from minimind.runtime.fair_share import fair_share
 from minimind.trainer.checkpoint import write_sidecar
+from minimind.trainer.compiling import compile_and_check
 from minimind.trainer.device import peak_memory_bytes, preserved_rng
 from minimind.trainer.distributed import any_process, barrier, is_main_process
 from minimind.trainer.interrupt import StopSignal
@@ -161,6 +162,7 @@ def train(
             updates = 0
             for update in prepare(run, window) if prepare else (window,):
                 updates += 1
+                compile_and_check(run, update, compute_loss)
                 sums, micro_losses = forward_backward(run, update, compute_loss, count, stop)
                 stopping = sums.pop("stop") > 0 or stopping
                 if update_weights(run, sums):
@@ -238,6 +240,18 @@ def log_interval(run: Run, epoch: int, lr: float) -> dict[str, Any]:
     peak = run.numerics["peak_flops"]
     if flops and peak:
         record["mfu"] = flops / (peak * run.world_size)
+    if sums.get("zero_grad"):
+        record["zero_grad_steps"] = int(sums["zero_grad"])
+    notes = run.vitals.examine(
+        record,
+        recipe=run.recipe,
+        vocab_size=run.config.vocab_size,
+        warm=state.step - max(args.log_interval, 1) >= args.warmup_ratio * progress.total_steps,
+        updates=sums.get("steps", 0.0),
+        group_lrs=[group["lr"] for group in run.optimizer.param_groups],
+    )
+    if notes:
+        record["notes"] = notes
     run.write_log(record)
     state.interval.clear()
 
@@ -248,6 +262,8 @@ def log_interval(run: Run, epoch: int, lr: float) -> dict[str, Any]:
         + (f" 利用率 {record['mfu']:.0%}" if "mfu" in record else "")
         + f" 剩余 {format_duration(seconds_left(run))}"
     )
+    for sentence in notes:
+        say(f"留意：{sentence}")
     return record
 
 
@@ -261,7 +277,8 @@ def seconds_left(run: Run) -> float:
 def announce_total(run: Run) -> None:
     """尽早说一声全程要多久，只说一次。"""
     meter = run.meter
-    if run.announced_total or (meter.seen < FIRST_STEPS and meter.elapsed() < SLOW_SECONDS):
+    training = meter.elapsed() - sum(meter.pauses["compile"])
+    if run.announced_total or (meter.seen < FIRST_STEPS and training < SLOW_SECONDS):
         return
     run.announced_total = True
     say(f"按现在的速度，本次全程约 {format_duration(meter.elapsed() + seconds_left(run))}（含验证与存盘）。")

@@ -20,7 +20,7 @@ class Meter:
 
     def __init__(self, eval_guess_steps: float = 0.0):
         self.steps: deque[float] = deque(maxlen=WINDOW)
-        self.pauses: dict[str, list[float]] = {"eval": [], "save": []}
+        self.pauses: dict[str, list[float]] = {"eval": [], "save": [], "compile": []}
         self.eval_guess_steps = eval_guess_steps
         self.seen = 0
         self.mark = self.start = time.perf_counter()
@@ -38,7 +38,7 @@ class Meter:
 
     @contextmanager
     def pause(self, kind: str) -> Iterator[None]:
-        """里面的时间不算在训练速度里，但算进剩余时间。"""
+        """里面的时间不算在训练速度里；验证与存盘还会再有，算进剩余时间，编译只有一次，不算。"""
         start = time.perf_counter()
         try:
             yield

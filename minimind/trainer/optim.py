@@ -18,6 +18,9 @@ from torch import Tensor, nn
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 # 与 AdamW 更新量均方根（经验值 0.2 到 0.4）对齐的系数
 RMS_MATCH = 0.2
+# 梯度的范数低于它的矩阵，更新与衰减都乘 (范数 / 它)²：正交化只看方向，1e-10 的舍入残差也会走满一步。
+# 正常训练里单个矩阵的梯度在 1e-5 以上，乘的恰好是 1，一位不变；恰好是 0 的权重一位不动，不衰减
+VANISHING = 1e-6
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -79,7 +82,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """走一步；没有梯度的参数（例如本步没有分到 token 的专家）原样不动。"""
+        """走一步；没有梯度（``None``）的参数原样不动，梯度是 0 或近乎 0 的不更新或几乎不更新。"""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -100,13 +103,17 @@ class Muon(torch.optim.Optimizer):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffers = [self.state[p]["momentum_buffer"] for p in params]
         momentum, lr = group["momentum"], group["lr"]
+        signal = (torch.stack(torch._foreach_norm(grads)) / VANISHING).square().clamp(max=1.0)
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         nesterov = torch._foreach_lerp(grads, buffers, momentum)  # g·(1-μ) + B·μ
         update = orthogonalize(
             torch.stack(nesterov), group["newton_schulz_steps"], getattr(torch, group["newton_schulz_dtype"])
         )
+        update = update * signal.to(update.dtype).view(-1, 1, 1)
         if group["weight_decay"]:
-            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+            decay = lr * group["weight_decay"]
+            keep = torch.where(signal == 1, 1 - decay, 1 - decay * signal)
+            torch._foreach_mul_(params, list(keep.unbind()))
         scale = -lr * RMS_MATCH * max(shape) ** 0.5
         torch._foreach_add_(params, [u.to(p.dtype) for u, p in zip(update, params)], alpha=scale)
 

@@ -19,11 +19,13 @@ from minimind.paths import resolve_path
 from minimind.runtime.fair_share import fair_share
 from minimind.tokenizer import token_byte_lengths, tokenizer_fingerprint
 from minimind.trainer import checkpoint, device, distributed
+from minimind.trainer.compiling import CompiledBlocks, maybe_compile
 from minimind.trainer.meter import Meter
 from minimind.trainer.optim import build_optimizer
 from minimind.trainer.progress import Progress, TrainState
 from minimind.trainer.tracking import RunLog, Tracker, start_tracker
 from minimind.trainer.validation import to_device
+from minimind.trainer.vital_signs import VitalSigns
 
 # 续训时必须与存档相同的参数：换了它们，优化器状态或数据位置就没有意义
 FIXED_ARGS = (
@@ -92,8 +94,9 @@ class Run:
         self.scaler = device.make_scaler(self.device, self.dtype)
         if saved:
             self._restore(saved)
-        self.wrapped = self._wrap()
+        self.vitals = VitalSigns(self.model, (saved or {}).get("vitals"))
         self.progress = Progress(args, len(train_ds), self.world_size, self.state)
+        self.wrapped = self._wrap()
         self._open_log(saved)
         self._seed(saved)
         self.meter = Meter(eval_guess_steps=self._eval_guess())
@@ -192,7 +195,8 @@ class Run:
 
     def _wrap(self) -> nn.Module:
         """compile 在里、DDP 在外；``self.model`` 始终是没包装的，存档的键名因此干净。"""
-        wrapped = device.maybe_compile(self.model, bool(self.args.use_compile), self.device, say)
+        wrapped = maybe_compile(self.model, self.args.use_compile, self)
+        self.compiled = wrapped if isinstance(wrapped, CompiledBlocks) else None
         if not torch.distributed.is_initialized():
             return wrapped
         ids = [self.device.index] if self.device.type in ("cuda", "npu") else None
@@ -254,6 +258,7 @@ class Run:
         """存权重与续训存档；多进程时只有主进程写，写不成则一起停。"""
         args = self.args
         rng = distributed.gather_objects(device.rng_state(self.device))
+        vitals = self.vitals.state_dict()
 
         def write() -> None:
             what = self.weights_of(self.model) if self.weights_of else self.model
@@ -272,6 +277,7 @@ class Run:
                 rng=rng,
                 numerics=self.numerics,
                 identity=self._identity(),
+                vitals=vitals,
                 args={k: getattr(args, k) for k in FIXED_ARGS + NOTED_ARGS},
                 train_loss=self.train_loss,
                 metrics=self.metrics,
@@ -296,10 +302,11 @@ class Run:
                 interval[f"{name}/{part}"] = interval.get(f"{name}/{part}", 0.0) + value
 
     def write_log(self, record: dict[str, Any]) -> None:
-        """主进程写一行 JSON，同一份也交给记录工具。"""
+        """主进程写一行 JSON；其中的数也交给记录工具。"""
         if self.log is not None:
             self.log.write(record)
-            values = {k: v for k, v in record.items() if k != "step" and math.isfinite(v)}
+            numbers = {k: v for k, v in record.items() if isinstance(v, (int, float))}
+            values = {k: v for k, v in numbers.items() if k != "step" and math.isfinite(v)}
             self.tracker.log(values, self.state.step)
 
     def close(self) -> None:

@@ -61,8 +61,7 @@ def forward_backward(
 
     sums["stop"] = float(stop.requested)  # 搭这一次归约的车：只要有一个进程收到信号，大家走完这一步一起停
     run.scaler.unscale_(run.optimizer)  # 没启用时是空操作
-    grads = [p.grad for p in run.model.parameters() if p.grad is not None]
-    grad_norm = torch.nn.utils.get_total_norm(grads)
+    grad_norm = run.vitals.gradient_norm()
     values = [torch.as_tensor(v, dtype=run.stat_dtype, device=run.device) for v in sums.values()]
     reduced = all_reduce_sum(torch.stack(values))
     numbers = torch.cat([reduced, grad_norm.to(reduced)[None]]).tolist()
@@ -96,7 +95,9 @@ def count_tokens(window: Window) -> tuple[float, float]:
 
 
 def update_weights(run: Run, sums: dict[str, float]) -> bool:
-    """裁剪并走一步；损失或梯度不是有限数、或一个目标也没有时，权重一位也不动。
+    """裁剪并走一步；损失或梯度不是有限数、一个目标也没有、或梯度恰好全是 0 时，权重与优化器状态一位也不动。
+
+    梯度全是 0 而照走，动量与权重衰减仍会推着权重走（Muon 不论梯度多小都走满一步）：没有信号的一步什么也不该改。
 
     Returns:
         这一步是否正常（float16 的梯度溢出由缩放器照例处理，算正常）。
@@ -104,7 +105,10 @@ def update_weights(run: Run, sums: dict[str, float]) -> bool:
     finite_loss, finite_grad = math.isfinite(sums["loss"]), math.isfinite(sums["grad_norm"])
     overflow = run.scaler.is_enabled() and finite_loss and not finite_grad and run.scaler.get_scale() > 1.0
     healthy = sums["count"] > 0 and finite_loss and (finite_grad or overflow)
-    if healthy:
+    empty = healthy and sums["grad_norm"] == 0.0
+    if empty:
+        run.state.interval["zero_grad"] = run.state.interval.get("zero_grad", 0.0) + 1
+    elif healthy:
         if run.args.grad_clip and finite_grad:
             norm = torch.tensor(sums["grad_norm"], device=run.device)
             torch.nn.utils.clip_grads_with_norm_(run.model.parameters(), run.args.grad_clip, norm)

@@ -66,7 +66,11 @@ class TrainArguments(Arguments):
         "计算精度；auto：NPU 用 float16，CUDA 用 bfloat16，CPU 现场测速决定",
         ("auto", "float32", "bfloat16", "float16"),
     )
-    use_compile: int = arg(0, "是否用 torch.compile（0 否，1 是；NPU 上跳过）", ON_OFF)
+    use_compile: int | str = arg(
+        0,
+        "是否用 torch.compile（0 否，1 是，auto 在 CUDA 上且训练够长时用；头一步先核对梯度，不对就不用；NPU、MPS 上跳过）",
+        (*ON_OFF, "auto"),
+    )
     num_workers: int | None = arg(
         None, "读数据的子进程数，0 表示在主进程里读；不给则 CPU 上 0 个、卡上 2 个", low=0, high=256
     )

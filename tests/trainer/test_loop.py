@@ -246,24 +246,6 @@ def test_空数据报错(tmp_path):
         train(tiny_args(tmp_path), tiny_model(), None, ToyRows(0), language_model_loss, collate=stack)
 
 
-def test_编译后的键名干净(tmp_path, monkeypatch):
-    """torch.compile 换成同样加 _orig_mod 外壳的桩：编译本身要一分钟，键名与它无关。"""
-    from torch._dynamo.eval_frame import OptimizedModule
-
-    compiled = []
-    original = torch.compile
-
-    def eager(model):
-        compiled.append(model)
-        return original(model, backend="eager", disable=False)
-
-    monkeypatch.setattr(torch, "compile", eager)
-    result = toy_train(tmp_path, use_compile=1, max_steps=2, optimizer="adamw")
-    assert compiled and isinstance(eager(compiled[0]), OptimizedModule)
-    keys = set(saved_model(tmp_path)) | set(torch.load(result.weights, weights_only=True))
-    assert keys == set(tiny_model().state_dict())
-
-
 def test_全程用时早早就说_只说一次(tmp_path, capsys, monkeypatch):
     """日志间隔再长也不等：走过三步就说；一步就要几十秒的，走完头一步就说。"""
     settings = {"log_interval": 100, "max_steps": 6}

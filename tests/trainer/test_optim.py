@@ -178,3 +178,59 @@ def test_合并的优化器能与GradScaler一起用():
     scaler.step(optimizer)
     scaler.update()
     assert torch.equal(before, model.hidden.weight) and scaler.get_scale() == 4.0
+
+
+def old_muon_step(params, buffers, lr, weight_decay, momentum=0.95):
+    """从前的一步：不看梯度大小。"""
+    for p, buffer in zip(params, buffers):
+        buffer.lerp_(p.grad, 1 - momentum)
+        update = orthogonalize(p.grad.lerp(buffer, momentum)[None])[0]
+        p.data.mul_(1 - lr * weight_decay).add_(update, alpha=-lr * 0.2 * max(p.shape) ** 0.5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-4])
+def test_正常的梯度下与不看梯度大小的Muon逐位相同(scale):
+    torch.manual_seed(4)
+    ours = [nn.Parameter(torch.randn(shape)) for shape in SHAPES if shape != (16, 48)]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    buffers = [torch.zeros_like(p) for p in theirs]
+    muon = Muon(ours, lr=0.02, weight_decay=0.1)
+    for _ in range(5):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn_like(p) * scale
+            q.grad = p.grad.clone()
+        muon.step()
+        old_muon_step(theirs, buffers, 0.02, 0.1)
+    for p, q in zip(ours, theirs):
+        assert torch.equal(p, q)
+
+
+def test_梯度恰好是零的矩阵不动_有动量也不动():
+    """同形状的另一个矩阵照常走：没有分到词元的专家不该被往日的动量推着走，也不衰减。"""
+    torch.manual_seed(5)
+    idle, busy = (nn.Parameter(torch.randn(8, 8)) for _ in range(2))
+    muon = Muon([idle, busy], lr=0.1, weight_decay=0.5)
+    idle.grad, busy.grad = torch.zeros(8, 8), torch.randn(8, 8)
+    start = idle.detach().clone()
+    muon.step()
+    assert torch.equal(idle, start)
+    idle.grad = torch.randn(8, 8)
+    muon.step()
+    moved, other = idle.detach().clone(), busy.detach().clone()
+    assert not torch.equal(moved, start)
+    idle.grad = torch.zeros(8, 8)
+    for _ in range(10):
+        muon.step()
+    assert torch.equal(idle, moved) and not torch.equal(busy, other)
+
+
+def test_近乎零的梯度不走满一步():
+    """路由器的梯度只剩舍入（1e-10）时，从前一步走 0.012，现在不到百万分之一；旁边的矩阵照常。"""
+    torch.manual_seed(6)
+    router, matrix = nn.Parameter(torch.randn(4, 512) * 0.02), nn.Parameter(torch.randn(512, 512) * 0.02)
+    before, other = router.detach().clone(), matrix.detach().clone()
+    muon = Muon([router, matrix], lr=3e-3, weight_decay=0.1)
+    router.grad, matrix.grad = torch.randn(4, 512) * 1e-10, torch.randn(512, 512) * 1e-3
+    muon.step()
+    assert (router - before).abs().max() < 1e-6
+    assert (matrix - other).abs().max() > 1e-4
