@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import signal
 import sys
 from collections.abc import Callable
+
+from minimind import signals
 
 
 class UserError(Exception):
@@ -32,20 +35,25 @@ class UserError(Exception):
 
 
 def guard(main: Callable[..., int | None]) -> Callable[..., int]:
-    """包住命令行入口：:class:`UserError` 打印成一句话并返回 2，Ctrl-C 返回 130。
+    """包住命令行入口：:class:`UserError` 打印成一句话并返回 2；Ctrl-C 返回 130，SIGTERM 143，SIGHUP 129。
 
     ``main`` 自己用 ``sys.exit`` 给出的退出码（例如 SIGTERM 存盘后的 143）原样保留。
     """
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs) -> int:
-        try:
-            return main(*args, **kwargs) or 0
-        except UserError as error:
-            print(f"错误：{error}", file=sys.stderr)
-            return error.exit_code
-        except KeyboardInterrupt:
-            print("已中断。", file=sys.stderr)
-            return 130
+        with signals.watching() as watch:
+            try:
+                return main(*args, **kwargs) or 0
+            except (KeyboardInterrupt, signals.Terminated, Exception) as error:
+                signum = watch.signum or (signal.SIGINT if isinstance(error, KeyboardInterrupt) else 0)
+                if not signum and isinstance(error, UserError):
+                    print(f"错误：{error}", file=sys.stderr)
+                    return error.exit_code
+                if not signum:
+                    raise
+                # 收到信号之后的错误多半是它的余波（一起收到信号的子进程先走了，导入到一半），不再另外报
+                print("已中断。", file=sys.stderr)
+                return 128 + signum
 
     return wrapped

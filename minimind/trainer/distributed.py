@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -50,10 +52,22 @@ def init_distributed_mode(device: str = "auto") -> int:
     return local_rank
 
 
-def shutdown_distributed() -> None:
-    """拆掉进程组；没有就算了。"""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def shutdown_distributed(error: BaseException | None = None) -> None:
+    """拆掉进程组；没有就算了。
+
+    DDP 必须先析构：它若活得比进程组久，到解释器退出时才析构的归约器会拿着 GIL 去等通信线程，而通信线程在等 GIL，
+    谁也走不了。它与自己的钩子互相引用，要垃圾回收才走；异常的调用栈里也留着它。
+
+    Args:
+        error: 正在抛出的异常，清掉它调用栈上各层的局部变量。
+    """
+    if not dist.is_initialized():
+        return
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+    gc.collect()
+    dist.destroy_process_group()
 
 
 def rank() -> int:

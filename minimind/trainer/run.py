@@ -246,36 +246,46 @@ class Run:
             "metrics": {"train_loss": self.train_loss, **self.metrics},
         }
 
+    def snapshot(self) -> dict[str, Any]:
+        """权重与优化器之外、这一刻的全部：进度、本进程的随机数、配方状态；都是拷贝，此后怎么走都不变。"""
+        return {
+            "step": self.state.step,
+            "progress": asdict(self.state),
+            "rng": device.rng_state(self.device),
+            "recipe_state": {name: part.state_dict() for name, part in self.extra_state.items()},
+        }
+
     def save(self) -> None:
         """存权重与续训存档；多进程时只有主进程写，写不成则一起停。"""
-        args = self.args
-        rng = distributed.gather_objects(device.rng_state(self.device))
-
-        def write() -> None:
-            what = self.weights_of(self.model) if self.weights_of else self.model
-            checkpoint.save_weights(what, self.weights, self.sidecar())
-            checkpoint.lm_checkpoint(
-                self.config,
-                args.save_weight,
-                model=self.model,
-                optimizer=self.optimizer,
-                epoch=self.state.epoch,
-                step=self.state.step,
-                wandb=self.tracker,
-                save_dir=args.checkpoint_dir,
-                scaler=self.scaler,
-                progress=asdict(self.state),
-                rng=rng,
-                numerics=self.numerics,
-                identity=self._identity(),
-                args={k: getattr(args, k) for k in FIXED_ARGS + NOTED_ARGS},
-                train_loss=self.train_loss,
-                metrics=self.metrics,
-                recipe_state={name: part.state_dict() for name, part in self.extra_state.items()},
-            )
-
-        distributed.on_main(write)
+        snapshot = self.snapshot()
+        rng = distributed.gather_objects(snapshot["rng"])
+        distributed.on_main(lambda: self.write(snapshot, rng))
         self.saved_step = self.state.step
+
+    def write(self, snapshot: dict[str, Any], rng: list[dict[str, Any]]) -> None:
+        """把此刻的权重、优化器与 ``snapshot`` 写盘；``rng`` 是各进程的随机数状态。"""
+        args, progress = self.args, snapshot["progress"]
+        what = self.weights_of(self.model) if self.weights_of else self.model
+        checkpoint.save_weights(what, self.weights, self.sidecar())
+        checkpoint.lm_checkpoint(
+            self.config,
+            args.save_weight,
+            model=self.model,
+            optimizer=self.optimizer,
+            epoch=progress["epoch"],
+            step=progress["step"],
+            wandb=self.tracker,
+            save_dir=args.checkpoint_dir,
+            scaler=self.scaler,
+            progress=progress,
+            rng=rng,
+            numerics=self.numerics,
+            identity=self._identity(),
+            args={k: getattr(args, k) for k in FIXED_ARGS + NOTED_ARGS},
+            train_loss=self.train_loss,
+            metrics=self.metrics,
+            recipe_state=snapshot["recipe_state"],
+        )
 
     def record(self, **metrics: tuple[float, float]) -> None:
         """记下这一步的指标，供配方的 ``prepare`` 用：``run.record(reward=(和, 个数))``。
@@ -297,6 +307,13 @@ class Run:
             self.log.write(record)
             values = {k: v for k, v in record.items() if k != "step" and math.isfinite(v)}
             self.tracker.log(values, self.state.step)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        """松开 DDP：它要在进程组解散之前析构，见 :func:`minimind.trainer.distributed.shutdown_distributed`。"""
+        self.wrapped = None
 
     def close(self) -> None:
         if self.tracker is not None:
