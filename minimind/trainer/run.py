@@ -86,7 +86,10 @@ class Run:
         self.byte_lengths = None if tokenizer is None else torch.from_numpy(token_byte_lengths(tokenizer))
         model.train()
 
-        saved = self._load() if args.from_resume else None
+        self._check_same_everywhere()
+        saved = None
+        if args.from_resume:  # 存档只在主进程的磁盘上有
+            saved = distributed.broadcast_state(distributed.on_main(self._load), self.device)
         self._decide_numerics(saved or {}, compute_loss)
         self.scaler = device.make_scaler(self.device, self.dtype)
         if saved:
@@ -109,7 +112,7 @@ class Run:
         return rows / (self.progress.global_batch * self.args.accumulation_steps) / 3
 
     def _load(self) -> dict[str, Any] | None:
-        """读续训存档并核对：结构、数据、种子、优化器必须相同。"""
+        """读续训存档并核对：结构、数据、种子、优化器必须相同；只在主进程做。"""
         args = self.args
         path = checkpoint.resume_path(self.config, args.save_weight, args.checkpoint_dir)
         saved = checkpoint.lm_checkpoint(self.config, args.save_weight, save_dir=args.checkpoint_dir)
@@ -140,6 +143,30 @@ class Run:
             "数据指纹": getattr(self.train_ds, "fingerprint", None),
             "分词器指纹": self.tokenizer_hash,
         }
+
+    def _check_same_everywhere(self) -> None:
+        """各机器各读各的数据文件：不是同一份，就会各训各的，或者步数不同而互相干等。
+
+        Raises:
+            UserError: 有进程的数据、分词器或模型与主进程的不同；指出是哪个进程。
+        """
+        mine = {**self._identity(), "模型": checkpoint.config_dict(self.config)}
+        mine["验证集"] = None if self.val_ds is None else getattr(self.val_ds, "fingerprint", len(self.val_ds))
+
+        def check(everyone: list[dict[str, Any]]) -> None:
+            for rank, other in enumerate(everyone):
+                different = [key for key in mine if mine[key] != other[key]]
+                if different:
+                    what = "，".join(f"{key} {other[key]!r}（主进程 {mine[key]!r}）" for key in different)
+                    raise UserError(
+                        f"与主进程的不同：{what}",
+                        where=f"进程 {rank}/{self.world_size}",
+                        expected="每台机器上的数据文件、分词器与参数都相同",
+                        fix="把同一份文件放到每台机器上，或用 --data_path、--val_path 明确指出",
+                    )
+
+        everyone = distributed.gather_objects(mine)
+        distributed.on_main(lambda: check(everyone))
 
     def _decide_numerics(self, saved: dict[str, Any], compute_loss: Callable[..., Any]) -> None:
         """精度、优化器、峰值：要现场测的只由主进程测一次、所有进程照办，并写进存档供续训沿用。"""
