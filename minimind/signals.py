@@ -57,7 +57,7 @@ class Watch:
     """
 
     def __init__(self):
-        self.signum, self.since, self.arrived = 0, 0.0, 0
+        self.signum, self.since, self.arrived, self.handled = 0, 0.0, 0, False
         self.taker: Taker | None = None
         self.at_once = False
 
@@ -81,10 +81,11 @@ class Watch:
         self.sender.close()
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
-        """主线程里的处理函数。"""
+        """主线程里的处理函数：只管第一次；立刻就走的几种由看守来做，免得两个线程抢着走。"""
         self._note(signum)
-        if self.at_once:
-            leave_now(signum, "已中断。")
+        if self.at_once or self.handled:
+            return
+        self.handled = True
         if self.taker is not None:
             self.taker.signalled(signum)
         elif signum == signal.SIGINT:
