@@ -31,9 +31,8 @@ import minimind.recipes.grpo  # noqa: F401  连同训练循环一起先导入
 from minimind.trainer.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ("--device cpu --preset tiny --dtype float32 --batch_size 2 --accumulation_steps 1 --max_seq_len 128 "
-        "--save_interval 2 --eval_interval 3 --log_interval 1 --val_max_rows 4").split()  # fmt: skip
-RL = "--num_generations 2 --max_gen_len 64 --from_weight full_sft".split()
+TINY = ["--device", "cpu", "--preset", "tiny", "--dtype", "float32", "--batch_size", "2", "--accumulation_steps", "1", "--max_seq_len", "128", "--save_interval", "2", "--eval_interval", "3", "--log_interval", "1", "--val_max_rows", "4"]  # fmt: skip
+RL = ["--num_generations", "2", "--max_gen_len", "64", "--from_weight", "full_sft"]
 # 配方 → （脚本名，存档的名字，另加的参数）
 RECIPES: dict[str, tuple[str, list[str]]] = {
     "pretrain": ("pretrain", []),
@@ -68,7 +67,11 @@ class Command:
         os.chdir(folder)
         for fd in (1, 2):
             os.dup2(os.open(self.log, os.O_WRONLY | os.O_APPEND), fd)
-        os.environ |= {"STOP_TRIAL": self.mark, "PYTHONPATH": str(ROOT), "MINIMIND_CACHE": str(folder / "cache")}
+        os.environ |= {
+            "STOP_TRIAL": self.mark,
+            "PYTHONPATH": str(ROOT),
+            "MINIMIND_CACHE": str(folder / "cache"),
+        }
         if processes > 1:
             launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
             me = [__file__, "--child", str(keep or "")]
@@ -166,7 +169,9 @@ def same(a: Any, b: Any) -> bool:
     return a == b
 
 
-def trials(base: Path, what: str, recipe: str, count: int, names: list[str], steps: int, extra: list[str]) -> list:
+def trials(
+    base: Path, what: str, recipe: str, count: int, names: list[str], steps: int, extra: list[str]
+) -> list:
     """没打断的一次作对照，再打断各 ``count`` 次。"""
     dice, results, processes = random.Random(recipe), [], 2 if what == "torchrun" else 1
     keep, argv = base / f"keep-{what}-{recipe}", argv_of(recipe, steps, extra)

@@ -51,7 +51,9 @@ def end(process: subprocess.Popen, *signums: int) -> tuple[int, str, str]:
 @pytest.mark.parametrize(("signum", "code"), CODES)
 def test_导入途中收到信号(tmp_path, signum, code):
     """库把中断换成别的异常（导入 numpy 一半时就是 ImportError）也不要紧。"""
-    job = READY + "\ntry:\n    import time; time.sleep(600)\nexcept BaseException: raise ImportError('半截')\n"
+    job = (
+        READY + "\ntry:\n    import time; time.sleep(600)\nexcept BaseException: raise ImportError('半截')\n"
+    )
     returned, _, err = end(start(tmp_path, job), signum)
     assert returned == code and err == "已中断。\n"
 
@@ -152,7 +154,9 @@ def test_子孙进程都找得到():
     assert_gone(grandchild)
 
 
-@pytest.mark.parametrize("command", [["-m", "minimind", "pretrain"], ["trainer/train_pretrain.py"], ["eval_llm.py"]])
+@pytest.mark.parametrize(
+    "command", [["-m", "minimind", "pretrain"], ["trainer/train_pretrain.py"], ["eval_llm.py"]]
+)
 def test_入口先装信号再导入(root_dir, command):
     """真的入口：torch 换成一个导入不完的替身，其间的 Ctrl-C 不出调用栈。"""
     code = (

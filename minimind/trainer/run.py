@@ -151,7 +151,9 @@ class Run:
             UserError: 有进程的数据、分词器或模型与主进程的不同；指出是哪个进程。
         """
         mine = {**self._identity(), "模型": checkpoint.config_dict(self.config)}
-        mine["验证集"] = None if self.val_ds is None else getattr(self.val_ds, "fingerprint", len(self.val_ds))
+        mine["验证集"] = (
+            None if self.val_ds is None else getattr(self.val_ds, "fingerprint", len(self.val_ds))
+        )
 
         def check(everyone: list[dict[str, Any]]) -> None:
             for rank, other in enumerate(everyone):

@@ -143,9 +143,7 @@ def init_model(
     return model.to(device), tokenizer
 
 
-def _find_weights(
-    lm_config: MiniMindConfig, tokenizer: Any, from_weight: str, save_dir: str | Path
-) -> Path:
+def _find_weights(lm_config: MiniMindConfig, tokenizer: Any, from_weight: str, save_dir: str | Path) -> Path:
     """权重文件，已核对过旁注。"""
     path = weights_path(lm_config, from_weight, save_dir)
     if path.is_file():

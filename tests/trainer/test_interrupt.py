@@ -215,7 +215,7 @@ def test_续训存档写不成时_说的是checkpoint_dir(tmp_path):
     args = tiny_args(tmp_path, max_steps=1)
     blocked = tmp_path / "checkpoints"
     blocked.write_text("x")
-    with pytest.raises(UserError, match="checkpoints.*--checkpoint_dir"):
+    with pytest.raises(UserError, match=r"checkpoints.*--checkpoint_dir"):
         train(args, tiny_model(), None, ToyRows(), language_model_loss, collate=stack)
 
 
