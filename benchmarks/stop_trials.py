@@ -71,6 +71,7 @@ class Command:
             "STOP_TRIAL": self.mark,
             "PYTHONPATH": str(ROOT),
             "MINIMIND_CACHE": str(folder / "cache"),
+            "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),  # 每次都从头编译
         }
         if processes > 1:
             launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]

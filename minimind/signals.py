@@ -8,7 +8,7 @@ Python 的信号处理函数只在主线程的两条字节码之间执行，而�
 - :data:`PATIENCE` 秒还没走掉：看守让接手的人放弃手上的事；没有接手的人就直接结束进程。
 - 第二次：立刻结束。
 
-用 nohup 或在后台启动的进程，信号一开始就是被忽略的，照旧忽略。
+用 nohup 启动的进程，SIGHUP 一开始就是被忽略的，照旧忽略。
 """
 
 from __future__ import annotations
@@ -31,6 +31,11 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 PATIENCE = 4.0
 # timeout(1) 先后给子进程与整个进程组各发一次，相隔几微秒；torchrun 收到终端的 Ctrl-C 还要再转发一次：都不是“第二次”
 ECHO, ECHO_TORCHRUN = 0.005, 3.0
+
+
+def ignored_by_nohup(signum: int) -> bool:
+    """启动时 SIGHUP 就是被忽略的：使用者要它在终端关掉之后接着跑。"""
+    return signum == getattr(signal, "SIGHUP", None) and signal.getsignal(signum) is signal.SIG_IGN
 
 
 class Terminated(SystemExit):
@@ -65,14 +70,14 @@ class Watch:
         self.receiver, self.sender = socket.socketpair()
         self.sender.setblocking(False)
         self.previous_fd = signal.set_wakeup_fd(self.sender.fileno(), warn_on_full_buffer=False)
-        usable = [s for s in SIGNALS if signal.getsignal(s) not in (signal.SIG_IGN, None)]
+        usable = [s for s in SIGNALS if not ignored_by_nohup(s)]
         self.previous = {s: signal.signal(s, self.handle) for s in usable}
         self.thread = threading.Thread(target=self._watch, name="signals", daemon=True)
         self.thread.start()
 
     def stop(self) -> None:
         for signum, handler in self.previous.items():
-            if signal.getsignal(signum) == self.handle:
+            if signal.getsignal(signum) == self.handle and handler is not None:
                 signal.signal(signum, handler)
         signal.set_wakeup_fd(self.previous_fd)
         self.sender.send(b"\0")

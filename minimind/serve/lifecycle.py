@@ -17,7 +17,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from minimind.serve.runner import EngineRunner
-from minimind.signals import SIGNALS
+from minimind.signals import SIGNALS, ignored_by_nohup
 
 log = logging.getLogger("minimind.serve")
 
@@ -44,7 +44,7 @@ class GracefulServer(uvicorn.Server):
         """uvicorn 只接 SIGTERM 与 SIGINT；终端关掉时的 SIGHUP 也照样停机，用 nohup 启动的除外。"""
         with super().capture_signals():
             others = [s for s in SIGNALS if s not in (signal.SIGTERM, signal.SIGINT)]
-            others = [s for s in others if signal.getsignal(s) is not signal.SIG_IGN]
+            others = [s for s in others if not ignored_by_nohup(s)]
             if threading.current_thread() is not threading.main_thread():  # 别的线程里装不了
                 others = []
             previous = {signum: signal.signal(signum, self.handle_exit) for signum in others}
