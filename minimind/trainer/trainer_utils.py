@@ -24,6 +24,7 @@ from minimind.trainer.checkpoint import (
 )
 from minimind.trainer.device import is_npu_available, prepare_device, resolve_device, seed_all
 from minimind.trainer.distributed import (
+    broadcast_object,
     broadcast_state,
     init_distributed_mode,
     is_main_process,
@@ -71,6 +72,8 @@ def start_run(args: Any) -> torch.device:
         UserError: 没有这个设备，或输出目录写不了：训练几个小时之后才发现存不下就晚了。
     """
     local_rank = init_distributed_mode(args.device)
+    # 没写明的参数有的由磁盘上有哪些权重而定（蒸馏的起点与学习率），各机器看到的可以不同，一律听主进程的
+    vars(args).update(broadcast_object(vars(args)))
     on_main(lambda: check_outputs(args))
     device = resolve_device(args.device, local_rank if torch.distributed.is_initialized() else None)
     prepare_device(device)

@@ -29,7 +29,9 @@ from trainer_helpers import (
 from minimind import signals
 from minimind.errors import UserError
 from minimind.trainer import distributed, loop
-from minimind.trainer.checkpoint import check_writable, load_file
+from minimind.trainer.checkpoint import check_writable, config_dict, load_file, save_weights, weights_path
+from minimind.trainer.reference import weights_hash
+from minimind.trainer.trainer_utils import init_model, model_config, start_run
 
 RESUME = Path("checkpoints") / "toy_64_resume.pth"
 
@@ -160,6 +162,26 @@ def test_各机器的数据不是同一份_说出是哪个进程(tmp_path):
     assert in_processes(2, different_data, folder=tmp_path, log=log) == [2, 2]
     text = log.read_text()
     assert "进程 1/2" in text and "训练行数 23（主进程 22）" in text and "Traceback" not in text
+
+
+def start_from_weights(folder) -> None:
+    args = tiny_args(Path(folder) / f"node{distributed.rank()}", from_weight="full_sft", learning_rate=1e-3)
+    if distributed.rank():  # 这台机器上没有权重，由磁盘定的参数就会不同
+        args.from_weight, args.learning_rate = "none", 5e-3
+    device = start_run(args)
+    assert (args.from_weight, args.learning_rate) == ("full_sft", 1e-3)
+    model, _ = init_model(model_config(args), args.from_weight, None, args.save_dir, device)
+    mine, everyone = weights_hash(model), distributed.gather_objects(weights_hash(model))
+    assert everyone == [mine, mine]
+
+
+def test_起点权重只在主进程的磁盘上_发给大家(tmp_path):
+    args, log = tiny_args(tmp_path / "node0"), tmp_path / "log"
+    start_run(args)
+    model = init_model(model_config(args), "none", device="cpu")[0]
+    sidecar = {"config": config_dict(model.config), "tokenizer_hash": None, "recipe": "full_sft"}
+    save_weights(model, weights_path(model.config, "full_sft", args.save_dir), sidecar)
+    assert in_processes(2, start_from_weights, folder=tmp_path, log=log) == [0, 0], log.read_text()
 
 
 def broadcast_mixed() -> None:
