@@ -7,7 +7,7 @@ import importlib
 import sys
 from dataclasses import dataclass
 
-from minimind import __version__
+from minimind import __version__, signals
 from minimind.errors import UserError, guard
 
 
@@ -114,4 +114,6 @@ def main(argv: list[str] | None = None) -> int | None:
     module, function = COMMANDS[name].target.split(":")
     # 让各命令自己的 --help 与报错写出完整的命令名
     sys.argv[0] = f"minimind {name}"
-    return getattr(importlib.import_module(module), function)(rest)
+    with signals.leaving_at_once():
+        command = getattr(importlib.import_module(module), function)
+    return command(rest)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import functools
 import os
 import select
+import signal
 import sys
 from collections.abc import Callable
 from typing import TextIO
 
+from minimind import signals
 from minimind.distribution import warn_other_minimind
 
 # 与被 SIGPIPE 结束的程序相同：128 + 13
 PIPE_CLOSED = 141
-
 
 class UserError(Exception):
     """使用者能自己修好的错误；入口处只打印这一句话，不打印调用栈。
@@ -40,7 +41,7 @@ class UserError(Exception):
 
 
 def guard(main: Callable[..., int | None]) -> Callable[..., int]:
-    """包住命令行入口：:class:`UserError` 打印成一句话并返回 2，Ctrl-C 返回 130。
+    """包住命令行入口：:class:`UserError` 打印成一句话并返回 2；Ctrl-C 返回 130，SIGTERM 143，SIGHUP 129。
 
     环境里另有一份 ``minimind`` 时先说一句。``main`` 自己用 ``sys.exit`` 给出的退出码（例如 SIGTERM 存盘后的 143）原样保留。
     读我们输出的程序先走了（``minimind --help | head``），安静地返回 141，与别的命令行程序一样。
@@ -49,14 +50,19 @@ def guard(main: Callable[..., int | None]) -> Callable[..., int]:
     @functools.wraps(main)
     def wrapped(*args, **kwargs) -> int:
         warn_other_minimind()
-        try:
-            return main(*args, **kwargs) or 0
-        except UserError as error:
-            print(f"错误：{error}", file=sys.stderr)
-            return error.exit_code
-        except KeyboardInterrupt:
-            print("已中断。", file=sys.stderr)
-            return 130
+        with signals.watching() as watch:
+            try:
+                return main(*args, **kwargs) or 0
+            except (KeyboardInterrupt, signals.Terminated, Exception) as error:
+                signum = watch.signum or (signal.SIGINT if isinstance(error, KeyboardInterrupt) else 0)
+                if not signum and isinstance(error, UserError):
+                    print(f"错误：{error}", file=sys.stderr)
+                    return error.exit_code
+                if not signum:
+                    raise
+                # 收到信号之后的错误多半是它的余波（一起收到信号的子进程先走了，导入到一半），不再另外报
+                print("已中断。", file=sys.stderr)
+                return 128 + signum
 
     return _quiet_on_closed_pipe(wrapped)
 

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from minimind.recipes.distillation import main
+from minimind.launch import launch
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    launch("minimind.recipes.distillation:main")

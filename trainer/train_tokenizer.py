@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from minimind.tokenizer.train import main_train
+from minimind.launch import launch
 
 if __name__ == "__main__":
-    raise SystemExit(main_train())
+    launch("minimind.tokenizer.train:main_train")

@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 
 from minimind.dataset.jsonl import DataError
 from minimind.errors import UserError
+from minimind.signals import SIGNALS
 
 PACKAGE_PARENT = Path(__file__).resolve().parent.parent.parent
 
@@ -146,7 +147,8 @@ def run_inline(setup: dict[str, Any], tasks: Iterable[tuple]) -> Iterator[Any]:
 
 def main() -> None:
     """子进程的入口：从标准输入收任务，往标准输出写结果。"""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C 由主进程处理，它会结束我们
+    for signum in SIGNALS:  # 终端与作业系统发给整个进程组；由主进程处理，它会结束我们
+        signal.signal(signum, signal.SIG_IGN)
     source, sink = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # 库里的 print 不该混进结果
     try:

@@ -25,8 +25,10 @@ def entry(arguments: type, run: Callable[[Any], Any]) -> Callable[..., int]:
         args = parse_args(arguments, argv)
         try:
             run(args)
-        finally:
-            shutdown_distributed()
+        except BaseException as error:
+            shutdown_distributed(error)
+            raise
+        shutdown_distributed()
 
     return main
 

@@ -1,24 +1,29 @@
-"""停机：收到信号后先不接新的，在写的写完才退出；再来一次信号或过了时限就立刻退出。
+"""停机：收到信号（SIGTERM、Ctrl-C、SIGHUP）后先不接新的，在写的写完才退出；再来一次信号或过了时限就立刻退出。
 
 uvicorn 自己的做法是收到信号就关掉监听，新来的连不上，而不是得到 503；退出后还把信号再发给自己，退出码就不是 0。
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import signal
+import threading
 import time
+from collections.abc import Iterator
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 
 from minimind.serve.runner import EngineRunner
+from minimind.signals import SIGNALS, ignored_by_nohup
 
 log = logging.getLogger("minimind.serve")
 
 
 class GracefulServer(uvicorn.Server):
-    """第一次 SIGTERM 或 Ctrl-C 开始停机，第二次立刻结束。
+    """第一次信号开始停机，第二次立刻结束。
 
     Args:
         app: ``create_app`` 建的应用，停机时让它的各个引擎不再接新的。
@@ -33,6 +38,21 @@ class GracefulServer(uvicorn.Server):
         self.app, self.limit = app, limit
         self.forced = False
         self._deadline: float | None = None
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """uvicorn 只接 SIGTERM 与 SIGINT；终端关掉时的 SIGHUP 也照样停机，用 nohup 启动的除外。"""
+        with super().capture_signals():
+            others = [s for s in SIGNALS if s not in (signal.SIGTERM, signal.SIGINT)]
+            others = [s for s in others if not ignored_by_nohup(s)]
+            if threading.current_thread() is not threading.main_thread():  # 别的线程里装不了
+                others = []
+            previous = {signum: signal.signal(signum, self.handle_exit) for signum in others}
+            try:
+                yield
+            finally:
+                for signum, handler in previous.items():
+                    signal.signal(signum, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """信号处理函数；只改几个标志，其余的事在 :meth:`on_tick` 里做。"""

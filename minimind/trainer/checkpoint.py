@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -44,12 +45,13 @@ class _WatchedFile:
         return getattr(self.file, name)
 
 
-def atomic_write(path: Path, write: Callable[[Any], Any]) -> None:
+def atomic_write(path: Path, write: Callable[[Any], Any], flag: str = "--save_dir") -> None:
     """同目录临时文件 → 刷盘 → 改名 → 目录刷盘：任何时刻断电或被杀，``path`` 要么是旧的要么是新的。
 
     Args:
         path: 目标文件；目录不存在就建。
         write: 拿到二进制文件对象，写入内容。
+        flag: 目录是哪个参数给的，写不成时告诉使用者换它。
 
     Raises:
         UserError: 磁盘满、无权限等；此时旧文件完好，临时文件已删。
@@ -74,8 +76,36 @@ def atomic_write(path: Path, write: Callable[[Any], Any]) -> None:
         raise UserError(
             f"保存失败（{cause.strerror or cause}），原有文件未动",
             where=str(path),
-            fix="腾出磁盘空间或换 --save_dir 后加 --from_resume 1 继续",
+            fix=f"腾出磁盘空间或换 {flag} 后加 --from_resume 1 继续",
         ) from error
+
+
+def check_writable(folder: Path, flag: str) -> None:
+    """在 ``folder`` 里写一个小文件再删掉，不留痕迹（目录是为它建的也一并删去）。
+
+    Args:
+        flag: 目录是哪个参数给的。
+
+    Raises:
+        UserError: 写不了；此时还什么都没有开始。
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder, prefix=".probe") as file:
+            file.write(b"minimind")
+            file.flush()
+    except OSError as error:
+        raise UserError(
+            f"写不了这个目录（{error.strerror or error}）",
+            where=f"{flag} {folder}",
+            expected="一个可写的目录，没有会建立",
+            fix=f"用 {flag} 换一个可写的目录",
+        ) from error
+    finally:
+        for path in missing:
+            with contextlib.suppress(OSError):  # 建到一半就失败，或别的进程同时在用
+                path.rmdir()
 
 
 def _sync_directory(folder: Path) -> None:
@@ -313,7 +343,7 @@ def lm_checkpoint(
         "config": config_dict(lm_config),
     }
     data |= {key: _state_of(v) if hasattr(v, "state_dict") else v for key, v in kwargs.items()}
-    atomic_write(path, lambda file: torch.save(data, file))
+    atomic_write(path, lambda file: torch.save(data, file), "--checkpoint_dir")
     return None
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -50,10 +53,22 @@ def init_distributed_mode(device: str = "auto") -> int:
     return local_rank
 
 
-def shutdown_distributed() -> None:
-    """拆掉进程组；没有就算了。"""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def shutdown_distributed(error: BaseException | None = None) -> None:
+    """拆掉进程组；没有就算了。
+
+    DDP 必须先析构：它若活得比进程组久，到解释器退出时才析构的归约器会拿着 GIL 去等通信线程，而通信线程在等 GIL，
+    谁也走不了。它与自己的钩子互相引用，要垃圾回收才走；异常的调用栈里也留着它。
+
+    Args:
+        error: 正在抛出的异常，清掉它调用栈上各层的局部变量。
+    """
+    if not dist.is_initialized():
+        return
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+    gc.collect()
+    dist.destroy_process_group()
 
 
 def rank() -> int:
@@ -94,6 +109,51 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def broadcast_state(value: Any, device: torch.device) -> Any:
+    """主进程的状态字典（可以嵌套、几个 GB）发给所有进程：结构作为对象发，张量逐个发，谁也不必多占一份。
+
+    Args:
+        value: 字典、列表、张量与基本类型；其余进程给什么都行。
+        device: 通信后端能用的设备；得到的张量都在内存里。
+    """
+    if not dist.is_initialized():
+        return value
+    tensors: list[torch.Tensor] = []
+
+    def outline(part: Any) -> Any:
+        if isinstance(part, torch.Tensor):
+            tensors.append(part)
+            return _Slot(part.shape, part.dtype)
+        if isinstance(part, dict):
+            return {key: outline(inner) for key, inner in part.items()}
+        return [outline(inner) for inner in part] if isinstance(part, list) else part
+
+    def fill(part: Any) -> Any:
+        if isinstance(part, _Slot):
+            source = next(given) if is_main_process() else torch.empty(part.shape, dtype=part.dtype)
+            if not source.numel():
+                return source
+            # 逐字节地发：各后端认得的类型不一样
+            data = source.contiguous().reshape(-1).view(torch.uint8).to(device)
+            dist.broadcast(data, src=0)
+            return data.cpu().view(part.dtype).reshape(part.shape)
+        if isinstance(part, dict):
+            return {key: fill(inner) for key, inner in part.items()}
+        return [fill(inner) for inner in part] if isinstance(part, list) else part
+
+    skeleton = broadcast_object(outline(value) if is_main_process() else None)
+    given = iter(tensors)
+    return fill(skeleton)
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """:func:`broadcast_state` 里一个张量的位置。"""
+
+    shape: torch.Size
+    dtype: torch.dtype
 
 
 def gather_objects(value: Any) -> list[Any]:

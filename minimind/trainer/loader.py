@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from minimind.signals import SIGNALS
 from minimind.trainer.sampler import SkipBatchSampler, epoch_order
 
 Batch = dict[str, Any]
@@ -61,9 +62,9 @@ class _AllEpochs:
 
 
 def _quiet_worker(_: int) -> None:
-    """读数据的子进程不管 Ctrl-C（主进程收尾时会叫停它们），SIGTERM 恢复默认。"""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """读数据的子进程不管退出信号：终端与作业系统发给整个进程组，它们先走了，主进程就走不完这一步；收尾由主进程管。"""
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def training_batches(

@@ -116,7 +116,7 @@ def train(
 
     Raises:
         UserError: 存档与设置不符、磁盘满、连续三步不是有限数……
-        SystemExit: 收到 SIGTERM（143）或 Ctrl-C（130），已存盘。
+        SystemExit: 收到 SIGTERM（143）、SIGHUP（129）或 Ctrl-C（130），已存盘。
     """
     run = Run(
         args,
@@ -149,11 +149,14 @@ def train(
     )
     run.announce()
     with (
-        StopSignal() as stop,
+        run,
+        StopSignal(run) as stop,
         progress_bar(recipe, progress.total_steps - state.step, "步", lines=False) as bar,
     ):
+        stop.whole(run.snapshot())
         stopping = run.owes_evaluation() and not evaluate(run, compute_loss, on_eval, stop)
         while state.step < progress.total_steps and not stopping:
+            stop.whole(run.snapshot())
             micro_batches, samples = progress.window_size()
             window = list(islice(batches, micro_batches))
             lr = progress.learning_rate(samples)
@@ -180,6 +183,7 @@ def train(
             state.seconds += seconds
             state.interval["seconds"] = state.interval.get("seconds", 0.0) + seconds
             if not updates:  # 平时停不停随更新一起归约，一窗也没有时才单独问
+                stop.committed()
                 stopping = any_process(stop.requested, run.device)
             announce_total(run)
             last = state.step == progress.total_steps
@@ -192,6 +196,7 @@ def train(
                 with run.meter.pause("save"):
                     run.save()
             if evaluating and not stopping:
+                stop.whole(run.snapshot())
                 stopping = not evaluate(run, compute_loss, on_eval, stop)
     if stopping:
         say(f"已在第 {state.step} 步存盘，加 --from_resume 1 继续。")

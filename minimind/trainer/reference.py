@@ -99,7 +99,9 @@ def cached_pair_logprobs(
         say(f"{description}的对数概率读自缓存 {path}。")
         return stored
     logps = pair_logprobs(model, pairs, batch_size=batch_size, dtype=dtype, description=description)
-    distributed.on_main(lambda: atomic_write(path, lambda file: torch.save(logps, file)))
+    distributed.on_main(
+        lambda: atomic_write(path, lambda file: torch.save(logps, file), "环境变量 MINIMIND_CACHE")
+    )
     return logps
 
 

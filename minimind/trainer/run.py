@@ -89,7 +89,10 @@ class Run:
         self.byte_lengths = None if tokenizer is None else torch.from_numpy(token_byte_lengths(tokenizer))
         model.train()
 
-        saved = self._load() if args.from_resume else None
+        self._check_same_everywhere()
+        saved = None
+        if args.from_resume:  # 存档只在主进程的磁盘上有
+            saved = distributed.broadcast_state(distributed.on_main(self._load), self.device)
         self._decide_numerics(saved or {}, compute_loss)
         self.scaler = device.make_scaler(self.device, self.dtype)
         if saved:
@@ -113,7 +116,7 @@ class Run:
         return rows / (self.progress.global_batch * self.args.accumulation_steps) / 3
 
     def _load(self) -> dict[str, Any] | None:
-        """读续训存档并核对：结构、数据、种子、优化器必须相同。"""
+        """读续训存档并核对：结构、数据、种子、优化器必须相同；只在主进程做。"""
         args = self.args
         path = checkpoint.resume_path(self.config, args.save_weight, args.checkpoint_dir)
         saved = checkpoint.lm_checkpoint(self.config, args.save_weight, save_dir=args.checkpoint_dir)
@@ -144,6 +147,32 @@ class Run:
             "数据指纹": getattr(self.train_ds, "fingerprint", None),
             "分词器指纹": self.tokenizer_hash,
         }
+
+    def _check_same_everywhere(self) -> None:
+        """各机器各读各的数据文件：不是同一份，就会各训各的，或者步数不同而互相干等。
+
+        Raises:
+            UserError: 有进程的数据、分词器或模型与主进程的不同；指出是哪个进程。
+        """
+        mine = {**self._identity(), "模型": checkpoint.config_dict(self.config)}
+        mine["验证集"] = (
+            None if self.val_ds is None else getattr(self.val_ds, "fingerprint", len(self.val_ds))
+        )
+
+        def check(everyone: list[dict[str, Any]]) -> None:
+            for rank, other in enumerate(everyone):
+                different = [key for key in mine if mine[key] != other[key]]
+                if different:
+                    what = "，".join(f"{key} {other[key]!r}（主进程 {mine[key]!r}）" for key in different)
+                    raise UserError(
+                        f"与主进程的不同：{what}",
+                        where=f"进程 {rank}/{self.world_size}",
+                        expected="每台机器上的数据文件、分词器与参数都相同",
+                        fix="把同一份文件放到每台机器上，或用 --data_path、--val_path 明确指出",
+                    )
+
+        everyone = distributed.gather_objects(mine)
+        distributed.on_main(lambda: check(everyone))
 
     def _decide_numerics(self, saved: dict[str, Any], compute_loss: Callable[..., Any]) -> None:
         """精度、优化器、峰值：要现场测的只由主进程测一次、所有进程照办，并写进存档供续训沿用。"""
@@ -254,38 +283,48 @@ class Run:
             "metrics": {"train_loss": self.train_loss, **self.metrics},
         }
 
+    def snapshot(self) -> dict[str, Any]:
+        """权重与优化器之外、这一刻的全部：进度、本进程的随机数、配方状态；都是拷贝，此后怎么走都不变。"""
+        return {
+            "step": self.state.step,
+            "progress": asdict(self.state),
+            "rng": device.rng_state(self.device),
+            "vitals": self.vitals.state_dict(),
+            "recipe_state": {name: part.state_dict() for name, part in self.extra_state.items()},
+        }
+
     def save(self) -> None:
         """存权重与续训存档；多进程时只有主进程写，写不成则一起停。"""
-        args = self.args
-        rng = distributed.gather_objects(device.rng_state(self.device))
-        vitals = self.vitals.state_dict()
-
-        def write() -> None:
-            what = self.weights_of(self.model) if self.weights_of else self.model
-            checkpoint.save_weights(what, self.weights, self.sidecar())
-            checkpoint.lm_checkpoint(
-                self.config,
-                args.save_weight,
-                model=self.model,
-                optimizer=self.optimizer,
-                epoch=self.state.epoch,
-                step=self.state.step,
-                wandb=self.tracker,
-                save_dir=args.checkpoint_dir,
-                scaler=self.scaler,
-                progress=asdict(self.state),
-                rng=rng,
-                numerics=self.numerics,
-                identity=self._identity(),
-                vitals=vitals,
-                args={k: getattr(args, k) for k in FIXED_ARGS + NOTED_ARGS},
-                train_loss=self.train_loss,
-                metrics=self.metrics,
-                recipe_state={name: part.state_dict() for name, part in self.extra_state.items()},
-            )
-
-        distributed.on_main(write)
+        snapshot = self.snapshot()
+        rng = distributed.gather_objects(snapshot["rng"])
+        distributed.on_main(lambda: self.write(snapshot, rng))
         self.saved_step = self.state.step
+
+    def write(self, snapshot: dict[str, Any], rng: list[dict[str, Any]]) -> None:
+        """把此刻的权重、优化器与 ``snapshot`` 写盘；``rng`` 是各进程的随机数状态。"""
+        args, progress = self.args, snapshot["progress"]
+        what = self.weights_of(self.model) if self.weights_of else self.model
+        checkpoint.save_weights(what, self.weights, self.sidecar())
+        checkpoint.lm_checkpoint(
+            self.config,
+            args.save_weight,
+            model=self.model,
+            optimizer=self.optimizer,
+            epoch=progress["epoch"],
+            step=progress["step"],
+            wandb=self.tracker,
+            save_dir=args.checkpoint_dir,
+            scaler=self.scaler,
+            progress=progress,
+            rng=rng,
+            numerics=self.numerics,
+            identity=self._identity(),
+            vitals=snapshot["vitals"],
+            args={k: getattr(args, k) for k in FIXED_ARGS + NOTED_ARGS},
+            train_loss=self.train_loss,
+            metrics=self.metrics,
+            recipe_state=snapshot["recipe_state"],
+        )
 
     def record(self, **metrics: tuple[float, float]) -> None:
         """记下这一步的指标，供配方的 ``prepare`` 用：``run.record(reward=(和, 个数))``。
@@ -308,6 +347,13 @@ class Run:
             numbers = {k: v for k, v in record.items() if isinstance(v, (int, float))}
             values = {k: v for k, v in numbers.items() if k != "step" and math.isfinite(v)}
             self.tracker.log(values, self.state.step)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        """松开 DDP：它要在进程组解散之前析构，见 :func:`minimind.trainer.distributed.shutdown_distributed`。"""
+        self.wrapped = None
 
     def close(self) -> None:
         if self.tracker is not None:

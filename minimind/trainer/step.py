@@ -59,6 +59,7 @@ def forward_backward(
         sums["loss"] = sums["loss"] + micro_losses[-1]
         add_metrics(sums, metrics, n, real)
 
+    stop.committed()
     sums["stop"] = float(stop.requested)  # 搭这一次归约的车：只要有一个进程收到信号，大家走完这一步一起停
     run.scaler.unscale_(run.optimizer)  # 没启用时是空操作
     grad_norm = run.vitals.gradient_norm()

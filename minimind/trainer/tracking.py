@@ -26,7 +26,6 @@ class RunLog:
 
     def __init__(self, path: Path, keep_until: int | None = None):
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
         kept = [] if keep_until is None else self._lines_until(keep_until)
         # 验证的行没有 loss
         self.evaluated_steps = {record["step"] for record in kept if "loss" not in record}
@@ -58,7 +57,7 @@ class RunLog:
             raise UserError(
                 f"写训练记录失败（{error.strerror}）",
                 where=str(self.path),
-                fix="腾出磁盘空间后加 --from_resume 1 继续",
+                fix="腾出磁盘空间或换 --save_dir 后加 --from_resume 1 继续",
             ) from error
 
 

@@ -14,6 +14,7 @@ from minimind.paths import resolve_path
 from minimind.tokenizer import load_tokenizer, tokenizer_fingerprint
 from minimind.trainer.checkpoint import (
     check_same_config,
+    check_writable,
     config_dict,
     file_stem,
     lm_checkpoint,
@@ -22,7 +23,14 @@ from minimind.trainer.checkpoint import (
     weights_path,
 )
 from minimind.trainer.device import is_npu_available, prepare_device, resolve_device, seed_all
-from minimind.trainer.distributed import init_distributed_mode, is_main_process, shutdown_distributed
+from minimind.trainer.distributed import (
+    broadcast_object,
+    broadcast_state,
+    init_distributed_mode,
+    is_main_process,
+    on_main,
+    shutdown_distributed,
+)
 from minimind.trainer.sampler import SkipBatchSampler, epoch_order
 from minimind.trainer.schedule import lr_at
 
@@ -58,12 +66,27 @@ COMMANDS = {
 
 
 def start_run(args: Any) -> torch.device:
-    """训练命令的第一步：建进程组、选设备、设种子（各进程同一个种子，模型初始化才一致）。"""
+    """训练命令的第一步：建进程组、查输出目录、选设备、设种子（各进程同一个种子，模型初始化才一致）。
+
+    Raises:
+        UserError: 没有这个设备，或输出目录写不了：训练几个小时之后才发现存不下就晚了。
+    """
     local_rank = init_distributed_mode(args.device)
+    # 没写明的参数有的由磁盘上有哪些权重而定（蒸馏的起点与学习率），各机器看到的可以不同，一律听主进程的
+    vars(args).update(broadcast_object(vars(args)))
+    on_main(lambda: check_outputs(args))
     device = resolve_device(args.device, local_rank if torch.distributed.is_initialized() else None)
     prepare_device(device)
     seed_all(args.seed)
     return device
+
+
+def check_outputs(args: Any) -> None:
+    """权重、日志与续训存档的目录都要能写；哪个写不了就说哪个参数。"""
+    checkpoint_dir, save_dir = resolve_path(args.checkpoint_dir), resolve_path(args.save_dir)
+    check_writable(save_dir, "--save_dir")
+    check_writable(save_dir / "logs", "--save_dir")
+    check_writable(checkpoint_dir, "--checkpoint_dir")
 
 
 def model_config(args: Any, **overrides: Any) -> MiniMindConfig:
@@ -112,19 +135,24 @@ def init_model(
     if len(tokenizer) > lm_config.vocab_size:
         lm_config.vocab_size = len(tokenizer)
     lm_config.pad_token_id = tokenizer.pad_token_id  # 模型靠它认出打包行的补齐
-    path = None if from_weight == "none" else _find_weights(lm_config, from_weight, save_dir)
-    if path is not None:
-        _check_sidecar(path, lm_config, tokenizer)
+    device = resolve_device(device) if isinstance(device, str) else device
+    # 权重只由主进程写，也就只由它读，发给大家：别的机器上没有这个文件
+    path = None
+    if from_weight != "none":
+        path = on_main(lambda: _find_weights(lm_config, tokenizer, from_weight, save_dir))
     model = MiniMindForCausalLM(lm_config)
-    if path is not None:
-        load_weights(model, path)
+    if from_weight != "none":
+        on_main(lambda: load_weights(model, path))
+        model.load_state_dict(broadcast_state(model.state_dict(), device))
         say(f"从 {path} 读入权重。")
-    return model.to(resolve_device(device) if isinstance(device, str) else device), tokenizer
+    return model.to(device), tokenizer
 
 
-def _find_weights(lm_config: MiniMindConfig, from_weight: str, save_dir: str | Path) -> Path:
+def _find_weights(lm_config: MiniMindConfig, tokenizer: Any, from_weight: str, save_dir: str | Path) -> Path:
+    """权重文件，已核对过旁注。"""
     path = weights_path(lm_config, from_weight, save_dir)
     if path.is_file():
+        _check_sidecar(path, lm_config, tokenizer)
         return path
     others = sorted(p.name for p in resolve_path(save_dir).glob(f"{from_weight}_*.pth"))
     command = COMMANDS.get(from_weight, f"训练时加 --save_weight {from_weight}")

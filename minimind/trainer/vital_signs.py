@@ -137,7 +137,8 @@ class VitalSigns:
         self.said: set[str] = set(saved.get("said", ()))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"streaks": self.streaks.cpu(), "snapshot": self.snapshot, "said": sorted(self.said)}
+        """此刻的状态：张量都是整个换新、从不就地改的，所以不必拷贝，也不为它与设备同步。"""
+        return {"streaks": self.streaks, "snapshot": self.snapshot, "said": sorted(self.said)}
 
     @torch.no_grad()
     def gradient_norm(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import signal
@@ -11,8 +12,11 @@ import torch
 from recipe_cases import CASES, log_lines, run_recipe, saved, weights_file
 from trainer_helpers import assert_same_weights, in_processes
 
+from minimind import signals
 from minimind.recipes.health import distillation_health, preference_health
+from minimind.rl.experience import Collector
 from minimind.rl.health import RLHealth
+from minimind.rl.rollout import LocalRollout
 from minimind.trainer import loop
 
 RECIPES = list(CASES)
@@ -37,6 +41,58 @@ def die_at(step: int, **kwargs) -> None:
 
     loop.forward_backward = forward_backward
     run_recipe(**kwargs)
+
+
+def stick_in_rollout(step: int, **kwargs) -> None:
+    """完成 ``step`` 步之后采样时收到 SIGTERM，采到一半再也出不来；采样动过的随机数、体征都不作数。"""
+    signals.PATIENCE = 0.5
+    original_collect, original_generate = Collector.collect, LocalRollout.generate
+    now = {"step": -1}
+
+    def collect(self, run, prompts):
+        now["step"] = run.state.step
+        run.record(made_up=(1.0, 1.0))  # 采样之前就记下了点什么
+        return original_collect(self, run, prompts)
+
+    def generate(self, *args):
+        if now["step"] == step:
+            torch.rand(1)
+            os.kill(os.getpid(), signal.SIGTERM)
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+        return original_generate(self, *args)
+
+    Collector.collect, LocalRollout.generate = collect, generate
+    run_recipe(**kwargs)
+
+
+def record_made_up(**kwargs) -> None:
+    """对照：同样多记一项，不收信号。"""
+    original = Collector.collect
+
+    def collect(self, run, prompts):
+        run.record(made_up=(1.0, 1.0))
+        return original(self, run, prompts)
+
+    Collector.collect = collect
+    run_recipe(**kwargs)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("recipe", RL_RECIPES)
+def test_采样途中收到信号_放弃这一步_续训逐位相同(tmp_path, base, world, recipe, processes):
+    """第 3 步不存盘；采第 4 步时放弃，存下的是第 3 步，含记分牌与记录区间里攒了一半的数。"""
+    whole, stuck, case = start(base, tmp_path / "whole"), start(base, tmp_path / "stuck"), CASES[recipe]
+    log, argv = tmp_path / "log", case.argv(world, log_interval=2)
+    common = {"log": log, "case": case}
+    codes = in_processes(processes, record_made_up, folder=whole, argv=argv, **common)
+    assert codes == [0] * processes, log.read_text()[-3000:]
+    codes = in_processes(processes, stick_in_rollout, step=3, folder=stuck, argv=argv, **common)
+    assert codes == [143] * processes, log.read_text()[-3000:]
+    assert saved(stuck, case)["step"] == 3
+    resume = [*argv, "--from_resume", "1"]
+    codes = in_processes(processes, record_made_up, folder=stuck, argv=resume, **common)
+    assert codes == [0] * processes, log.read_text()[-3000:]
+    assert_same_run(stuck, whole, recipe)
 
 
 def train(folder, recipe, world, processes: int = 1, kill_at: int | None = None, **changes) -> None:

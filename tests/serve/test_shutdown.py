@@ -61,9 +61,10 @@ def test_在写的写完_新来的503_退出码0(weights, tmp_path):
         assert events[-1]["usage"]["completion_tokens"] == ENOUGH and "data: [DONE]" in lines
 
 
-def test_空闲时收到就退出(weights, tmp_path):
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP])
+def test_空闲时收到就退出(weights, tmp_path, signum):
     with ServerProcess("--save_dir", weights, folder=tmp_path) as server:
-        server.process.send_signal(signal.SIGINT)
+        server.process.send_signal(signum)
         assert server.process.wait(60) == 0, server.output()
 
 
