@@ -34,6 +34,7 @@ from minimind.dataset.token_cache import FILES, FORMAT_VERSION, CacheWriter, Tok
 from minimind.dataset.workers import WorkerPool, run_inline
 from minimind.errors import UserError
 from minimind.paths import base_dir, resolve_path
+from minimind.runtime.files import unique_tag
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -264,7 +265,7 @@ def _tokenize(run, root, content, identity, path, size, kind, tokenizer) -> Toke
     free = shutil.disk_usage(folder.parent).free
     if free < size * 0.7:  # 实测缓存约为原文件的 0.6 倍
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    temporary = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
+    temporary = folder.with_name(f"{folder.name}.tmp-{unique_tag()}")
     make_folder(temporary)
     started = time.monotonic()
     try:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from minimind.dataset.packing import Packing, pack_documents
 from minimind.dataset.splits import choose
 from minimind.dataset.token_cache import TokenCache
 from minimind.errors import UserError
+from minimind.runtime.files import temporary_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -243,12 +243,9 @@ class PackedDataset(CachedDataset):
 
     def _store_plan(self, packing: Packing, stats: dict[str, Any]) -> None:
         folder = self._plan_folder()
-        temporary = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
-        try:
-            temporary.mkdir(parents=True)
+        # 别的进程先存好了，或目录只读、磁盘满：方案可以重算，不存也能训练
+        with suppress(OSError), temporary_folder(folder) as temporary:
             for name, array in zip(Packing._fields, packing, strict=True):
                 np.save(temporary / f"{name}.npy", array)
             (temporary / "stats.json").write_text(json.dumps(stats), "utf-8")
             os.rename(temporary, folder)
-        except OSError:  # 别的进程先存好了，或目录只读、磁盘满：方案可以重算，不存也能训练
-            shutil.rmtree(temporary, ignore_errors=True)
