@@ -263,6 +263,8 @@ def write_weights(model: nn.Module, folder: Path) -> None:
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
     # save_file 写成只有自己可读，服务的用户就打不开；这里与普通文件的权限相同
-    atomic_write(folder / "model.safetensors", lambda file: file.write(save(state, metadata={"format": "pt"})))
+    atomic_write(
+        folder / "model.safetensors", lambda file: file.write(save(state, metadata={"format": "pt"}))
+    )
     text = json.dumps(hf_config(model.config, dtype), ensure_ascii=False, indent=2)
     write_text(folder / "config.json", text + "\n")

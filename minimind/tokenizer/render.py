@@ -131,7 +131,8 @@ def render(
     """对话 → 片段。
 
     Args:
-        messages: ``{"role", "content", "reasoning_content"?, "tools"?, "tool_calls"?}`` 的列表。
+        messages: ``{"role", "content", "reasoning_content"?, "tools"?, "tool_calls"?, "weight"?}`` 的列表；
+            ``weight`` 为 0 的助手回合文本照旧，只是不学。
         tools: 工具列表或其 JSON 字符串；``None`` 时取消息里的 ``tools``。
         add_generation_prompt: 末尾加上助手回合的开头。
         enable_thinking: 只影响生成提示。``False`` 预填空的思考块；``True`` 预填 ``<think>``，
@@ -166,7 +167,10 @@ def _render(messages, tools, add_generation_prompt, enable_thinking) -> Iterator
     for i, message in enumerate(messages):
         role = message.get("role")
         if role == "assistant":
-            yield from _render_assistant(message)
+            segments = _render_assistant(message)
+            if message.get("weight") == 0:  # 数据里标着不学的回合：只当上文，结束符也不学
+                segments = (segment._replace(target=False) for segment in segments)
+            yield from segments
             continue
         if role not in ROLES:
             raise UserError(f"不认识的角色 {role!r}", where=f"第 {i + 1} 条消息", expected=" | ".join(ROLES))

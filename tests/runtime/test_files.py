@@ -21,8 +21,9 @@ def write_versions(path, name, start, failures):
     start.wait()
     for k in range(3):
         try:
-            atomic_write(path, lambda file: file.write(bytes([name]) * (SIZE + name + k)))
-        except BaseException as error:  # noqa: BLE001  要的就是“有没有任何失败”
+            data = bytes([name]) * (SIZE + name + k)
+            atomic_write(path, lambda file, data=data: file.write(data))
+        except BaseException as error:
             failures.put(repr(error))
 
 
@@ -52,7 +53,7 @@ def test_同一个进程的几十个线程也互不相撞(tmp_path):
     def work(i):
         try:
             write_text(tmp_path / "a.json", f"{i}" * 1000)
-        except BaseException as error:  # noqa: BLE001
+        except BaseException as error:
             failures.append(error)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(80)]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from minimind.arguments import ChineseParser
 from minimind.console import say
-from minimind.errors import UserError
 from minimind.dataset.locking import file_lock
+from minimind.errors import UserError
 from minimind.paths import resolve_path
 from minimind.runtime.files import replacing
 
