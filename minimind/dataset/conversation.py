@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import json
 from typing import Any
 
 from minimind.dataset.jsonl import DataError, short
+from minimind.tokenizer.render import load_json
 from minimind.tokenizer.special import END_THINK, THINK
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -140,7 +140,7 @@ def _check_extras(turn: dict[str, Any], path: str) -> None:
         field = f"{path}.{name}"
         if type(value) is str:
             try:
-                value = json.loads(value)
+                value = load_json(value)
             except ValueError as error:
                 raise DataError(
                     f"字符串 {short(value)} 不是合法的 JSON（{error}）",

@@ -22,18 +22,17 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Callable
 from typing import Any
 
 from minimind.dataset.jsonl import DataError, short
+from minimind.tokenizer.render import REASONING_NAMES, load_json
 from minimind.tokenizer.special import END_THINK, END_TOOL_CALL, THINK, TOOL_CALL
 
 Note = Callable[[str], None]
 
 ROLE_NAMES = {"function": "tool", "developer": "system"}
-REASONING_NAMES = ("reasoning", "thinking")
 TRAIN_NAMES = ("weight", "loss", "train")
 
 # 每种数据读的顶层字段
@@ -173,7 +172,7 @@ def _whole_record(record: dict[str, Any], kind: str, note: Note) -> dict[str, An
         note(f"顶层 {field} 归到 system 回合")
         for name, turns in lists.items():
             _give_system(turns, "content" if field == "system" else "tools", value, name)
-    for name in ("reasoning_content", *REASONING_NAMES):
+    for name in REASONING_NAMES:
         if _filled(value := record.pop(name, None)):
             _give_reasoning(lists, name, value, note)
     for name in TRAIN_NAMES:
@@ -303,7 +302,7 @@ def _move_tools(fields: dict[str, Any], path: str, note: Note) -> None:
 
 
 def _move_reasoning(turn: dict[str, Any], path: str, note: Note) -> None:
-    for name in REASONING_NAMES:
+    for name in REASONING_NAMES[1:]:
         value = turn.pop(name, None)
         if value is None:
             continue
@@ -379,7 +378,7 @@ def _drop_inline_calls(turn: dict[str, Any], path: str, note: Note) -> None:
     remaining = [_meaning(call) for call in listed]
     for text in _INLINE_CALL.findall(content):
         try:
-            call = _meaning(json.loads(text))
+            call = _meaning(load_json(text))
         except ValueError:
             call = None
         if call is None or call not in remaining:
@@ -396,7 +395,7 @@ def _parsed(value: Any, field: str) -> Any:
     if type(value) is not str:
         return value
     try:
-        return json.loads(value)
+        return load_json(value)
     except ValueError as error:
         raise DataError(
             f"字符串 {short(value)} 不是合法的 JSON（{error}）",
@@ -419,7 +418,7 @@ def _meaning(call: Any) -> Any:
     arguments = inner.get("arguments")
     if type(arguments) is str:
         with contextlib.suppress(ValueError):  # 写坏的参数按原文比
-            arguments = json.loads(arguments)
+            arguments = load_json(arguments)
     return [inner.get("name"), {} if arguments in (None, "") else arguments]
 
 
@@ -428,7 +427,7 @@ def _conflict(field: str, other: str, value: Any, own: Any) -> None:
     same = value == own
     if not same and str in (type(value), type(own)):
         try:
-            a, b = (json.loads(v) if type(v) is str else v for v in (value, own))
+            a, b = (load_json(v) if type(v) is str else v for v in (value, own))
             same = a == b
         except ValueError:
             same = False
