@@ -106,38 +106,35 @@ odd = st.one_of(st.none(), st.booleans(), st.integers(0, 2), json_text, json_val
 
 @st.composite
 def odd_conversations(draw):
-    """别家的写法与不成样子的东西：字符串的 tools / tool_calls / arguments，缺字段、错类型。"""
+    """别家的写法，偶尔有不成样子的东西：字符串的 tools / tool_calls / arguments，缺字段、错类型。"""
+
+    def rarely(strange, usual):
+        return draw(strange if draw(st.integers(0, 11)) == 0 else usual)
 
     def call():
-        made = {"name": draw(st.one_of(st.just("f"), wild_text, odd)), "arguments": draw(odd)}
-        if draw(st.booleans()):
+        made = {"name": rarely(odd, wild_text), "arguments": draw(odd)}
+        if draw(st.integers(0, 11)) == 0:
             made.pop(draw(st.sampled_from(["name", "arguments"])))
-        return draw(
-            st.one_of(
-                st.just(made),
-                st.just({"id": "c", "type": "function", "function": made}),
-                st.just({"function": draw(odd), **made}),
-            )
-        )
+        shapes = [made, {"id": "c", "type": "function", "function": made}, {"function": {}, **made}]
+        return rarely(st.builds(lambda value: {"function": value, **made}, odd), st.sampled_from(shapes))
 
     def listed(item):
-        value = draw(st.one_of(st.lists(st.builds(lambda: item()), max_size=2), st.builds(lambda: item())))
-        return draw(st.sampled_from([value, json.dumps(value), json.dumps(value, ensure_ascii=False)]))
+        items = [item() for _ in range(draw(st.integers(0, 2)))]
+        value = items[0] if items and draw(st.booleans()) else items
+        escaped, plain = json.dumps(value), json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        return rarely(odd, st.sampled_from([value, escaped, plain]))
 
     def message():
-        made = {"role": draw(st.sampled_from(["user", "assistant", "assistant", "tool", "system", "robot"]))}
-        if draw(st.integers(0, 9)):
-            parts = st.lists(
-                st.one_of(wild_text, st.builds(lambda t: {"type": "text", "text": t}, wild_text)), max_size=2
-            )
-            made["content"] = draw(st.one_of(wild_text, wild_text, wild_text, parts, odd))
+        made = {"role": rarely(st.just("robot"), st.sampled_from(["user", "assistant", "tool", "system"]))}
+        parts = st.lists(wild_text | wild_text.map(lambda t: {"type": "text", "text": t}), max_size=2)
+        made["content"] = rarely(odd, wild_text | st.none() | parts)
         for name in ("reasoning_content", "thinking", "reasoning"):
-            if not draw(st.integers(0, 3)):
-                made[name] = draw(st.one_of(wild_text, odd))
+            if draw(st.integers(0, 3)) == 0:
+                made[name] = rarely(odd, wild_text | st.none() | parts)
         if made["role"] == "assistant" and draw(st.booleans()):
-            made["tool_calls"] = draw(st.one_of(odd, st.just(listed(call))))
-        if not draw(st.integers(0, 3)):
-            made["tools"] = draw(st.one_of(odd, st.just(listed(lambda: {"name": draw(wild_text)}))))
+            made["tool_calls"] = listed(call)
+        if draw(st.integers(0, 3)) == 0:
+            made["tools"] = listed(lambda: {"name": draw(wild_text)})
         return made
 
     messages = [message() for _ in range(draw(st.integers(1, 4)))]
