@@ -49,7 +49,7 @@ def open_stage(args: RLArguments) -> Stage:
     )
     say(rewards.describe())
     if warning := train_ds.reference_warning():
-        say(f"留意：{train_ds.cache.source.name} 里{warning}。")
+        say(f"留意：{train_ds.cache.source.name} 里 {warning}。")
     return Stage(model, tokenizer, train_ds, val_ds, rewards)
 
 
