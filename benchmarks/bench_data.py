@@ -29,6 +29,7 @@ from typing import Any
 from minimind.arguments import arg, parse_args
 from minimind.console import say
 from minimind.errors import guard
+from minimind.runtime.files import replacing
 
 MODES = ("peer", "cold", "warm")
 TITLES = {
@@ -171,15 +172,12 @@ def enlarged(path: Path, copies: int, folder: Path) -> Path:
         return path
     target = folder / f"{path.stem}-x{copies}.jsonl"
     if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(".tmp")
-        with partial.open("w", encoding="utf-8") as out:
+        with replacing(target) as partial, partial.open("w", encoding="utf-8") as out:
             for copy in range(copies):
                 with path.open(encoding="utf-8") as file:
                     for line in file:
                         text = json.loads(line)["text"]
                         out.write(json.dumps({"text": f"{copy}：{text}"}, ensure_ascii=False) + "\n")
-        partial.replace(target)
     return target
 
 

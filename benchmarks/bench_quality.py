@@ -30,6 +30,7 @@ from minimind.console import say
 from minimind.dataset import PretrainDataset, collate_packed
 from minimind.errors import UserError, guard
 from minimind.model import MiniMindConfig, MiniMindForCausalLM, count_parameters
+from minimind.runtime.files import write_text
 from minimind.tokenizer import load_tokenizer, token_byte_lengths, tokenizer_fingerprint
 from minimind.trainer.device import DTYPES, autocast_context, resolve_device, seed_all, synchronize
 from minimind.trainer.loader import training_batches
@@ -248,9 +249,7 @@ def main(argv: list[str] | None = None) -> int:
             path = run_dir / f"{name}-s{seed}-{run_key(args, RECIPES[name], seed, fingerprint)}.json"
             if not path.exists() or args.rerun:
                 record = train_once(args, RECIPES[name], seed, *datasets, tokenizer)
-                partial = path.with_suffix(".tmp")
-                partial.write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
-                partial.replace(path)
+                write_text(path, json.dumps(record, ensure_ascii=False))
             record = json.loads(path.read_text(encoding="utf-8"))
             runs[name].append(record)
             say(

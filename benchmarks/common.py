@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from minimind.errors import UserError
+from minimind.runtime.files import write_text
 from minimind.trainer.device import peak_memory_bytes
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -71,15 +72,13 @@ def write_result(name: str, device: torch.device, data: dict[str, Any], results:
     """写结果 JSON（先写临时文件再改名），返回路径。"""
     path = result_path(name, device, results)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".tmp")
     payload = {"environment": environment(device), **data}
     if isinstance(payload.get("arguments"), dict):  # 路径只留文件名：各人的目录不一样，也不该写进仓库
         payload["arguments"] = {
             k: Path(v).name if isinstance(v, str) and os.sep in v else v
             for k, v in payload["arguments"].items()
         }
-    partial.write_text(to_json(payload) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, to_json(payload) + "\n")
     return path
 
 

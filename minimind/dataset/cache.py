@@ -34,6 +34,7 @@ from minimind.dataset.token_cache import FILES, FORMAT_VERSION, CacheWriter, Tok
 from minimind.dataset.workers import WorkerPool, run_inline
 from minimind.errors import UserError
 from minimind.paths import base_dir, resolve_path
+from minimind.runtime.files import unique_tag
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -129,19 +130,28 @@ def build_cache(
 
 
 def _apply_bad_lines(cache: TokenCache, on_bad_line: str) -> None:
-    """缓存里记着坏行：error 时照样报错（缓存可能是以 skip 建的），skip 时报告条数，每份缓存只说一遍。"""
-    count = cache.meta["bad_count"]
-    if not count:
-        return
-    first = DataError.from_dict(cache.meta["bad"][0])
-    first = first.at(cache.source, first.line)
-    if on_bad_line == "error":
-        raise first
+    """缓存里记着坏行：error 时照样报错（缓存可能是以 skip 建的），skip 时报告条数，每份缓存只说一遍。
+
+    改写了的写法与没有用上的字段也在这里说一遍：训练前看得见，哪些内容换了样子、哪些没有学。
+    """
+    count, notes = cache.meta["bad_count"], cache.meta["notes"]
+    first = None
+    if count:
+        first = DataError.from_dict(cache.meta["bad"][0])
+        first = first.at(cache.source, first.line)
+        if on_bad_line == "error":
+            raise first
     # 训练集与验证集、检查与统计各打开一次同一份缓存
     if cache.folder in _reported:
         return
     _reported.add(cache.folder)
-    say(f"{cache.source.name}：跳过了 {count:,} 条坏行（共 {cache.meta['num_lines']:,} 行），第一条：{first}")
+    if first:
+        say(
+            f"{cache.source.name}：跳过了 {count:,} 条坏行（共 {cache.meta['num_lines']:,} 行），第一条：{first}"
+        )
+    if notes:
+        said = "；".join(f"{sentence} {count:,} 条" for sentence, count in notes.items())
+        say(f"{cache.source.name}：{said}。")
 
 
 def _open(root: Path, content: str, identity: list, path: Path) -> TokenCache | None:
@@ -264,7 +274,7 @@ def _tokenize(run, root, content, identity, path, size, kind, tokenizer) -> Toke
     free = shutil.disk_usage(folder.parent).free
     if free < size * 0.7:  # 实测缓存约为原文件的 0.6 倍
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    temporary = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
+    temporary = folder.with_name(f"{folder.name}.tmp-{unique_tag()}")
     make_folder(temporary)
     started = time.monotonic()
     try:
@@ -294,6 +304,8 @@ def _tokenize(run, root, content, identity, path, size, kind, tokenizer) -> Toke
             "seconds": round(time.monotonic() - started, 3),
             "bad_count": writer.bad_count,
             "bad": writer.bad,
+            "bad_kinds": dict(writer.bad_kinds.most_common()),
+            "notes": dict(writer.notes.most_common()),
             "files": {name: (temporary / f"{name}.bin").stat().st_size for name in ("ids", *FILES)},
         }
         with (temporary / "meta.json").open("w", encoding="utf-8") as file:

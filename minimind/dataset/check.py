@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from minimind.arguments import Arguments, arg, parse_args
-from minimind.dataset.jsonl import DataError
+from minimind.dataset.jsonl import DataError, short
 from minimind.dataset.schema import KINDS, detect_kind
 from minimind.errors import UserError
 from minimind.paths import resolve_path
@@ -56,8 +56,13 @@ def main_check(argv: list[str] | None = None) -> int:
     out.print(_overview(cache, path, kind))
     out.print(_lengths(cache, kind, args.max_seq_len))
     out.print(_training(path, kind, tokenizer, args.max_seq_len, args.num_workers))
+    if cache.meta["notes"]:
+        rows = [(sentence, f"{count:,} 条") for sentence, count in cache.meta["notes"].items()]
+        out.print(_table("改写的写法与没有用上的字段", rows))
     if kind != "pretrain":
         out.print(_roles(cache, kind))
+    if kind == "rl":
+        out.print(_references(cache))
     for i in np.linspace(0, len(cache) - 1, min(args.examples, len(cache))).astype(int):
         _print_example(out, cache, tokenizer, int(i), kind)
     return _print_bad_lines(out, cache)
@@ -133,6 +138,7 @@ def _training(path: Path, kind: str, tokenizer, max_seq_len: int, num_workers: i
         rows = [
             ("可用的对", f"{stats['pairs']:,}"),
             ("截断", f"{stats['truncated']:,}（{stats['truncated_share']:.1%}）"),
+            ("截断而不学的 token", f"{dataset.cut_tokens:,}"),
             ("截断后看不出分歧而丢弃", f"{stats['dropped']:,}"),
         ]
     else:
@@ -145,6 +151,7 @@ def _training(path: Path, kind: str, tokenizer, max_seq_len: int, num_workers: i
             rows.append(("切成几块的文档", f"{stats['split_documents']:,}（一个 token 也不丢）"))
         else:
             rows.append(("截断的对话", f"{stats['truncated']:,}（{stats['truncated_share']:.1%}）"))
+            rows.append(("截断而不学的 token", f"{stats['cut_tokens']:,}"))
             rows.append(("没有任何目标而丢弃", f"{stats['dropped']:,}"))
     return _table(title, rows)
 
@@ -163,6 +170,17 @@ def _roles(cache: TokenCache, kind: str) -> Table:
         shapes["→".join(roles) if len(roles) <= 6 else f"{'→'.join(roles[:4])}→…（{len(roles)} 回合）"] += 1
     rows = [(shape, f"{count / len(picked):.1%}") for shape, count in shapes.most_common(6)]
     return _table(f"角色次序（抽样 {len(picked):,} 条）", rows)
+
+
+def _references(cache: TokenCache) -> Table:
+    """参考答案：空的有多少，最常见的是哪些。"""
+    from minimind.dataset.lm_dataset import reference_counts
+
+    counts = reference_counts(cache, np.arange(len(cache)))
+    total, empty = counts.total(), counts.pop("", 0)
+    rows = [("没有参考答案（空的或占位的词）", f"{empty:,}（{empty / total:.1%}）")]
+    rows += [(short(answer), f"{count / total:.1%}") for answer, count in counts.most_common(3) if count > 1]
+    return _table(f"参考答案（抽样 {total:,} 条）", rows)
 
 
 def _print_example(out: Console, cache: TokenCache, tokenizer, i: int, kind: str) -> None:
@@ -191,6 +209,9 @@ def _print_bad_lines(out: Console, cache: TokenCache) -> int:
         out.print("\n没有坏行", style="green")
         return 0
     out.print(f"\n坏行 {count:,} 条，训练会在第一条停下（--on_bad_line skip 跳过它们）：", style="bold red")
+    if len(cache.meta["bad_kinds"]) > 1:
+        for name, times in cache.meta["bad_kinds"].items():
+            out.print(f"  {times:,} 条 {name}", markup=False)
     for data in cache.meta["bad"]:
         error = DataError.from_dict(data)
         out.print("  " + str(error.at(cache.source, error.line)), markup=False)

@@ -8,6 +8,8 @@ import os
 import time
 from pathlib import Path
 
+from minimind.runtime.files import replacing
+
 
 def file_stat(path: Path) -> list[int]:
     """认出“文件没变”的依据；ctime 能发现保留了修改时间的覆盖（cp -p、rsync -t）。"""
@@ -34,12 +36,9 @@ def remember_hash(root: Path, path: Path, stat: list[int], content: str) -> None
     if time.time_ns() - max(stat[1:]) < 2_000_000_000:
         return
     file = index_file(root, path)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(f".{os.getpid()}")
-    temporary.write_text(
-        json.dumps({"path": str(path), "stat": stat, "content": content}, ensure_ascii=False)
-    )
-    os.replace(temporary, file)
+    text = json.dumps({"path": str(path), "stat": stat, "content": content}, ensure_ascii=False)
+    with replacing(file) as temporary:
+        temporary.write_text(text, "utf-8", "surrogateescape")
 
 
 def hash_file(path: Path) -> str:

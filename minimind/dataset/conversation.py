@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import difflib
-import json
 from typing import Any
 
 from minimind.dataset.jsonl import DataError, short
+from minimind.tokenizer.render import load_json
+from minimind.tokenizer.special import END_THINK, THINK
 
 ROLES = ("system", "user", "assistant", "tool")
+
+# 公开的强化学习文件用这些词占住空的参考答案（rlaif-mini 的各版用过“空”与“无”）；当成答案会教模型只说这一个词
+EMPTY_ANSWERS = frozenset(
+    ("", "空", "无", "无答案", "暂无", "暂无答案", "none", "null", "n/a", "-", "--", "—")
+)
 
 # 别家格式的角色名 → 这里的写法，只用来给出修法
 _ROLE_ALIASES = {
@@ -22,6 +28,11 @@ _ROLE_ALIASES = {
     "observation": "tool",
     "ipython": "tool",
 }
+
+
+def is_empty_answer(text: str | None) -> bool:
+    """参考答案是空的，或只是占位的词（:data:`EMPTY_ANSWERS`；大小写、首尾空白与句号不论）。"""
+    return text is None or text.strip().rstrip("。.").lower() in EMPTY_ANSWERS
 
 
 def check_turns(turns: Any, name: str, open_end: bool = False) -> int:
@@ -39,6 +50,7 @@ def check_turns(turns: Any, name: str, open_end: bool = False) -> int:
         )
     answers, last = 0, len(turns) - 1
     before, called = "", False  # 上一回合的角色；它有没有调用工具
+    tools = None
     for i, turn in enumerate(turns):
         if type(turn) is not dict:
             raise DataError(
@@ -70,6 +82,15 @@ def check_turns(turns: Any, name: str, open_end: bool = False) -> int:
             raise _bad_order(role, before, i, name)
         if len(turn) > 2:  # 除 role、content 外还有字段的回合才需要看
             _check_extras(turn, f"{name}[{i}]")
+            if turn.get("tools"):
+                if tools is not None and turn["tools"] != tools:
+                    raise DataError(
+                        f"{short(turn['tools'])} 与前面回合的 tools 不同，一段对话只有一份工具说明",
+                        field=f"{name}[{i}].tools",
+                        expected="只写在 system 回合上",
+                        fix="合成一份放在 system 回合，或拆成两段对话",
+                    )
+                tools = turn["tools"]
         if role == "assistant":
             calls = turn.get("tool_calls") not in (None, "", "[]", [])
             called = calls or "<tool_call>" in content
@@ -87,8 +108,24 @@ def check_turns(turns: Any, name: str, open_end: bool = False) -> int:
 
 
 def _check_extras(turn: dict[str, Any], path: str) -> None:
-    """reasoning_content、tools、tool_calls：可以没有，有就要读得懂。"""
+    """reasoning_content、tools、tool_calls：可以没有，有就要读得懂，也不能与正文说两遍。"""
     reasoning = turn.get("reasoning_content")
+    if turn["role"] != "assistant":
+        for name in ("reasoning_content", "tool_calls"):
+            if turn.get(name):
+                raise DataError(
+                    f"{turn['role']} 回合有 {short(turn[name])}",
+                    field=f"{path}.{name}",
+                    expected="只写在 assistant 回合上",
+                    fix="挪到它所属的 assistant 回合，或去掉",
+                )
+    elif reasoning is not None and any(tag in (turn.get("content") or "") for tag in (THINK, END_THINK)):
+        raise DataError(
+            f"{short(reasoning)} 与 content 里的 {THINK} 同时出现，推理有两份",
+            field=f"{path}.reasoning_content",
+            expected="推理只写一处",
+            fix="去掉 reasoning_content，或把 content 里的思考块删掉",
+        )
     if reasoning is not None and type(reasoning) is not str:
         raise DataError(
             f"是 {type_name(reasoning)} {short(reasoning)}",
@@ -103,7 +140,7 @@ def _check_extras(turn: dict[str, Any], path: str) -> None:
         field = f"{path}.{name}"
         if type(value) is str:
             try:
-                value = json.loads(value)
+                value = load_json(value)
             except ValueError as error:
                 raise DataError(
                     f"字符串 {short(value)} 不是合法的 JSON（{error}）",

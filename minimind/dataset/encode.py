@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from minimind.dataset.jsonl import DataError, parse_line, read_lines
-from minimind.dataset.schema import VALIDATORS
+from minimind.dataset.conversation import is_empty_answer
+from minimind.dataset.jsonl import DataError, read_lines
+from minimind.dataset.schema import read_record
 from minimind.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,9 +23,6 @@ if TYPE_CHECKING:
 
 # 一次送进分词器的文本量（字节）。Encoding 对象每个 token 占上百字节，整段 4 MiB 一起送会多占 100 多 MB
 BATCH_BYTES = 256 << 10
-
-# 公共的 rlaif-mini.jsonl 用这个字占住空的参考答案
-EMPTY_ANSWER = "空"
 
 
 @dataclass
@@ -42,6 +41,7 @@ class Chunk:
     positions: np.ndarray  # int64 [docs]，该行在文件里的字节位置
     num_lines: int
     bad: list[dict] = field(default_factory=list)  # DataError.to_dict，line 为段内行号（从 0 起）
+    notes: dict[str, int] = field(default_factory=dict)  # 改写与没用上的字段：一句话 → 几条记录
 
 
 def id_dtype(tokenizer: PreTrainedTokenizerFast) -> np.dtype:
@@ -50,11 +50,11 @@ def id_dtype(tokenizer: PreTrainedTokenizerFast) -> np.dtype:
 
 
 def split_prompt(turns: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
-    """强化学习的对话 → (提示消息, 参考答案)；末尾的助手回合是参考答案，没有时为空串。"""
+    """强化学习的对话 → (提示消息, 参考答案)；末尾的助手回合是参考答案，没有或只是占位的词时为空串。"""
     if turns[-1]["role"] != "assistant":
         return turns, ""
-    answer = turns[-1]["content"] or ""
-    return turns[:-1], "" if answer.strip() == EMPTY_ANSWER else answer
+    answer = turns[-1].get("content") or ""
+    return turns[:-1], "" if is_empty_answer(answer) else answer
 
 
 def split_key(record: dict[str, Any], kind: str) -> int:
@@ -67,7 +67,7 @@ def split_key(record: dict[str, Any], kind: str) -> int:
     else:
         turns = record["chosen" if kind == "dpo" else "conversations"]
         last = max((i for i, t in enumerate(turns) if t["role"] == "assistant"), default=len(turns))
-        prompt = [[t["role"], t["content"]] for t in turns[:last]]
+        prompt = [[t["role"], t.get("content")] for t in turns[:last]]
         text = json.dumps(prompt, ensure_ascii=False)
     digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
     return int.from_bytes(digest, "little")
@@ -101,8 +101,9 @@ def encode_chunk(
     parts: list[tuple[np.ndarray, list[int], list[tuple[int, int]], list[int]]] = []
     split_hash: list[int] = []
     lines: list[int] = []
+    notes: Counter[str] = Counter()
 
-    for batch in _batches(raw_lines, kind, bad):
+    for batch in _batches(raw_lines, kind, bad, notes):
         try:
             encoded = _encode_batch([record for _, record in batch], kind, tokenizer, options)
         except UserError as error:  # 校验放过而分词器不收的：找出是哪一行
@@ -124,28 +125,34 @@ def encode_chunk(
         positions=offsets[lines_array].astype(np.int64) if len(lines_array) else lines_array,
         num_lines=len(raw_lines),
         bad=bad,
+        notes=dict(notes),
     )
 
 
-def _parse(raw_lines: Iterable[bytes], kind: str) -> Iterator[dict | DataError | None]:
-    """逐行给出记录、错误或 None（空行）。"""
-    validate = VALIDATORS[kind]
+def _parse(
+    raw_lines: Iterable[bytes], kind: str, notes: Counter[str] | None = None
+) -> Iterator[dict | DataError | None]:
+    """逐行给出记录、错误或 None（空行）；好行里的改写按记录数计进 ``notes``。"""
+    said: set[str] = set()
     for raw in raw_lines:
+        said.clear()
         try:
-            record = parse_line(raw)
-            if record is not None:
-                validate(record)
+            record = read_record(raw, kind, said.add)
         except DataError as error:
             yield error
         else:
+            if notes is not None and said:
+                notes.update(said)
             yield record
 
 
-def _batches(raw_lines: list[bytes], kind: str, bad: list[dict]) -> Iterator[list[tuple[int, dict]]]:
-    """把好行按 ``BATCH_BYTES`` 分批；坏行记进 ``bad``。"""
+def _batches(
+    raw_lines: list[bytes], kind: str, bad: list[dict], notes: Counter[str]
+) -> Iterator[list[tuple[int, dict]]]:
+    """把好行按 ``BATCH_BYTES`` 分批；坏行记进 ``bad``，改写计进 ``notes``。"""
     batch: list[tuple[int, dict]] = []
     size = 0
-    for number, record in enumerate(_parse(raw_lines, kind)):
+    for number, record in enumerate(_parse(raw_lines, kind, notes)):
         if record is None:
             continue
         if isinstance(record, DataError):
@@ -178,7 +185,31 @@ def _encode_batch(records, kind, tokenizer, options) -> list[tuple[list[int], li
         conversations = [record[side] for record in records for side in ("chosen", "rejected")]
     else:
         conversations = [record["conversations"] for record in records]
-    return [(item.ids, item.target) for item in encode_chat_batch(tokenizer, conversations)]
+    encoded = [(item.ids, item.target) for item in encode_chat_batch(tokenizer, conversations)]
+    if kind == "dpo":
+        for chosen, rejected in zip(encoded[::2], encoded[1::2], strict=True):
+            shared_history_is_context(chosen, rejected)
+    return encoded
+
+
+def shared_history_is_context(
+    chosen: tuple[list[int], list[bool]], rejected: tuple[list[int], list[bool]]
+) -> None:
+    """偏好对的两边：只有第一个不同的回合起才是“回答”，之前共同的历史只是上文；就地改目标掩码。
+
+    共同的历史两边逐 token 相同，在 h = Δ_w − Δ_l 里本该抵消；可一按长度平均（ipo、sigmoid_norm、``--sft_coef``），
+    两边的分母不同就抵消不掉，历史上的漂移会变成偏好。不同的那个回合整个都算，开头相同的几个词也在内。
+
+    Args:
+        chosen, rejected: ``(ids, 目标掩码)``，由同一个渲染器渲染。
+    """
+    pairs = zip(chosen[0], rejected[0], strict=False)
+    differs = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(chosen[0]), len(rejected[0])))
+    for _, target in (chosen, rejected):
+        begin = differs
+        while begin and target[begin - 1]:  # 退到这个回合的开头；回合之间隔着不是目标的角色标记
+            begin -= 1
+        target[:begin] = [False] * begin
 
 
 def _flatten(encoded, dtype):

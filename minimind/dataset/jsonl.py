@@ -114,7 +114,7 @@ def parse_line(raw: bytes) -> dict[str, Any] | None:
     容忍行首的 BOM 与行尾的 CR：Windows 编辑器和 ``cat a b > c`` 会带来它们，而意思没有歧义。
 
     Raises:
-        DataError: 不是 UTF-8、不是 JSON、不是对象、含孤立代理符。
+        DataError: 不是 UTF-8、不是 JSON、不是对象、有重复的键、含孤立代理符。
     """
     if raw.startswith(BOM):
         raw = raw[3:]
@@ -130,7 +130,7 @@ def parse_line(raw: bytes) -> dict[str, Any] | None:
             fix="若文件是 GBK 编码，先转码：iconv -f GBK -t UTF-8 原文件 > 新文件；只坏几行时可用 --on_bad_line skip",
         ) from None
     try:
-        record = json.loads(text)
+        record = json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         raise _json_error(text, error) from None
     except RecursionError:
@@ -148,6 +148,22 @@ def parse_line(raw: bytes) -> dict[str, Any] | None:
     # 转义写成的孤立代理符（\ud83d 而没有后半）编不成 UTF-8，分词器遇到会报一句看不懂的错
     if "\\ud" in text or "\\uD" in text:
         _reject_surrogates(record, "")
+    return record
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """一个 JSON 对象；同一个键写了两次时，json 模块悄悄只留后一个，前一个的内容就没了。"""
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        names = [name for name, _ in pairs]
+        name = next(name for k, name in enumerate(names) if name in names[:k])
+        values = [short(value, 24) for key, value in pairs if key == name]
+        raise DataError(
+            f"同一个对象里写了 {len(values)} 次：{'、'.join(values)}",
+            field=name,
+            expected="每个键只出现一次",
+            fix="只留一个，或给另一个改名",
+        )
     return record
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -14,10 +15,17 @@ import torch
 
 from minimind.dataset.collate import IGNORE, collate_dpo, collate_packed, collate_rl, empty_batch
 from minimind.dataset.encode import split_prompt
-from minimind.dataset.packed import CachedDataset, PackedDataset
+from minimind.dataset.jsonl import short
+from minimind.dataset.packed import CachedDataset, PackedDataset, lost_words
 from minimind.dataset.packing import trim_to_turns
 from minimind.dataset.splits import choose
+from minimind.dataset.token_cache import TokenCache
 from minimind.errors import UserError
+
+# 看参考答案的分布抽这么多条：够认出占位的词，不必为它把整个文件再解析一遍
+SAMPLED_REFERENCES = 2000
+# 少于这么多条相同不算“大多相同”：几行的小文件说明不了什么
+MIN_SAME_REFERENCES = 5
 
 
 class PretrainDataset(PackedDataset):
@@ -65,10 +73,13 @@ class SFTDataset(PackedDataset):
 class DPODataset(CachedDataset):
     """偏好对 ``{"chosen": […], "rejected": […]}``；两边由同一个渲染器渲染，到分歧处为止逐 token 相同。
 
-    超过 ``max_length`` 的一边从右截断；截断后看不到分歧的对没有偏好可学，丢弃并计数。
+    目标只有第一个不同的回合起的助手回合：共同的历史是上文，不是要比的回答（见
+    :func:`minimind.dataset.encode.shared_history_is_context`）。超过 ``max_length`` 的一边从右截断；
+    截断后看不到分歧、或有一边一个目标也不剩的对没有偏好可学，丢弃并计数。
 
     Attributes:
         stats: pairs 可用的对数、truncated 截断的对数、dropped 丢弃的对数。
+        cut_tokens: 留下的对里截掉的 token 数。
     """
 
     kind = "dpo"
@@ -80,10 +91,12 @@ class DPODataset(CachedDataset):
         # 每条记录是相邻的两篇；划分按对，不会一边在训练一边在验证
         pairs = choose(self.split, cache.split_hash[::2], lengths[::2] + lengths[1::2], self.val_ratio)
         overlong = np.maximum(lengths[::2], lengths[1::2])[pairs] > self.max_length
-        visible = np.ones(len(pairs), dtype=bool)
-        for k in np.flatnonzero(overlong):
+        visible = self._has_targets(2 * pairs) & self._has_targets(2 * pairs + 1)
+        for k in np.flatnonzero(overlong & visible):
             visible[k] = self._differs_within(int(pairs[k]))
         self.pairs = pairs[visible]
+        kept = np.concatenate([2 * self.pairs, 2 * self.pairs + 1])
+        self.cut_tokens = int(np.maximum(lengths[kept] - self.max_length, 0).sum())
         if len(pairs) and not len(self.pairs):
             raise self.nothing_left(len(pairs))
         self.num_documents = len(self.pairs)
@@ -110,8 +123,21 @@ class DPODataset(CachedDataset):
             item[side], item[f"{side}_labels"] = torch.from_numpy(ids), torch.from_numpy(labels)
         return item
 
+    def lost(self) -> str:
+        return lost_words(
+            self.stats["truncated"], self.cut_tokens, self.stats["dropped"], self.max_length, "对"
+        )
+
+    def _has_targets(self, docs: np.ndarray) -> np.ndarray:
+        """哪些篇截断后还有目标，``bool [n]``；第一个不同的回合就是第一段目标。"""
+        cache = self.cache
+        first = cache.span_offsets[docs]
+        found = first < cache.span_offsets[docs + 1]
+        found[found] = cache.spans[first[found], 0] < self.max_length
+        return found
+
     def _differs_within(self, pair: int) -> bool:
-        """截断后两边还看得出不同，且分歧处之后都有目标。"""
+        """截断后两边还看得出不同。"""
         sides = [self.cache.document(2 * pair + k)[: self.max_length] for k in (0, 1)]
         common = min(map(len, sides))
         return bool((sides[0][:common] != sides[1][:common]).any())
@@ -153,6 +179,29 @@ class RLAIFDataset(CachedDataset):
         self.num_documents = len(self.docs)
         self.stats = {"prompts": len(self.docs), "dropped": len(docs) - len(self.docs)}
 
+    def lost(self) -> str:
+        dropped = self.stats["dropped"]
+        return f"丢弃 {dropped:,} 个超过 {self.max_length} 个 token 的提示" if dropped else ""
+
+    def reference_warning(self) -> str:
+        """一句话：没有参考答案的提示有多少，多数参考答案是不是同一个；没有可说的时为空串。
+
+        一份文件的参考答案大多是同一个词，几乎总是占位：照着它给分，会教模型只说这一个词。
+        """
+        counts = reference_counts(self.cache, self.docs)
+        total, words = counts.total(), []
+        if empty := counts.pop("", 0):
+            words.append(
+                f"{empty / total:.1%} 的提示没有参考答案（空的或占位的），按参考答案判分的奖励用不了它们"
+            )
+        if counts:
+            answer, count = counts.most_common(1)[0]
+            if count >= MIN_SAME_REFERENCES and count > total / 2:
+                words.append(
+                    f"{count / total:.1%} 的参考答案都是 {short(answer)}，若是占位，请换成空的；照着它给分会教模型只说这一句"
+                )
+        return "；".join(words)
+
     def __len__(self) -> int:
         return len(self.docs)
 
@@ -178,6 +227,12 @@ class RLAIFDataset(CachedDataset):
     @property
     def collate(self):
         return partial(collate_rl, pad_id=self.pad_id)
+
+
+def reference_counts(cache: TokenCache, docs: np.ndarray) -> Counter[str]:
+    """均匀抽至多 :data:`SAMPLED_REFERENCES` 条提示，数各种参考答案；空的与占位的都记在 ``""`` 下。"""
+    picked = docs[np.unique(np.linspace(0, len(docs) - 1, min(SAMPLED_REFERENCES, len(docs))).astype(int))]
+    return Counter(split_prompt(cache.record(int(i))["conversations"])[1] for i in picked)
 
 
 DATASETS: dict[str, type[CachedDataset]] = {

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +19,13 @@ from minimind.dataset.packing import Packing, pack_documents
 from minimind.dataset.splits import choose
 from minimind.dataset.token_cache import TokenCache
 from minimind.errors import UserError
+from minimind.runtime.files import temporary_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 # 拼行、截断或划分的规则变了就加一，存着的方案随之作废
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 # 文档多于此的方案存进缓存：少的现算只要几十毫秒，不值得占文件
 STORED_DOCUMENTS = 100_000
 
@@ -76,11 +76,25 @@ class CachedDataset(Dataset):
         """数据的身份：内容、分词器与选行方式都相同，第 i 行才是同一行；续训据此核对。"""
         return f"{self.cache.folder.name}/{self.split}/{self.max_length}/{self.seed}/{self.val_ratio}"
 
+    def lost(self) -> str:
+        """一句话：哪些样本丢弃、截断了，各多少；一条也没有时为空串。训练开头说出来，不让内容悄悄不见。"""
+        raise NotImplementedError
+
     def nothing_left(self, dropped: int) -> UserError:
         return UserError(
-            f"{self.cache.source} 里没有可用的样本（{dropped:,} 条的目标都在第 {self.max_length} 个 token 之后）",
+            f"{self.cache.source} 里没有可用的样本（{dropped:,} 条没有目标，或目标都在第 {self.max_length} 个 token 之后）",
             fix="调大 --max_seq_len",
         )
+
+
+def lost_words(truncated: int, cut_tokens: int, dropped: int, max_length: int, unit: str) -> str:
+    """:meth:`CachedDataset.lost` 的说法，对话与偏好对共用。"""
+    words = []
+    if truncated:
+        words.append(f"{truncated:,} {unit}截到 {max_length} 个 token（后面的 {cut_tokens:,} 个不学）")
+    if dropped:
+        words.append(f"丢弃 {dropped:,} {unit}（没有目标，或截断后没有目标可学）")
+    return "，".join(words)
 
 
 class PackedDataset(CachedDataset):
@@ -90,7 +104,8 @@ class PackedDataset(CachedDataset):
         num_documents: 用到的文档数。
         stats: documents 文档数、rows 行数、tokens 装进行里的 token 数、targets 目标数、
             padding_share 填充占比、truncated 截断的文档数、truncated_share 其占比、
-            dropped 目标全被截掉而丢弃的文档数、split_documents 被切成几块的文档数。
+            dropped 没有目标（全被截掉，或都标着不学）而丢弃的文档数、cut_tokens 截断处之后的 token 数、
+            split_documents 被切成几块的文档数。
     """
 
     splittable: bool
@@ -191,6 +206,7 @@ class PackedDataset(CachedDataset):
             "truncated": 0 if self.splittable else int(overlong.sum()),
             "truncated_share": 0.0 if self.splittable else float(overlong.sum() / max(len(docs), 1)),
             "dropped": int((~used).sum()),
+            "cut_tokens": 0 if self.splittable else int((lengths[docs] - kept)[overlong].sum()),
             "split_documents": len(packing.doc) and int((np.bincount(packing.doc) > 1).sum()),
         }
         return packing, stats
@@ -205,8 +221,12 @@ class PackedDataset(CachedDataset):
         if s["truncated"]:
             text += f"，截断 {s['truncated_share']:.1%}"
         if s["dropped"]:
-            text += f"，丢弃 {s['dropped']:,} 条（目标全在截断之后）"
+            text += f"，丢弃 {s['dropped']:,} 条（没有目标，或目标全在截断之后）"
         return text
+
+    def lost(self) -> str:
+        s = self.stats
+        return lost_words(s["truncated"], s["cut_tokens"], s["dropped"], self.max_length, "条")
 
     # ---- 方案存在缓存旁边：语料再大，第二次启动也不用重算 ----
 
@@ -243,12 +263,9 @@ class PackedDataset(CachedDataset):
 
     def _store_plan(self, packing: Packing, stats: dict[str, Any]) -> None:
         folder = self._plan_folder()
-        temporary = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
-        try:
-            temporary.mkdir(parents=True)
+        # 别的进程先存好了，或目录只读、磁盘满：方案可以重算，不存也能训练
+        with suppress(OSError), temporary_folder(folder) as temporary:
             for name, array in zip(Packing._fields, packing, strict=True):
                 np.save(temporary / f"{name}.npy", array)
             (temporary / "stats.json").write_text(json.dumps(stats), "utf-8")
             os.rename(temporary, folder)
-        except OSError:  # 别的进程先存好了，或目录只读、磁盘满：方案可以重算，不存也能训练
-            shutil.rmtree(temporary, ignore_errors=True)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from minimind.dataset.conversation import check_turns, type_name
+from minimind.dataset.conversation import check_turns, is_empty_answer, type_name
 from minimind.dataset.jsonl import (
     DataError,
     check_readable,
@@ -29,6 +29,7 @@ from minimind.dataset.jsonl import (
     read_lines,
     short,
 )
+from minimind.dataset.normalize import Note, normalize
 from minimind.errors import UserError
 from minimind.paths import resolve_path
 
@@ -92,6 +93,14 @@ def validate_dpo(record: dict[str, Any]) -> None:
     for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)):
         if a == b:
             continue
+        for name, turn in (("chosen", a), ("rejected", b)):
+            if turn.get("weight") == 0:
+                raise DataError(
+                    "要比的回答写着不学",
+                    field=f"{name}[{i}].weight",
+                    expected="从第一个不同的回合起都要学",
+                    fix="去掉 weight / loss / train，或删掉这一行",
+                )
         if a["role"] != "assistant" or b["role"] != "assistant":
             raise DataError(
                 f"与 chosen[{i}] 不同：{short(b['content'], 24)} / {short(a['content'], 24)}",
@@ -100,6 +109,14 @@ def validate_dpo(record: dict[str, Any]) -> None:
                 fix="让两边用同一份提问，否则学到的是提问的差别",
             )
         break
+    else:
+        longer, shorter = ("chosen", "rejected") if len(chosen) > len(rejected) else ("rejected", "chosen")
+        raise DataError(
+            f"{shorter} 就是 {longer} 的开头，没有自己的回答",
+            field=f"{shorter}[{min(len(chosen), len(rejected)) - 1}]",
+            expected="两边从同一个回合起给出不同的回答",
+            fix="补上那个回合的另一个回答，或删掉这一行",
+        )
 
 
 def validate_rl(record: dict[str, Any]) -> None:
@@ -123,6 +140,22 @@ VALIDATORS: dict[str, Callable[[dict[str, Any]], None]] = {
 }
 
 
+def read_record(raw: bytes, kind: str, note: Note = lambda sentence: None) -> dict[str, Any] | None:
+    """一行 → 改写、校验过的记录；空行返回 None。读数据的每一处都走这里。
+
+    Args:
+        note: 见 :func:`minimind.dataset.normalize.normalize`。
+
+    Raises:
+        DataError: 坏行（无文件与行号）。
+    """
+    record = parse_line(raw)
+    if record is not None:
+        record = normalize(record, kind, note)
+        VALIDATORS[kind](record)
+    return record
+
+
 def _field(record: dict[str, Any], name: str, kind: str) -> Any:
     """取出必需的顶层字段；缺少时看看这是不是别种数据。"""
     if name in record:
@@ -131,7 +164,7 @@ def _field(record: dict[str, Any], name: str, kind: str) -> Any:
     fix = f"改成 {_EXAMPLES[kind]}"
     other = _guess_kind(record)
     if "messages" in record and kind in ("sft", "rl"):
-        fix = "这是 OpenAI 的格式：把 messages 改名为 conversations，把 tools 挪到 system 回合里"
+        fix = "这是 OpenAI 的格式：把 messages 改名为 conversations"
     elif other and other != kind and {other, kind} != {"sft", "rl"}:
         fix = f"这像是 {other} 数据，换用对应的训练命令；{kind} 数据每行形如 {_EXAMPLES[kind]}"
     elif near := difflib.get_close_matches(name, keys, 1, 0.6):
@@ -143,12 +176,15 @@ def _guess_kind(record: dict[str, Any]) -> str | None:
     """由字段猜种类；猜不出返回 None。"""
     if "chosen" in record or "rejected" in record:
         return "dpo"
-    turns = record.get("conversations")
+    turns = record.get("conversations", record.get("messages"))
     if isinstance(turns, list):
         tail = turns[-1] if turns and isinstance(turns[-1], dict) else {}
-        # 公共数据的强化学习提示以空回答或占位的“空”结尾
+        # 公共数据的强化学习提示以空回答或占位的词结尾
         content = tail.get("content")
-        no_answer = tail.get("role") != "assistant" or (content in ("", "空") and not tail.get("tool_calls"))
+        empty = type(content) is str and is_empty_answer(content)
+        no_answer = tail.get("role") != "assistant" or (
+            empty and not tail.get("tool_calls") and not tail.get("function_call")
+        )
         return "rl" if no_answer else "sft"
     return "pretrain" if "text" in record else None
 
@@ -195,16 +231,13 @@ def iter_records(
     """
     path = resolve_path(path)
     check_readable(path)
-    validate = VALIDATORS[kind]
     line = 0
     for start, end in line_ranges(path, 4 << 20):
         for raw in read_lines(path, start, end):
             line += 1
             try:
-                record = parse_line(raw)
-                if record is None:
+                if (record := read_record(raw, kind)) is None:
                     continue
-                validate(record)
             except DataError as error:
                 error = error.at(path, line)
                 if on_bad_line != "skip":

@@ -5,16 +5,18 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from minimind.dataset.encode import Chunk
-from minimind.dataset.jsonl import parse_line
+from minimind.dataset.schema import read_record
 
 # 文件布局或编码方式变了就加一，旧缓存自然作废
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # meta.json 里留几条坏行作例子
 KEPT_BAD_LINES = 20
 
@@ -88,7 +90,7 @@ class TokenCache:
         """第 i 篇的原始记录，从源文件读那一行。"""
         with self.source.open("rb") as file:
             file.seek(int(self.positions[i]))
-            return parse_line(file.readline())
+            return read_record(file.readline(), self.meta["kind"])
 
     def _check_size(self, name: str) -> Path:
         """断电可能留下截短的文件；打开时就发现，而不是训练到一半。"""
@@ -105,6 +107,12 @@ class TokenCache:
         return np.memmap(file, dtype=dtype, mode="r").view(np.ndarray)
 
 
+def bad_kind(error: dict[str, Any]) -> str:
+    """坏行按哪一种计数：字段（不论第几个）与期望。"""
+    field = re.sub(r"\[\d+\]", "[]", error["field"] or "整行")
+    return f"{field}：期望{error['expected'] or '合法的一行'}"
+
+
 class CacheWriter:
     """边收边写，内存里只有当前这一段。"""
 
@@ -113,6 +121,8 @@ class CacheWriter:
         self.files = {name: (folder / f"{name}.bin").open("wb") for name in ("ids", *FILES)}
         self.num_documents = self.num_tokens = self.num_lines = self.num_spans = 0
         self.bad_count, self.bad = 0, []
+        self.bad_kinds: Counter[str] = Counter()
+        self.notes: Counter[str] = Counter()
         for name in ("offsets", "span_offsets"):
             self.files[name].write(np.zeros(1, np.int64).tobytes())
 
@@ -140,6 +150,8 @@ class CacheWriter:
         for error in chunk.bad[: KEPT_BAD_LINES - len(self.bad)]:
             self.bad.append({**error, "file": str(path), "line": self.num_lines + error["line"] + 1})
         self.bad_count += len(chunk.bad)
+        self.bad_kinds.update(map(bad_kind, chunk.bad))
+        self.notes.update(chunk.notes)
         self.num_documents += len(chunk.lengths)
         self.num_tokens += len(chunk.ids)
         self.num_spans += len(chunk.spans)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from minimind.errors import UserError
+from minimind.runtime.files import replacing, temporary_folder
 
 
 def check_target(path: Path, force: bool) -> None:
@@ -22,17 +22,11 @@ def check_target(path: Path, force: bool) -> None:
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """给出同目录的临时路径，正常结束后刷盘并改名到 ``path``；出错就删掉，原有文件不动。"""
-    temporary = path.parent / f".{path.name}.tmp"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            yield temporary
     except OSError as error:
         raise _failed(path, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def check_folder(folder: Path, force: bool, own: frozenset[str]) -> None:
@@ -70,26 +64,25 @@ def whole_folder(folder: Path, force: bool, own: frozenset[str]) -> Iterator[Pat
         UserError: 不能写到这里，或磁盘写不下。
     """
     check_folder(folder, force, own)
-    temporary = folder.parent / f".{folder.name}.tmp"
-    old = folder.parent / f".{folder.name}.old"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)  # 上次被杀留下的
-        temporary.mkdir(parents=True)
-        yield temporary
-        for file in temporary.iterdir():
-            with open(file, "rb+") as handle:
-                os.fsync(handle.fileno())
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(folder, old)
-        os.replace(temporary, folder)
-        shutil.rmtree(old, ignore_errors=True)
+        with temporary_folder(folder) as temporary:
+            yield temporary
+            for file in temporary.iterdir():
+                with open(file, "rb+") as handle:
+                    os.fsync(handle.fileno())
+            # 旧目录先挪进自己独有的位置：改名不成还能放回去
+            with temporary_folder(folder) as aside:
+                old = aside / "old"
+                if folder.exists():
+                    os.replace(folder, old)
+                try:
+                    os.replace(temporary, folder)
+                except OSError:
+                    if old.exists() and not folder.exists():
+                        os.replace(old, folder)
+                    raise
     except OSError as error:
-        if old.exists() and not folder.exists():
-            os.replace(old, folder)
         raise _failed(folder, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _failed(path: Path, error: OSError) -> UserError:

@@ -90,12 +90,22 @@ def open_datasets(
             train_ds, args, lambda n: cls(data_path, tokenizer, row_length=n, **common, **whole)
         )
         common |= longer
+    val_ds = None
     if val_path:
-        return train_ds, cls(val_path, tokenizer, **common)
-    if not args.val_ratio:
-        return train_ds, None
-    val_ds = cls(data_path, tokenizer, split="val", val_ratio=args.val_ratio, **common)
-    return train_ds, val_ds if len(val_ds) else None
+        val_ds = cls(val_path, tokenizer, **common)
+    elif args.val_ratio:
+        val_ds = cls(data_path, tokenizer, split="val", val_ratio=args.val_ratio, **common)
+        val_ds = val_ds if len(val_ds) else None
+    say_lost(train_ds, "训练集")
+    if val_ds is not None:
+        say_lost(val_ds, "验证集")
+    return train_ds, val_ds
+
+
+def say_lost(dataset: Any, name: str) -> None:
+    """开训前的一行：丢弃与截断了多少；没有就不说。"""
+    if lost := dataset.lost():
+        say(f"{name} {dataset.cache.source.name}：{lost}；--max_seq_len 调大可以留下更多。")
 
 
 def fill_rows(dataset: Any, args: Any, reopen: Callable[[int], Any]) -> tuple[Any, dict[str, int]]:

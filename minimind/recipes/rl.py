@@ -48,8 +48,8 @@ def open_stage(args: RLArguments) -> Stage:
         trust_remote_code=bool(args.trust_remote_code),
     )
     say(rewards.describe())
-    if train_ds.stats["dropped"]:
-        say(f"丢弃 {train_ds.stats['dropped']:,} 个超过 {args.max_seq_len} 个 token 的提示。")
+    if warning := train_ds.reference_warning():
+        say(f"留意：{train_ds.cache.source.name} 里 {warning}。")
     return Stage(model, tokenizer, train_ds, val_ds, rewards)
 
 

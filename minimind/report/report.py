@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from minimind.runtime.files import write_text
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,5 @@ def _table(header: list[str], rows: list[list]) -> str:
 
 
 def _write_text(path: Path, text: str) -> Path:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, text)
     return path

@@ -29,6 +29,7 @@ from torch import nn
 
 from minimind.errors import UserError
 from minimind.rl.rollout import Rollout, decode_responses
+from minimind.runtime.files import atomic_write, write_text
 from minimind.trainer.checkpoint import unwrap
 from minimind.trainer.device import mix_seeds
 
@@ -252,7 +253,7 @@ def write_weights(model: nn.Module, folder: Path) -> None:
 
     已有的其他文件（分词器等）不动；先写临时文件再改名，服务不会读到半截。
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     from minimind.export.layouts import hf_config
 
@@ -261,9 +262,9 @@ def write_weights(model: nn.Module, folder: Path) -> None:
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
-    partial = folder / ".model.safetensors.tmp"
-    save_file(state, partial, metadata={"format": "pt"})
-    partial.chmod(0o644)  # safetensors 写成只有自己可读，服务的用户就打不开
-    partial.replace(folder / "model.safetensors")
+    # save_file 写成只有自己可读，服务的用户就打不开；这里与普通文件的权限相同
+    atomic_write(
+        folder / "model.safetensors", lambda file: file.write(save(state, metadata={"format": "pt"}))
+    )
     text = json.dumps(hf_config(model.config, dtype), ensure_ascii=False, indent=2)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    write_text(folder / "config.json", text + "\n")

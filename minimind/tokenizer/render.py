@@ -1,6 +1,6 @@
 """把一段对话渲染成片段：哪些是控制 token、哪些是文本、哪些要学。
 
-``chat_template.jinja`` 渲染出同样的文本；那份给别的工具用，训练与推理都走这里，因为只有结构知道
+``chat_template.jinja`` 渲染出同样的文本，或同样拒绝；那份给别的工具用，训练与推理都走这里，因为只有结构知道
 “这个 ``<|im_end|>`` 是回合结束”和“这个是用户打的字”的区别。布局（``{}`` 处为内容）::
 
     <|im_start|>system⏎{系统提示}⏎⏎{工具说明}<|im_end|>⏎
@@ -37,6 +37,9 @@ from minimind.tokenizer.special import (
 
 ROLES = ("system", "user", "assistant", "tool")
 
+# 推理的字段名：第一个是标准的，后两个是别家的；都有时取前面的
+REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
+
 TOOLS_HEAD = "# 工具\n\n下面每行是一个可以调用的工具，用 JSON Schema 描述：\n"
 TOOLS_TAIL = (
     '\n\n需要工具时，每次调用写一个 JSON 对象 {"name": 工具名, "arguments": {参数名: 值}}，'
@@ -58,6 +61,21 @@ class Segment(NamedTuple):
 def dump_json(value: Any) -> str:
     """与模板的 tojson 逐字相同的写法：不转义中文，逗号冒号后有空格。"""
     return json.dumps(value, ensure_ascii=False)
+
+
+def load_json(text: str) -> Any:
+    """``json.loads``；重复的键不合法，免得悄悄只留后一个。
+
+    Raises:
+        ValueError: 不是合法的 JSON。
+    """
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(made := dict(pairs)) != len(pairs):
+        raise ValueError("有重复的键")
+    return made
 
 
 def text_of(content: Any) -> str:
@@ -82,7 +100,7 @@ def parse_json_list(value: Any, field: str) -> list[dict]:
         return []
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = load_json(value)
         except ValueError as error:
             raise UserError(
                 f"{field} 不是合法的 JSON（{error}）", expected="列表，或列表的 JSON 字符串"
@@ -104,14 +122,14 @@ def tools_of(messages: list[dict], tools: Any = None) -> list[dict]:
 def call_text(call: dict) -> str:
     """一次工具调用的 JSON；接受 ``{"name", "arguments"}`` 与 OpenAI 的 ``{"function": {…}}``。"""
     call = call.get("function") or call
-    name, arguments = call.get("name"), call.get("arguments")
+    name, arguments = (call.get("name"), call.get("arguments")) if isinstance(call, dict) else (None, None)
     if not isinstance(name, str):
         raise UserError(
             f"工具调用缺少 name：{dump_json(call)[:80]}", expected='{"name": …, "arguments": {…}}'
         )
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
+            arguments = load_json(arguments) if arguments.strip() else {}  # 无参数的调用常写成空串
         except ValueError:  # 模型写坏的参数也可能出现在历史里，原样保留好过整段对话不能用
             return f'{{"name": {dump_json(name)}, "arguments": {arguments}}}'
     return f'{{"name": {dump_json(name)}, "arguments": {dump_json({} if arguments is None else arguments)}}}'
@@ -131,7 +149,8 @@ def render(
     """对话 → 片段。
 
     Args:
-        messages: ``{"role", "content", "reasoning_content"?, "tools"?, "tool_calls"?}`` 的列表。
+        messages: ``{"role", "content", "reasoning_content"?, "tools"?, "tool_calls"?, "weight"?}`` 的列表；
+            ``weight`` 为 0 的助手回合文本照旧，只是不学。
         tools: 工具列表或其 JSON 字符串；``None`` 时取消息里的 ``tools``。
         add_generation_prompt: 末尾加上助手回合的开头。
         enable_thinking: 只影响生成提示。``False`` 预填空的思考块；``True`` 预填 ``<think>``，
@@ -166,7 +185,10 @@ def _render(messages, tools, add_generation_prompt, enable_thinking) -> Iterator
     for i, message in enumerate(messages):
         role = message.get("role")
         if role == "assistant":
-            yield from _render_assistant(message)
+            segments = _render_assistant(message)
+            if message.get("weight") == 0:  # 数据里标着不学的回合：只当上文，结束符也不学
+                segments = (segment._replace(target=False) for segment in segments)
+            yield from segments
             continue
         if role not in ROLES:
             raise UserError(f"不认识的角色 {role!r}", where=f"第 {i + 1} 条消息", expected=" | ".join(ROLES))
@@ -208,7 +230,8 @@ def _empty_think() -> Iterator[Segment]:
 
 def _render_assistant(message: dict) -> Iterator[Segment]:
     yield from _header("assistant")
-    reasoning = message.get("reasoning_content")
+    named = (message.get(name) for name in REASONING_NAMES)
+    reasoning = next((value for value in named if value is not None), None)
     if reasoning is not None:
         reasoning = text_of(reasoning).strip("\n")
         if reasoning:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 import re
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from transformers import PretrainedConfig
 
 from minimind.errors import UserError
 from minimind.paths import resolve_path
+from minimind.runtime import files
 from minimind.trainer.distributed import world_size
 
 FORMAT_VERSION = 1
@@ -28,94 +26,9 @@ WRAPPER_PREFIXES = ("_orig_mod.", "module.")
 # ---------------------------------------------------------------- 原子写入
 
 
-class _WatchedFile:
-    """转发写入并记住第一个系统错误：torch.save 会把磁盘写满之类的 OSError 换成含糊的 RuntimeError。"""
-
-    def __init__(self, file):
-        self.file, self.error = file, None
-
-    def write(self, data) -> int:
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = self.error or error
-            raise
-
-    def __getattr__(self, name: str):
-        return getattr(self.file, name)
-
-
 def atomic_write(path: Path, write: Callable[[Any], Any], flag: str = "--save_dir") -> None:
-    """同目录临时文件 → 刷盘 → 改名 → 目录刷盘：任何时刻断电或被杀，``path`` 要么是旧的要么是新的。
-
-    Args:
-        path: 目标文件；目录不存在就建。
-        write: 拿到二进制文件对象，写入内容。
-        flag: 目录是哪个参数给的，写不成时告诉使用者换它。
-
-    Raises:
-        UserError: 磁盘满、无权限等；此时旧文件完好，临时文件已删。
-    """
-    temporary = path.parent / f".{path.name}.tmp"  # 固定名字：被杀留下的半截文件下次直接覆盖，不会越积越多
-    watched = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            watched = _WatchedFile(file)
-            write(watched)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_directory(path.parent)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        cause = error if isinstance(error, OSError) else watched and watched.error
-        if not isinstance(cause, OSError):
-            raise
-        raise UserError(
-            f"保存失败（{cause.strerror or cause}），原有文件未动",
-            where=str(path),
-            fix=f"腾出磁盘空间或换 {flag} 后加 --from_resume 1 继续",
-        ) from error
-
-
-def check_writable(folder: Path, flag: str) -> None:
-    """在 ``folder`` 里写一个小文件再删掉，不留痕迹（目录是为它建的也一并删去）。
-
-    Args:
-        flag: 目录是哪个参数给的。
-
-    Raises:
-        UserError: 写不了；此时还什么都没有开始。
-    """
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder, prefix=".probe") as file:
-            file.write(b"minimind")
-            file.flush()
-    except OSError as error:
-        raise UserError(
-            f"写不了这个目录（{error.strerror or error}）",
-            where=f"{flag} {folder}",
-            expected="一个可写的目录，没有会建立",
-            fix=f"用 {flag} 换一个可写的目录",
-        ) from error
-    finally:
-        for path in missing:
-            with contextlib.suppress(OSError):  # 建到一半就失败，或别的进程同时在用
-                path.rmdir()
-
-
-def _sync_directory(folder: Path) -> None:
-    if os.name == "nt":  # Windows 不能打开目录
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """:func:`minimind.runtime.files.atomic_write`，写不下时告诉使用者怎么接着训；``flag`` 是目录由哪个参数给的。"""
+    files.atomic_write(path, write, fix=f"腾出磁盘空间或换 {flag} 后加 --from_resume 1 继续")
 
 
 def load_file(path: Path) -> Any:

@@ -1,12 +1,14 @@
 """参考模型的对数概率：训练前算一遍存下来，训练时不必再带着第二个模型。
 
 缓存放在分词缓存旁边（``.cache/minimind/reference/``），键由数据指纹与参考权重的内容决定：换了数据、截断长度、
-分词器或参考权重都会重算；续训、换学习率再训一次都直接读。整个文件夹随时可以删。
+分词器、目标的掩码或参考权重都会重算；续训、换学习率再训一次都直接读。整个文件夹随时可以删。
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from torch.utils.data import Dataset
 
 from minimind.console import progress, say
 from minimind.dataset.cache import cache_root
+from minimind.dataset.locking import file_lock
+from minimind.errors import UserError
 from minimind.trainer import distributed
 from minimind.trainer.checkpoint import atomic_write, load_file
 from minimind.trainer.device import autocast_context, preserved_rng
@@ -92,17 +96,52 @@ def cached_pair_logprobs(
     identity = f"{pairs.fingerprint} {key} {dtype}".encode()
     name = hashlib.blake2b(identity, digest_size=12).hexdigest()
     path = cache_root(cache_dir) / "reference" / f"{name}.pt"
-    # 只由主进程决定有没有，各进程才会一起算或一起读（各机器的缓存可以不同）
-    stored = distributed.on_main(lambda: load_file(path) if path.is_file() else None)
-    stored = distributed.broadcast_object(stored)
-    if stored is not None and stored.shape == (len(pairs), 2):
-        say(f"{description}的对数概率读自缓存 {path}。")
-        return stored
-    logps = pair_logprobs(model, pairs, batch_size=batch_size, dtype=dtype, description=description)
-    distributed.on_main(
-        lambda: atomic_write(path, lambda file: torch.save(logps, file), "环境变量 MINIMIND_CACHE")
-    )
+    with contextlib.ExitStack() as held:
+
+        def look() -> Tensor | None:
+            """没有就拿着锁再看一眼：同时跑的另几次训练（例如扫 beta）只有一个算，其余等它算完来读。"""
+            if (found := _stored(path, len(pairs))) is None:
+                held.enter_context(_lock(path, description))
+                found = _stored(path, len(pairs))
+            return found
+
+        # 只由主进程决定有没有，各进程才会一起算或一起读（各机器的缓存可以不同）
+        stored = distributed.broadcast_object(distributed.on_main(look))
+        if stored is not None:
+            say(f"{description}的对数概率读自缓存 {path}。")
+            return stored
+        logps = pair_logprobs(model, pairs, batch_size=batch_size, dtype=dtype, description=description)
+        distributed.on_main(
+            lambda: atomic_write(path, lambda file: torch.save(logps, file), "环境变量 MINIMIND_CACHE")
+        )
     return logps
+
+
+def _stored(path: Path, pairs: int) -> Tensor | None:
+    """存着的参考值；没有、读不出来（断电截短）或对数不符时为 None，重算就是。"""
+    if not path.is_file():
+        return None
+    try:
+        logps = load_file(path)
+    except UserError:
+        say(f"参考值的缓存 {path} 读不出来，重新算。")
+        return None
+    return logps if isinstance(logps, Tensor) and logps.shape == (pairs, 2) else None
+
+
+@contextlib.contextmanager
+def _lock(path: Path, description: str) -> Iterator[None]:
+    wait = f"另一个进程正在算同一份{description}的对数概率，等它算完。"
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(file_lock(path.with_suffix(".lock"), lambda: say(wait)))
+        except OSError as error:
+            raise UserError(
+                f"写不了参考值的缓存（{error.strerror}）",
+                where=str(path.parent),
+                fix="用环境变量 MINIMIND_CACHE 指到一个可写的目录，或用 --cache_reference 0",
+            ) from error
+        yield
 
 
 class PairsWithReference(Dataset):

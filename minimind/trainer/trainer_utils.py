@@ -11,10 +11,10 @@ from minimind.console import say
 from minimind.errors import UserError
 from minimind.model import MiniMindConfig, MiniMindLM, preset
 from minimind.paths import resolve_path
+from minimind.runtime.files import check_writable
 from minimind.tokenizer import load_tokenizer, tokenizer_fingerprint
 from minimind.trainer.checkpoint import (
     check_same_config,
-    check_writable,
     config_dict,
     file_stem,
     lm_checkpoint,

@@ -58,6 +58,22 @@ def test_坏行说清哪里坏与怎么修(raw, found, fix):
     assert len(str(caught.value)) < 300
 
 
+@pytest.mark.parametrize(
+    ("raw", "field"),
+    [
+        (b'{"text": "a", "text": "b"}', "text"),
+        (b'{"conversations": [{"role": "user", "content": "a", "content": "a"}]}', "content"),
+        ('{"text": "a", "元": {"键": 1, "x": 2, "键": 3}}'.encode(), "键"),
+    ],
+)
+def test_重复的键报错而不是悄悄只留后一个(raw, field):
+    with pytest.raises(DataError) as caught:
+        parse_line(raw)
+    error = caught.value.at("a.jsonl", 7)
+    assert error.field == field and str(error).startswith(f"a.jsonl:7 字段 {field}：同一个对象里写了 2 次")
+    assert parse_line(b'{"a": {"x": 1}, "b": {"x": 1}}') == {"a": {"x": 1}, "b": {"x": 1}}
+
+
 def test_孤立代理符指到字段():
     line = json.dumps({"conversations": [{"role": "user", "content": "好\ud83d"}]}).encode()
     with pytest.raises(DataError) as caught:

@@ -290,6 +290,42 @@ def test_偏好两边到分歧处为止逐token相同(prompt, good, bad, write_j
         assert (labels[: len(header)] == -100).all()
 
 
+def test_偏好只比第一个不同的回合起的回答_共同的历史是上文(write_jsonl, tokenizer):
+    history = ["问一", "共同的答一", "问二", "共同的答二"]
+    records = [
+        {
+            "chosen": chat(*history, "问三", "甲一样的开头", system="系")["conversations"],
+            "rejected": chat(*history, "问三", "甲一样的开头不同", system="系")["conversations"],
+        },
+        {
+            "chosen": chat(*history, "问三", "好", "问四", "后来的")["conversations"],
+            "rejected": chat(*history, "问三", "差", "问四", "后来的")["conversations"],
+        },
+        {
+            "chosen": chat("问", "共同")["conversations"]
+            + [
+                {"role": "user", "content": "再"},
+                {"role": "assistant", "content": "好", "reasoning_content": ""},
+            ],
+            "rejected": chat("问", "共同", "再", "差")["conversations"],
+        },
+    ]
+    dataset = DPODataset(write_jsonl(records), tokenizer, 256)
+    end = "<|im_end|>"
+    expected = [
+        (f"甲一样的开头{end}", f"甲一样的开头不同{end}"),  # 不同的回合整个都算，开头相同的几个词也在内
+        (f"好{end}后来的{end}", f"差{end}后来的{end}"),  # 分歧之后的回合都算
+        (f"好{end}", f"差{end}"),  # 空的思考块照旧不学
+    ]
+    for i, sides in enumerate(expected):
+        for side, text in zip(("chosen", "rejected"), sides, strict=True):
+            labels = dataset[i][f"{side}_labels"]
+            assert tokenizer.decode(labels[labels != -100]) == text
+    # 历史占满了长度，要比的回答一个词也不剩：丢弃并计数
+    short = DPODataset(write_jsonl([*records, pair("问", "甲", "乙")]), tokenizer, 24)
+    assert (len(short), short.stats["dropped"]) == (1, 3)
+
+
 def test_看不出分歧的偏好对丢弃并计数(write_jsonl, tokenizer):
     same = "一样的开头，" * 40
     records = [

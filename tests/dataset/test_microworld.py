@@ -310,6 +310,28 @@ def test_隔壁文件夹里现成的不重写_残缺的重写(tmp_path):
     assert not [p for p in out.iterdir() if p.name.startswith(".")]
 
 
+def test_几个进程同时要同一份语料_只有一个写_文件不再被改动(tmp_path):
+    """torchrun 的各进程：慢的一个不能把别人正在分词的文件换掉。"""
+    target = tmp_path / "world"
+    script = f"""
+from minimind.dataset.microworld import make
+original = make._write_all
+def counted(*args):
+    print("写")
+    return original(*args)
+make._write_all = counted
+make.ensure_microworld(0.02, 7, {str(target)!r})
+print((make.resolve_path({str(target)!r}) / "pretrain.jsonl").stat().st_ctime_ns)
+"""
+    processes = [
+        subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(3)
+    ]
+    outputs = [process.communicate(timeout=300)[0].split() for process in processes]
+    assert sorted(map(len, outputs)) == [1, 1, 2]
+    assert len({output[-1] for output in outputs}) == 1
+    assert not [path for path in target.iterdir() if path.name.startswith(".")]
+
+
 @pytest.mark.parametrize("scale", [0, -1, float("nan")])
 def test_规模不是正数时说清楚(tmp_path, scale):
     with pytest.raises(UserError, match="规模"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import time
 
 import pytest
 import torch
@@ -94,6 +96,60 @@ def test_参考值只算一遍_换了参考权重才重算(home, monkeypatch, ca
     assert not calls and resumed.step == 4
     train(max_steps=2, from_weight="dpo")
     assert calls
+
+
+def test_几次训练同时要同一份参考值_只有一个算_其余等它算完来读(home):
+    """扫 beta 时的样子：四个进程同时来。"""
+    context = multiprocessing.get_context("spawn")
+    results, go = context.Queue(), context.Event()
+    workers = [context.Process(target=reference_in_process, args=(go, results)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    go.set()
+    got = [results.get(timeout=300) for _ in workers]
+    for worker in workers:
+        worker.join()
+    assert sum(computed for computed, _ in got) == 1
+    assert all(values == got[0][1] for _, values in got)
+    assert [p.suffix for p in (home / "cache" / "reference").iterdir()] == [".pt"]
+
+
+def reference_in_process(go, results):
+    from minimind.dataset import DPODataset
+
+    torch.manual_seed(0)
+    model = MiniMindForCausalLM(MiniMindConfig(hidden_size=64, num_hidden_layers=2))
+    pairs = DPODataset("dpo.jsonl", load_tokenizer(), 64)
+    computed, original = [], reference.pair_logprobs
+
+    def counted(*args, **options):
+        computed.append(1)
+        time.sleep(1)  # 放大窗口：别的进程这时都在门外
+        return original(*args, **options)
+
+    reference.pair_logprobs = counted
+    go.wait()
+    logps = reference.cached_pair_logprobs(model, pairs, key="k", batch_size=4, dtype=torch.float32)
+    results.put((len(computed), logps.tolist()))
+
+
+def test_参考值的缓存断电截短了_重新算(home, capsys):
+    first = train(max_steps=2)
+    [cache] = (home / "cache" / "reference").iterdir()
+    cache.write_bytes(cache.read_bytes()[:100])
+    again = train(max_steps=2)
+    assert "重新算" in capsys.readouterr().err
+    assert log_of(first)[0]["loss"] == log_of(again)[0]["loss"]
+
+
+def test_丢弃与截断的对在开头说出条数(home, capsys):
+    long = "很长，" * 200
+    records = [pair(f"问{i}", "好", "差") for i in range(3)]
+    records += [pair("问", long + "好", long + "差"), pair("问二", "好" + long, "差")]
+    write_jsonl(home / "dpo.jsonl", records)
+    train(max_steps=1)
+    said = capsys.readouterr().err
+    assert "dpo.jsonl：1 对截到 64 个 token（后面的" in said and "丢弃 1 对" in said
 
 
 def test_续训时参考模型换了_报错(home):

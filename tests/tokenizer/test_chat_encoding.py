@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 
+import jinja2
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minimind.errors import UserError
@@ -84,6 +85,91 @@ def template_text(messages, tools, add_generation_prompt, enable_thinking) -> st
 @given(conversations(), prompts)
 def test_模板与渲染器输出同样的文本(conversation, prompt):
     assert template_text(*conversation, *prompt) == render_text(*conversation, *prompt)
+
+
+# JSON 文本：合法的各种写法，与差一点就合法的
+json_text = st.one_of(
+    st.builds(
+        json.dumps,
+        json_value | st.floats(allow_nan=True),
+        ensure_ascii=st.booleans(),
+        separators=st.sampled_from([None, (",", ":"), (" , ", " :\n")]),
+    ),
+    st.text('{}[]",:\\ \nnul0-1.eE+aud中', max_size=12),
+    st.sampled_from(
+        ['{"a": 1, "a": 2}', '{"a": 1,}', "01", "1.", "-", ".5", "1e5", "-0", "NaN", "-Infinity", "nul", '"\\ud83d"']
+    ),
+    st.sampled_from(['"\\ud83d\\ude00"', '"\\u00e9\\/"', '"\t"', "[1 2]", "[[], {}]", '{"a": {"b": [1.50, true]}}', " 3 ", ""]),
+)  # fmt: skip
+odd = st.one_of(st.none(), st.booleans(), st.integers(0, 2), json_text, json_value)
+
+
+@st.composite
+def odd_conversations(draw):
+    """别家的写法，偶尔有不成样子的东西：字符串的 tools / tool_calls / arguments，缺字段、错类型。"""
+
+    def rarely(strange, usual):
+        return draw(strange if draw(st.integers(0, 11)) == 0 else usual)
+
+    def call():
+        made = {"name": rarely(odd, wild_text), "arguments": draw(odd)}
+        if draw(st.integers(0, 11)) == 0:
+            made.pop(draw(st.sampled_from(["name", "arguments"])))
+        shapes = [made, {"id": "c", "type": "function", "function": made}, {"function": {}, **made}]
+        return rarely(st.builds(lambda value: {"function": value, **made}, odd), st.sampled_from(shapes))
+
+    def listed(item):
+        items = [item() for _ in range(draw(st.integers(0, 2)))]
+        value = items[0] if items and draw(st.booleans()) else items
+        escaped, plain = json.dumps(value), json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        return rarely(odd, st.sampled_from([value, escaped, plain]))
+
+    def message():
+        made = {"role": rarely(st.just("robot"), st.sampled_from(["user", "assistant", "tool", "system"]))}
+        parts = st.lists(wild_text | wild_text.map(lambda t: {"type": "text", "text": t}), max_size=2)
+        made["content"] = rarely(odd, wild_text | st.none() | parts)
+        for name in ("reasoning_content", "thinking", "reasoning"):
+            if draw(st.integers(0, 3)) == 0:
+                made[name] = rarely(odd, wild_text | st.none() | parts)
+        if made["role"] == "assistant" and draw(st.booleans()):
+            made["tool_calls"] = listed(call)
+        if draw(st.integers(0, 3)) == 0:
+            made["tools"] = listed(lambda: {"name": draw(wild_text)})
+        return made
+
+    messages = [message() for _ in range(draw(st.integers(1, 4)))]
+    return messages, draw(st.sampled_from([None, None, [], [TOOL]]))
+
+
+def text_or_refusal(make, *arguments):
+    """渲染出的文本；拒绝时为 None。渲染器只许以 :class:`UserError` 拒绝。"""
+    try:
+        return make(*arguments)
+    except (UserError, jinja2.exceptions.TemplateError):
+        return None
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(odd_conversations(), prompts)
+def test_不成样子的对话_模板与渲染器同样的文本或同样拒绝(conversation, prompt):
+    theirs, ours = (text_or_refusal(make, *conversation, *prompt) for make in (template_text, render_text))
+    assert theirs == ours
+
+
+@settings(max_examples=300, deadline=None)
+@given(json_text)
+def test_模板读JSON字符串与json模块相同(text):
+    messages = [{"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": text}]}]
+    assert template_text(messages, None, False, None) == render_text(messages)
+
+
+def test_字符串写法的工具与调用_模板与渲染器相同(shared_dir):
+    """真实数据：公共格式的 tools、tool_calls 都是 JSON 字符串，OpenAI 格式的 arguments 是字符串。"""
+    for name in ("toolcall", "toolcall_minimind"):
+        for line in (shared_dir / f"data/{name}.jsonl").read_text("utf-8").split("\n")[:60]:
+            row = json.loads(line)
+            messages, tools = row.get("conversations") or row["messages"], row.get("tools")
+            assert template_text(messages, tools, False, None) == render_text(messages, tools)
 
 
 @settings(max_examples=100, deadline=None)

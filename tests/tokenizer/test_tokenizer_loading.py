@@ -100,6 +100,11 @@ def test_每个单字节都在词表里():
         assert TOKENIZER.convert_tokens_to_ids(byte) is not None
 
 
+def test_随包的分词器身份不变_以前训练的权重照样认得():
+    first = "16baf947263ebc9b801c69942ba30890908247ed76360ff4d8b2d1ed4947e848"
+    assert tokenizer_fingerprint(TOKENIZER) == first, "改了模板：确认布局没变，再改 SAME_IDENTITY"
+
+
 def test_指纹不随调用状态变_随词表与模板变(tmp_path):
     before = tokenizer_fingerprint(TOKENIZER)
     other = copy.deepcopy(TOKENIZER)

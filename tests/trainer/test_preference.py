@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -47,6 +48,81 @@ def test_策略等于参考时损失是二的对数_打平算一半():
 def test_不认识的损失():
     with pytest.raises(ValueError, match="sigmoid_norm"):
         preference_loss(torch.zeros(2), torch.zeros(2), torch.ones(2), loss_type="hinge")
+
+
+HISTORY = [
+    {"role": "user", "content": "你好"},
+    {"role": "assistant", "content": "您好，有什么可以帮您？"},
+    {"role": "user", "content": "云川在哪里？"},
+    {"role": "assistant", "content": "云川在河的东边。"},
+    {"role": "user", "content": "远吗？"},
+]
+GOOD, BAD = "您好，不远。", "哼，自己走走看，又不是没有长腿。"
+
+
+def multi_turn(tmp_path):
+    """一对有共同历史的偏好：``(批, 提示的 id, 好的回答的 id, 坏的回答的 id)``，后三样不经过数据集。"""
+    from minimind.dataset import DPODataset
+    from minimind.tokenizer import encode_chat, encode_plain, load_tokenizer
+
+    tokenizer = load_tokenizer()
+    sides = {
+        name: [*HISTORY, {"role": "assistant", "content": text}]
+        for name, text in (("chosen", GOOD), ("rejected", BAD))
+    }
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(sides, ensure_ascii=False) + "\n", encoding="utf-8")
+    pairs = DPODataset(path, tokenizer, 256, cache_dir=tmp_path / "cache")
+    prompt = encode_chat(tokenizer, HISTORY, add_generation_prompt=True).ids
+    answers = [[*encode_plain(tokenizer, text), tokenizer.eos_token_id] for text in (GOOD, BAD)]
+    return collate_dpo([pairs[0]]), prompt, *answers
+
+
+def test_多回合的对_和与个数都只算最后的回答(tmp_path):
+    batch, prompt, *answers = multi_turn(tmp_path)
+    policy, base = tiny_model(vocab_size=6400).eval(), tiny_model(seed=8, vocab_size=6400).eval()
+    with torch.no_grad():
+        scores, reference = sequence_logprobs(policy, batch), sequence_logprobs(base, batch)
+
+    def alone(model, answer):
+        """逐个词元现算：提示接上回答，只加回答的那一段。"""
+        with torch.no_grad():
+            table = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+        return sum(float(table[len(prompt) + k - 1, token]) for k, token in enumerate(answer))
+
+    ratios = [alone(policy, a) - alone(base, a) for a in answers]
+    lengths = [len(a) for a in answers]
+    assert scores.lengths.tolist() == lengths
+    assert (scores.logps - reference.logps).tolist() == pytest.approx(ratios, abs=1e-3)
+    mean = ratios[0] / lengths[0] - ratios[1] / lengths[1]
+    expected = {
+        "sigmoid": math.log1p(math.exp(-0.1 * (ratios[0] - ratios[1]))),
+        "sigmoid_norm": math.log1p(math.exp(-0.1 * mean)),
+        "ipo": (mean - 5) ** 2,
+    }
+    for loss_type, value in expected.items():
+        got = preference_loss(scores.logps, reference.logps, scores.lengths, beta=0.1, loss_type=loss_type)
+        assert float(got.losses) == pytest.approx(value, abs=1e-3), loss_type
+        assert got.chosen_rewards.item() == pytest.approx(0.1 * ratios[0], abs=1e-3)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "sigmoid_norm", "ipo"])
+def test_只在共同的历史上漂移_损失不动(tmp_path, loss_type):
+    """历史上每个目标词元的对数概率都加 0.5：那不是偏好，哪种损失都不该看见。"""
+    batch, prompt, *_ = multi_turn(tmp_path)
+    mask = batch["labels"] != -100
+    drift = torch.zeros(mask.shape)
+    drift[:, : len(prompt)] = 0.5
+    reference = -torch.ones(mask.shape)
+    losses = [
+        float(
+            preference_loss(
+                (values * mask).sum(1), (reference * mask).sum(1), mask.sum(1).float(), loss_type=loss_type
+            ).losses
+        )
+        for values in (reference, reference + drift)
+    ]
+    assert losses[0] == losses[1] == pytest.approx({"ipo": 25.0}.get(loss_type, math.log(2)))
 
 
 def random_pairs(count: int = 3) -> list[dict]:

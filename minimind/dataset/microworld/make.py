@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from minimind.arguments import Arguments, arg, parse_args
 from minimind.console import say
+from minimind.dataset.locking import file_lock
 from minimind.errors import UserError
 from minimind.paths import resolve_path
+from minimind.runtime.files import replacing
 
 from .core import HELDOUT, TRAIN
 from .stages import Corpus
@@ -39,9 +41,17 @@ def make_microworld(out_dir: str | Path, scale: float = 1.0, seed: int = 42) -> 
     if not scale > 0:
         raise UserError(f"规模 {scale} 不是正数", where="--scale", expected="大于 0 的数，例如 1.0")
     out_dir = resolve_path(out_dir)
+    with _writing(out_dir):
+        return _write_all(out_dir, scale, seed)
+
+
+@contextmanager
+def _writing(out_dir: Path) -> Iterator[None]:
+    """同一个文件夹同时只有一个进程写；写不进去时一句话。"""
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        return _write_all(out_dir, scale, seed)
+        with file_lock(out_dir / ".lock", lambda: say(f"另一个进程正在写微世界语料 {out_dir}，等它完成")):
+            yield
     except OSError as error:
         raise UserError(
             f"写不进微世界语料（{error.strerror}）", where=str(out_dir), fix="换一个可写且有空间的文件夹"
@@ -80,14 +90,8 @@ def _write_jsonl(path: Path, records: list[dict]) -> tuple[Path, dict[str, int]]
 
 def _replace_text(path: Path, text: str) -> None:
     """写临时文件再改名，中断不会留下半个文件。"""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(path) as temporary:
+        temporary.write_bytes(text.encode("utf-8"))
 
 
 def ensure_microworld(scale: float = 1.0, seed: int = 42, out_dir: str | Path | None = None) -> Path:
@@ -100,8 +104,11 @@ def ensure_microworld(scale: float = 1.0, seed: int = 42, out_dir: str | Path | 
         out_dir = DEFAULT_DIR if default else f"{DEFAULT_DIR}_x{scale:g}_s{seed}"
     folder = resolve_path(out_dir)
     if not _is_current(folder, scale, seed):
-        # 几个进程可能同时来：写的内容逐字节相同，各写临时文件再改名，meta.json 最后写，谁先谁后都一样
-        make_microworld(folder, scale, seed)
+        # 几个进程（torchrun 的各进程、并行的几次训练）可能同时来：只有一个写，其余等它写完直接用。
+        # 各写各的虽然内容相同，却会改掉别人正在分词的文件的时间，那边就当作“分词途中被改动”
+        with _writing(folder):
+            if not _is_current(folder, scale, seed):
+                _write_all(folder, scale, seed)
     return folder
 
 
