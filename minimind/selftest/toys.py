@@ -89,7 +89,7 @@ def toy_batch(layout: str) -> dict[str, Any]:
 
 def packed_row(lengths: tuple[int, ...], generator: torch.Generator) -> dict[str, Any]:
     """几篇文档装成的一行，末一段是填充；:func:`minimind.dataset.collate_packed` 要的样子。"""
-    *documents, tail = lengths
+    documents = lengths[:-1]
     ids = torch.randint(3, VOCAB, (sum(lengths),), generator=generator)
     ids[sum(documents) :] = 0
     labels = ids.clone()

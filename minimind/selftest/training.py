@@ -14,7 +14,6 @@ from torch import Tensor
 
 from minimind.console import console
 from minimind.dataset import collate_packed
-from minimind.model import MiniMindForCausalLM
 from minimind.selftest.numerics import PRECISIONS, nan_is_worst
 from minimind.selftest.rows import Check, Measure, Outcome
 from minimind.selftest.toys import HIDDEN, matmul_precision, on_device, packed_row, toy_model
