@@ -61,9 +61,12 @@ def separate_experts(model: MiniMindForCausalLM) -> None:
     tokens = torch.arange(VOCAB)
     first = tokens % EXPERTS
     second = (first + 1 + tokens // EXPERTS % (EXPERTS - 1)) % EXPERTS
-    model.model.embed_tokens.weight += 1.5 * directions[first] + 0.9 * directions[second]
+    model.model.embed_tokens.weight += 2.0 * directions[first] + 1.2 * directions[second]
     for layer in model.model.layers:
         layer.mlp.gate.weight.copy_(0.25 * directions)
+        for block in (layer.self_attn, *layer.mlp.experts, *layer.mlp.shared_experts):
+            written = block.o_proj if hasattr(block, "o_proj") else block.down_proj
+            written.weight *= 0.4  # 前一层写回的东西盖不过词嵌入里的志愿
 
 
 def on_device(model: MiniMindForCausalLM, device: torch.device) -> MiniMindForCausalLM:
