@@ -3,7 +3,7 @@
     python benchmarks/screenshot_page.py --save_dir out --weight full_sft
     python benchmarks/screenshot_page.py --save_dir out/demo --tools 用计算器算84*7。 --only tools
 
-要 ``pip install 'minimind[dev]'`` 与一个 Chromium。
+要 ``pip install -e '.[dev]' -c constraints.txt`` 与一个 Chromium。
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ import functools
 import sys
 from collections.abc import Callable
 
+from minimind.distribution import warn_other_minimind
+
 
 class UserError(Exception):
     """使用者能自己修好的错误；入口处只打印这一句话，不打印调用栈。
@@ -34,11 +36,12 @@ class UserError(Exception):
 def guard(main: Callable[..., int | None]) -> Callable[..., int]:
     """包住命令行入口：:class:`UserError` 打印成一句话并返回 2，Ctrl-C 返回 130。
 
-    ``main`` 自己用 ``sys.exit`` 给出的退出码（例如 SIGTERM 存盘后的 143）原样保留。
+    环境里另有一份 ``minimind`` 时先说一句。``main`` 自己用 ``sys.exit`` 给出的退出码（例如 SIGTERM 存盘后的 143）原样保留。
     """
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs) -> int:
+        warn_other_minimind()
         try:
             return main(*args, **kwargs) or 0
         except UserError as error:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minimind.distribution import install_command
 from minimind.errors import UserError
 from minimind.export.files import check_target, whole_file
 from minimind.export.gguf_tokenizer import write_tokenizer
@@ -37,7 +38,7 @@ def import_gguf() -> Any:
         raise UserError(
             "没有安装 gguf 包",
             expected="写 GGUF 要用它",
-            fix='pip install "minimind[export]"（或 pip install gguf）',
+            fix=f"{install_command('export')}（或 pip install gguf）",
         ) from error
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from minimind.arguments import arg, parse_args
 from minimind.console import say
+from minimind.distribution import install_command
 from minimind.errors import UserError, guard
 from minimind.inference.arguments import ModelArguments
 from minimind.paths import resolve_path
@@ -75,7 +76,7 @@ def run(args: ServeArguments) -> None:
         from minimind.serve.generation import Settings
         from minimind.serve.lifecycle import GracefulServer
     except ImportError as error:
-        raise UserError(f"没有装服务要用的库（{error.name}）", fix="pip install 'minimind[serve]'") from error
+        raise UserError(f"没有装服务要用的库（{error.name}）", fix=install_command("serve")) from error
 
     if args.host not in LOCAL and not args.api_key:
         say(f"留意：监听 {args.host} 而没有 --api_key，能连到这台机器的人都可以用。")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+from minimind.distribution import install_command
 from minimind.inference.engine import LogitsHook
 from minimind.serve.errors import ApiError
 from minimind.serve.hooks import GrammarHook
@@ -50,7 +51,7 @@ class GrammarFactory:
         except ImportError as error:
             raise ApiError(
                 400,
-                "这台服务器没有装 xgrammar，不能约束输出格式：pip install 'minimind[serve]'",
+                f"这台服务器没有装 xgrammar，不能约束输出格式：{install_command('serve')}",
                 param="response_format",
             ) from error
         if self._compiler is None:

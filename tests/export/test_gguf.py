@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from minimind.distribution import install_command
 from minimind.errors import UserError
 from minimind.export import gguf as gguf_module
 from minimind.export.cli import main_gguf
@@ -19,7 +20,7 @@ from minimind.export.ollama import modelfile
 from minimind.tokenizer import load_tokenizer
 from minimind.tokenizer.render import TOOLS_HEAD
 
-gguf = pytest.importorskip("gguf", reason='没有安装 gguf：pip install "minimind[export]"')
+gguf = pytest.importorskip("gguf", reason=f"没有安装 gguf：{install_command('export')}")
 
 
 def read(path):
@@ -175,7 +176,7 @@ def test_没装_gguf_时说要装哪个(make_source, tmp_path, monkeypatch):
         raise ImportError(name)
 
     monkeypatch.setattr(gguf_module.importlib, "import_module", missing)
-    with pytest.raises(UserError, match=r"minimind\[export\]"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[export\]'"):
         export_gguf(source, tmp_path / "m.gguf", "f16")
 
 
