@@ -140,10 +140,10 @@ def verdict(rows: Sequence[Row], where: str) -> str:
         parts.append(f"{count[UNTESTED]} 项未测（时间到：{names}；加大 --minutes 测完）")
     if failed:
         shown = "、".join(failed[:5]) + (" 等" if len(failed) > 5 else "")
-        return f"✗ {where} 不合格：{len(failed)} 项不对（{shown}），" + "，".join(parts) + "。"
+        return f"✗ {where}不合格：{len(failed)} 项不对（{shown}），" + "，".join(parts) + "。"
     if not count[PASSED]:
-        return f"✗ {where} 一项也没有测成：" + "，".join(parts[1:]) + "。"
-    return f"✓ {where} 合格：" + "，".join(parts) + "。"
+        return f"✗ {where}一项也没有测成：" + "，".join(parts[1:]) + "。"
+    return f"✓ {where}合格：" + "，".join(parts) + "。"
 
 
 def write_json(path: Path, rows: Sequence[Row], where: dict[str, Any], sentence: str) -> None:

@@ -4,7 +4,6 @@
 ``STANDIN_AUTOCAST=0`` 时像一张不理会 autocast 的卡。
 """
 
-import contextlib
 import importlib.machinery
 import os
 import sys
@@ -52,6 +51,11 @@ class OnCPU(TorchFunctionMode):
         return func(*map(on_cpu, args), **kwargs)
 
 
-if os.environ.get("STANDIN_AUTOCAST") == "0":
-    torch.autocast = lambda *args, **kwargs: contextlib.nullcontext()
+class Autocast(torch.autocast):
+    def __init__(self, device_type, *args, **kwargs):
+        super().__init__(on_cpu(device_type), *args, **kwargs)
+
+
+if os.environ.get("STANDIN_AUTOCAST") != "0":
+    torch.autocast = Autocast
 OnCPU().__enter__()

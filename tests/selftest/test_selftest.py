@@ -99,10 +99,10 @@ def rows_with(*statuses):
 
 
 def test_结论():
-    assert show.verdict(rows_with("✓", "✓", "—"), "cpu") == "✓ cpu 合格：2 项通过，1 项不适用。"
+    assert show.verdict(rows_with("✓", "✓", "—"), "cpu") == "✓ cpu合格：2 项通过，1 项不适用。"
     sentence = show.verdict(rows_with("✓", "✗", "…"), "npu:0")
-    assert sentence.startswith("✗ npu:0 不合格：1 项不对（组 1），1 项通过，1 项未测（时间到：组 1；")
-    assert show.verdict(rows_with("…"), "cpu").startswith("✗ cpu 一项也没有测成")
+    assert sentence.startswith("✗ npu:0不合格：1 项不对（组 1），1 项通过，1 项未测（时间到：组 1；")
+    assert show.verdict(rows_with("…"), "cpu").startswith("✗ cpu一项也没有测成")
 
 
 def test_命令_表与JSON(monkeypatch, tmp_path, capsys):
@@ -189,8 +189,10 @@ SCRIPT = """
 import npu_standin
 from minimind import selftest
 from minimind.selftest import speed
+from minimind.model.presets import PRESETS
+PRESETS["tiny"] = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
 speed.DEFAULT_SIZE = ("tiny", 1, 32, 1)
-speed.NEW_TOKENS = 2
+speed.NEW_TOKENS, speed.WARMUP = 2, 0
 """
 
 
