@@ -54,17 +54,12 @@ def training_speed(dtype: torch.dtype, device: torch.device) -> Outcome:
     generator = torch.Generator().manual_seed(4)
     packed = [packed_row((length // 2, length // 2 - 8, 8), generator) for _ in range(rows)]
     batch = to_device(collate_packed(packed), device)
-    tokens = batch["num_tokens"]
-    args = TrainArguments()
-    half = str(dtype).removeprefix("torch.")
-    optimizer, scaler = (
-        build_optimizer(model, args, newton_schulz_dtype=half),
-        make_scaler(device, dtype),
-    )
-
+    precision = str(dtype).removeprefix("torch.")
+    optimizer = build_optimizer(model, TrainArguments(), newton_schulz_dtype=precision)
+    scaler = make_scaler(device, dtype)
     losses = []
 
-    def step() -> None:
+    def step(batch: dict[str, Any] = batch) -> None:
         with autocast_context(device, dtype):
             total, count, _ = language_model_loss(model, batch)
         loss = total / count
@@ -74,13 +69,13 @@ def training_speed(dtype: torch.dtype, device: torch.device) -> Outcome:
         model.zero_grad(set_to_none=True)
         losses.append(loss.detach())
 
-    step()
     note = f"{name}（{count_parameters(model) / 1e6:.1f}M），{rows} × {length}"
     if device.type == "cpu":
-        note += f"，{pick_threads(step)} 线程"
-    else:
-        for _ in range(WARMUP):
-            step()
+        few = collate_packed([packed_row((48, 8, 8), generator)])
+        note += f"，{pick_threads(lambda: step(few))} 线程"
+        losses.clear()
+    for _ in range(WARMUP):
+        step()
     synchronize(device)
     start = time.perf_counter()
     done = 0
@@ -88,7 +83,7 @@ def training_speed(dtype: torch.dtype, device: torch.device) -> Outcome:
         step()
         done += 1
     synchronize(device)
-    speed = done * tokens / (time.perf_counter() - start)
+    speed = done * batch["num_tokens"] / (time.perf_counter() - start)
     measures = [
         Measure("词元/秒", speed),
         Measure("损失由", float(losses[0])),

@@ -140,7 +140,9 @@ def test_参数不对说得清(tmp_path, capsys):
         selftest.SelftestArguments(minutes=0)
     assert selftest.main(["--device", "tpu"]) == 2
     (tmp_path / "占着").write_text("")
-    assert selftest.main(["--device", "cpu", "--minutes", "1e-9", "--out", str(tmp_path / "占着/a.json")]) == 2
+    assert (
+        selftest.main(["--device", "cpu", "--minutes", "1e-9", "--out", str(tmp_path / "占着/a.json")]) == 2
+    )
 
 
 def test_每一种组合都在表里():
@@ -208,7 +210,9 @@ def run_standin(body: str, **env: str) -> subprocess.CompletedProcess:
 
 def test_NPU的替身上走完全程(tmp_path, root_dir):
     path = tmp_path / "npu.json"
-    body = f"raise SystemExit(selftest.main(['--device', 'npu:0', '--minutes', '60', '--out', {str(path)!r}]))"
+    body = (
+        f"raise SystemExit(selftest.main(['--device', 'npu:0', '--minutes', '60', '--out', {str(path)!r}]))"
+    )
     done = run_standin(body, PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), str(root_dir)]))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     report = json.loads(path.read_text("utf-8"))
