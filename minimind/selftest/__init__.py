@@ -64,19 +64,19 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(SelftestArguments, argv, prog="minimind selftest")
     from minimind.selftest.rows import FAILED, PASSED, run_checks
     from minimind.selftest.show import environment, print_table, progress_line, verdict, write_json
-    from minimind.trainer.device import device_name, prepare_device, resolve_device
+    from minimind.trainer.device import prepare_device, resolve_device
 
     device = resolve_device(args.device)
     prepare_device(device)
+    where = environment(device)
     checks = all_checks(device)
-    say(f"设备 {device_name(device)}，{len(checks)} 项，至多 {args.minutes:g} 分钟。")
+    say(f"设备 {where['设备']}，{len(checks)} 项，至多 {args.minutes:g} 分钟。")
     rows = run_checks(
         checks,
         60 * args.minutes,
         lambda number, row: say(progress_line(number, len(checks), row)),
     )
-    where = environment(device)
-    sentence = verdict(rows, device_name(device))
+    sentence = verdict(rows, where["设备"])
     path = resolve_path(args.out)
     write_json(path, rows, where, sentence)
     print_table(rows, where)

@@ -25,7 +25,7 @@ from minimind.trainer.checkpoint import atomic_write
 from minimind.trainer.device import device_name, module_of
 
 STYLES = {PASSED: "green", FAILED: "bold red", SKIPPED: "dim", UNTESTED: "yellow"}
-MINIMUM_WIDTH = 144  # 存进文件、贴进报告时的宽度；终端更宽就随终端
+FILE_WIDTH = 144  # 存进文件、贴进报告时的宽度；在终端里随终端
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -99,16 +99,17 @@ def progress_line(number: int, total: int, row: Row) -> str:
 
 
 def print_table(rows: Sequence[Row], where: dict[str, Any], console: Console | None = None) -> None:
-    """打印环境与全部的行；打到文件里也不折叠。"""
+    """打印环境与全部的行，数字一个也不截断。"""
     console = console or Console(highlight=False)
-    console = Console(file=console.file, highlight=False, width=max(console.width, MINIMUM_WIDTH))
+    if not console.is_terminal:
+        console = Console(file=console.file, highlight=False, width=FILE_WIDTH)
     for name, value in where.items():
         console.print(f"{name}：{value}", markup=False)
     table = Table(title="MiniMind 自检", title_justify="left")
     for name in ("组", "项目", ""):
         table.add_column(name, no_wrap=True)
-    table.add_column("测到的数与限度", overflow="fold", min_width=64)
-    table.add_column("说明", overflow="fold")
+    table.add_column("测到的数与限度", overflow="fold")
+    table.add_column("说明", overflow="fold", max_width=28)
     table.add_column("秒", justify="right")
     group = None
     for row in rows:
