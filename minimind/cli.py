@@ -23,6 +23,9 @@ class Command:
 COMMANDS = {
     "demo": Command("minimind.demo:main", "从零走完全程：九个阶段的训练与考试、成绩单、对话", "先试试"),
     "chat": Command("minimind.chat:main", "与训练好的模型对话（同 python eval_llm.py）", "先试试"),
+    "selftest": Command(
+        "minimind.selftest:main", "自检：这台机器算得对不对、多快，出一张表与一份 JSON", "先试试"
+    ),
     "pretrain": Command("minimind.recipes.pretrain:main", "预训练", "训练"),
     "sft": Command("minimind.recipes.full_sft:main", "全参数监督微调", "训练"),
     "lora": Command("minimind.recipes.lora:main", "LoRA 微调：只训练低秩增量", "训练"),

@@ -28,8 +28,9 @@ from trainer_helpers import (
 
 from minimind import signals
 from minimind.errors import UserError
+from minimind.runtime.files import check_writable
 from minimind.trainer import distributed, loop
-from minimind.trainer.checkpoint import check_writable, config_dict, load_file, save_weights, weights_path
+from minimind.trainer.checkpoint import config_dict, load_file, save_weights, weights_path
 from minimind.trainer.reference import weights_hash
 from minimind.trainer.trainer_utils import init_model, model_config, start_run
 
