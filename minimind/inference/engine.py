@@ -36,6 +36,7 @@ from minimind.inference.requests import (
 )
 from minimind.inference.row_state import RowState
 from minimind.inference.sampling import SamplingParams
+from minimind.runtime.fair_share import fair_share
 
 __all__ = ["Engine", "LogitsHook", "Sequence", "context_length", "room_for_prompt"]
 
@@ -174,6 +175,8 @@ class Engine:
                 break
         if self._rows:
             finished += self._advance()
+        if self.device.type == "cpu":
+            fair_share().lap()
         return finished
 
     def _admit(self) -> list[Sequence]:

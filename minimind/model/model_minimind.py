@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.configuration_utils import PretrainedConfig
-from transformers.utils import ModelOutput
 
 try:  # torch>=2.10 才有公开的变长注意力；它的参数在 2.12 前后换过名字
     from torch.nn.attention.varlen import varlen_attn
@@ -789,9 +788,13 @@ class MiniMindModel(nn.Module):
 # ---------------------------------------------------------------- 语言模型
 
 
-@dataclass
-class MiniMindOutput(ModelOutput):
-    """前向的结果。
+# 缓存的两个名字：transformers 5.24 起叫 cache，之前叫 past_key_values；收进来、递出去都两个都认
+CACHE_NAMES = ("past_key_values", "cache")
+
+
+@dataclass(eq=False, repr=False)
+class MiniMindOutput(dict):
+    """前向的结果：自己的类，不随 transformers 的 ``ModelOutput`` 改名；按属性、按键、按下标都能取。
 
     loss: 目标词元上的平均交叉熵（不含辅助损失）；loss_sum: 加权和；target_count: 权重和（0 维张量）。
     aux_loss: 已乘 alpha 的负载均衡损失，稠密模型为 0。
@@ -805,6 +808,26 @@ class MiniMindOutput(ModelOutput):
     logits: Tensor | None = None
     past_key_values: Any = None
     hidden_states: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in self.__dict__.items():
+            if value is not None:
+                dict.__setitem__(self, name, value)
+
+    @property
+    def cache(self) -> Any:
+        return self.past_key_values
+
+    def __contains__(self, key: object) -> bool:
+        return dict.__contains__(self, "past_key_values" if key in CACHE_NAMES else key)
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, str):
+            return dict.__getitem__(self, "past_key_values" if key in CACHE_NAMES else key)
+        return tuple(self.values())[key]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return dict.get(self, "past_key_values" if key in CACHE_NAMES else key, default)
 
 
 # transformers 的 generate 与 Trainer 会带上、对这个模型没有作用的参数；别的名字一律报错，不悄悄吞掉
@@ -848,6 +871,7 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         return_logits: bool | None = None,
         inputs_embeds: Tensor | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> MiniMindOutput:
         # fmt: on
@@ -857,7 +881,7 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids: [B, T]。
             attention_mask: [B, 缓存+T]，1 为真词元；或 4 维的现成 mask。
             position_ids: [B, T]；打包行每篇从 0 起。
-            past_key_values: 任何有 `update(k, v, layer_idx)` 与 `get_seq_length()` 的缓存；k、v 为 [B, kv_heads, T, D]。
+            past_key_values（又名 cache）: 任何有 `update(k, v, layer_idx)` 与 `get_seq_length()` 的缓存；k、v 为 [B, kv_heads, T, D]。
             labels: [B, T]，与 input_ids 对齐（移位在里面做），-100 不是目标。
             loss_weights: [B, T]，与 labels 对齐的每词元权重。
             cu_seqlens: int32 [n+1]，把 B·T 个位置切成文档的累计边界，首 0 末 B·T。
@@ -875,31 +899,33 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         ]
         if unknown:
             raise TypeError(f"forward 不认识参数 {unknown}，请检查拼写")
+        if cache is not None and past_key_values is not None:
+            raise TypeError("past_key_values 与 cache 是同一个参数的两个名字，只能给一个")
+        past_key_values = past_key_values if cache is None else cache
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         hidden, aux_loss = self.model(
             input_ids, attention_mask, position_ids, past_key_values, cu_seqlens, max_seqlen, inputs_embeds
         )
-        out = MiniMindOutput(aux_loss=aux_loss, past_key_values=past_key_values, hidden_states=hidden)
         if return_logits is None:
             return_logits = labels is None or not self.training
+        logits = loss = loss_sum = target_count = None
         if return_logits:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             if isinstance(keep, Tensor) and keep.dtype == torch.bool:
                 kept = hidden[keep]
             else:
                 kept = hidden if isinstance(keep, slice) and not logits_to_keep else hidden[:, keep]
-            out.logits = self.lm_head(kept)
+            logits = self.lm_head(kept)
         if labels is not None:
             target = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
             weight = (target != IGNORE_INDEX).float()
             if loss_weights is not None:
                 weight = weight * F.pad(loss_weights[:, 1:], (0, 1)).flatten()
-            flat = hidden.flatten(0, 1)
-            out.loss_sum = linear_cross_entropy(flat, self.lm_head.weight, target, weight)
-            out.target_count = weight.sum()
-            out.loss = out.loss_sum / out.target_count.where(out.target_count > 0, 1.0)
-        return out
+            loss_sum = linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, target, weight)
+            target_count = weight.sum()
+            loss = loss_sum / target_count.where(target_count > 0, 1.0)
+        return MiniMindOutput(loss, loss_sum, target_count, aux_loss, logits, past_key_values, hidden)
 
     def moe_load(self) -> list[Tensor] | None:
         """上一次前向里每层各专家分到的词元份额 [E]（和为 1）；稠密模型返回 None。"""

@@ -15,6 +15,7 @@ import torch
 
 from minimind.cpus import available_cpus
 from minimind.errors import UserError
+from minimind.runtime.fair_share import fair_share
 
 # 各卡稠密 bf16/fp16 矩阵乘峰值（TFLOPS，厂商公布值，不含稀疏加速）；按名字里的片段匹配，长的在前
 PEAK_TFLOPS = {
@@ -124,6 +125,18 @@ def prepare_device(device: torch.device) -> None:
         limit = available_cpus()
         if limit < torch.get_num_threads():
             torch.set_num_threads(limit)
+
+
+def reuse_threads(threads: int, say: Callable[[str], None]) -> None:
+    """续训时沿用存档里的线程数：线程数决定求和的次序，不同就不再逐位相同；办不到时说一声。"""
+    now = fair_share().most
+    if threads == now:
+        return
+    if "OMP_NUM_THREADS" in os.environ or threads > available_cpus():
+        say(f"注意：线程数由 {threads} 变为 {now}，求和次序不同，结果与没中断时只差舍入。")
+    else:
+        torch.set_num_threads(threads)
+        fair_share().limit(threads)
 
 
 def synchronize(device: torch.device) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from minimind.console import format_duration, say
 from minimind.console import progress as progress_bar
+from minimind.runtime.fair_share import fair_share
 from minimind.trainer.checkpoint import write_sidecar
 from minimind.trainer.device import peak_memory_bytes, preserved_rng
 from minimind.trainer.distributed import any_process, barrier, is_main_process
@@ -172,6 +173,8 @@ def train(
             progress.advance(samples)
             bar.advance()
             seconds = run.meter.lap()
+            if run.device.type == "cpu":
+                fair_share().lap()
             state.seconds += seconds
             state.interval["seconds"] = state.interval.get("seconds", 0.0) + seconds
             if not updates:  # 平时停不停随更新一起归约，一窗也没有时才单独问

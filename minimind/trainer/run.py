@@ -16,6 +16,7 @@ from minimind.console import say
 from minimind.errors import UserError
 from minimind.model import MiniMindConfig, count_parameters, flops_per_token
 from minimind.paths import resolve_path
+from minimind.runtime.fair_share import fair_share
 from minimind.tokenizer import token_byte_lengths, tokenizer_fingerprint
 from minimind.trainer import checkpoint, device, distributed
 from minimind.trainer.meter import Meter
@@ -144,6 +145,8 @@ class Run:
     def _decide_numerics(self, saved: dict[str, Any], compute_loss: Callable[..., Any]) -> None:
         """精度、优化器、峰值：要现场测的只由主进程测一次、所有进程照办，并写进存档供续训沿用。"""
         args, remembered = self.args, saved.get("numerics", {})
+        if self.device.type == "cpu" and "threads" in remembered:
+            device.reuse_threads(remembered["threads"], say)
         decided = None
         if distributed.is_main_process():
             if args.dtype == "auto" and "dtype" in remembered:
@@ -157,6 +160,7 @@ class Run:
             decided = {
                 "dtype": str(dtype).removeprefix("torch."),
                 "peak_flops": device.peak_flops(self.device, dtype),
+                "threads": fair_share().most,
             }
         self.numerics = distributed.broadcast_object(decided)
         self.dtype = device.DTYPES[self.numerics["dtype"]]
