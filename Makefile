@@ -14,8 +14,9 @@ QUIET = $(if $(CI),-q)
 # 两个进程跑测试：再多也受 2 核与每进程约 400 MB 内存所限
 TEST_WORKERS ?= 2
 # make matrix 在几组依赖版本里各建一个临时环境、跑 compat 测试，写出 docs/compat.md（半小时以上，同时最多占 7 GB）
-# make lock 用的 uv；它只读元数据，各系统、各 Python 版本一次算出
+# make lock 用 uv：它只读元数据，各系统、各 Python 版本一次算出。torch 换版本要先在 make matrix 里通过
 UV = uv==0.13.9
+TORCH = torch==2.13.0
 
 .PHONY: demo test matrix lock lint format help clean
 .DEFAULT_GOAL := help
@@ -67,8 +68,8 @@ matrix: $(VENV)/.installed-dev
 
 lock: | $(BIN)/python
 	$(PIP_INSTALL) $(UV)
-	$(BIN)/python -m uv pip compile -q --universal --python-version 3.10 --no-annotate --extra dev \
-		--custom-compile-command "make lock" $(ARGS) pyproject.toml -o constraints.txt
+	echo '$(TORCH)' | $(BIN)/python -m uv pip compile -q --universal --python-version 3.10 --no-annotate --extra dev \
+		--custom-compile-command "make lock" -c - $(ARGS) pyproject.toml -o constraints.txt
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info

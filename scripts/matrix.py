@@ -122,10 +122,10 @@ def build(row: Row, folder: Path) -> Path:
     if row.locked:
         pip += ["-c", "constraints.txt"]
     if row.floors:
-        bounds = folder.with_suffix(".floors")
+        bounds = folder.with_name(folder.name + ".floors")
         bounds.write_text("\n".join(floors()) + "\n", "utf-8")
         pip += ["-c", str(bounds)]
-    log = folder.with_suffix(".log")
+    log = folder.with_name(folder.name + ".log")
     call([find_python(row.python) or sys.executable, "-m", "venv", str(folder)], log)
     call(pip, log)
     return python
@@ -183,7 +183,7 @@ def check(row: Row, folder: Path) -> dict:
             raise UserError(
                 f"{folder} 里的 {pin.name} 是 {entry[pin.name]}", expected=str(pin), fix="删掉它重建"
             )
-    return entry | run_subset(python, folder.with_suffix(".xml"))
+    return entry | run_subset(python, folder.with_name(folder.name + ".xml"))
 
 
 def compile_all(version: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -160,10 +161,10 @@ def test_每个系统与_Python_版本都锁住全部直接依赖_且在声明�
             assert version in requirement.specifier, f"{requirement} 不含锁定的 {version}"
 
 
-def test_构建用的_setuptools_与_torch_的版本各处一致(project, pins):
+def test_构建用的_setuptools_与_torch_的版本各处一致(project, pins, root_dir):
     table = pinned(pins, default_environment())
     assert project["build-system"]["requires"] == [f"setuptools=={table['setuptools']}"]
-    assert project["tool"]["uv"]["constraint-dependencies"] == [f"torch=={table['torch']}"]
+    assert f"\nTORCH = torch=={table['torch']}\n" in (root_dir / "Makefile").read_text("utf-8")
 
 
 def test_会破坏接口的库有上限(project):
@@ -306,3 +307,35 @@ def test_没装服务的库时_错误里的命令装的是这个仓库(monkeypat
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(UserError, match=re.escape("-e '.[serve]'")):
         cli.run(None)
+
+
+@pytest.fixture
+def fake_make(root_dir, tmp_path):
+    """用假的 python 跑 Makefile 的安装：带约束的那一次失败；返回运行它的函数。"""
+    if shutil.which("make") is None:
+        pytest.skip("没有 make")
+    (tmp_path / "bin").mkdir()
+    python, log = tmp_path / "bin" / "python", tmp_path / "log"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {log}\ncase "$*" in *"-c constraints.txt"*) exit 1;; esac\n')
+    python.chmod(0o755)
+
+    def run(*arguments):
+        command = ["make", "-s", f"VENV={tmp_path}", *arguments, str(tmp_path / ".installed-dev")]
+        done = subprocess.run(command, cwd=root_dir, capture_output=True, text=True)
+        return done, log.read_text().splitlines()
+
+    return run
+
+
+def test_锁定的版本装不上时退回声明的范围_并且说出来(fake_make):
+    done, calls = fake_make()
+    assert done.returncode == 0 and "锁定的版本装不上，改用" in done.stderr
+    installs = [line for line in calls if " install " in f" {line} "]
+    assert "-c constraints.txt" in installs[0] and "constraints" not in installs[1] and len(installs) == 2
+
+
+def test_持续集成里锁定的版本装不上就是失败(fake_make, root_dir):
+    done, calls = fake_make("LOCKED=1")
+    assert done.returncode != 0 and "错误：constraints.txt 锁定的版本装不上" in done.stderr
+    assert len([line for line in calls if " install " in f" {line} "]) == 1
+    assert "make test LOCKED=1" in (root_dir / ".ci" / "run").read_text("utf-8")
