@@ -56,8 +56,8 @@ def other_minimind() -> str | None:
         from importlib.metadata import packages_distributions  # 慢，只在真有另一份时才查
 
         owners = set(packages_distributions().get("minimind", [])) - {DISTRIBUTION}
-        remedy = f"用 pip uninstall {' '.join(sorted(owners))} 去掉它，" if owners else "要用那一份就"
-        return f"正在用的是 {PACKAGE}，而 {other} 是另一份 minimind；{remedy}到要用的仓库目录里 {install_command()}。"
+        remedy = f"请先 pip uninstall {' '.join(sorted(owners))}，再" if owners else "要用哪一份，就"
+        return f"正在用的是 {PACKAGE}，而 {other} 是另一份 minimind；{remedy}在它的仓库目录里 {install_command()}。"
     return None
 
 

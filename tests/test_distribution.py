@@ -210,7 +210,7 @@ def test_按锁定装的环境里_每个包都是锁定的版本(project, pins):
 
 def test_发行名不是公共索引上的那个_导入名不变(project):
     assert project["project"]["name"] == DISTRIBUTION != "minimind"
-    assert project["project"]["scripts"] == {"minimind": "minimind.cli:main"}
+    assert project["project"]["scripts"] == {"minimind": "minimind_command:main"}
     assert distribution.PACKAGE.name == "minimind"
 
 
@@ -298,6 +298,19 @@ def test_真的命令在有别人的_minimind_的环境里照常运行并说出�
     script = [sys.executable, str(root_dir / "scripts" / "convert_model.py"), "hf", "--help"]
     done = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count("pip uninstall minimind") == 1
+
+
+def test_装好的命令在别人的_minimind_挡在前面时运行的仍是这里的代码(tmp_path, root_dir):
+    """``minimind`` 命令就是导入 minimind_command；可编辑安装的目录排在 site-packages 之后，别人的包会先被找到。"""
+    add_package(tmp_path, "minimind")
+    (tmp_path / "minimind" / "__init__.py").write_text("raise SystemExit('运行了别人的代码')")
+    (tmp_path / "run.py").write_text(
+        "from minimind_command import main; raise SystemExit(main(['--version']))"
+    )
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(root_dir)])}
+    done = subprocess.run([sys.executable, "run.py"], capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.returncode == 0 and done.stdout.startswith("minimind "), done.stderr
     assert done.stderr.count("pip uninstall minimind") == 1
 
 
