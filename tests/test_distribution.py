@@ -239,6 +239,9 @@ def add_package(folder, distribution=None, version="0.6.0"):
 def test_没有别的_minimind_时不说话_也不查元数据(folder, monkeypatch, root_dir):
     monkeypatch.setattr(metadata, "packages_distributions", lambda: pytest.fail("不该查"))
     (folder / "minimind").mkdir()  # 没有 __init__.py 的同名目录（例如克隆所在的上一级）不算
+    (folder / "bin").mkdir()
+    (folder / "bin" / "minimind").write_text("#!/bin/sh\n")  # 装好的命令自己也不算
+    sys.path.append(str(folder / "bin"))
     (folder / "minimind_train-0.1.0.dist-info").mkdir()
     sys.path.append(str(root_dir))
     assert other_minimind() is None
