@@ -148,7 +148,7 @@ def test_最新的_transformers_失败只警告_连不上就跳过(matrix, monke
         info.mkdir(parents=True)
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: transformers\nVersion: {version}\n")
 
-    def subset(python, report, path, limit):
+    def subset(python, report, path, limit, select):
         calls.append((path[0] / f"transformers-{version}.dist-info").exists())
         return {"passed": 9, "failed": failed, "skipped": 0, "seconds": 1}
 
