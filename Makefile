@@ -1,5 +1,6 @@
 # make demo   自建 .venv 并安装，然后从零训练一个会答题的小模型
 # make test   自建 .venv 并安装，然后检查格式、跑全部测试
+# make matrix 在几组依赖版本里各建一个临时环境、跑 compat 测试，写出 docs/compat.md（半小时以上，同时最多占 7 GB）
 # make lock   重算 constraints.txt，已有的版本不动（ARGS="--upgrade" 全部换新，ARGS="-P rich" 只换一个）
 # 可改的变量：PYTHON=python3.12   VENV=.venv   PIP_ARGS="--proxy …"   ARGS="--fast"（交给 demo 或 pytest）
 
@@ -12,14 +13,16 @@ BIN = $(VENV)/bin
 QUIET = $(if $(CI),-q)
 # 两个进程跑测试：再多也受 2 核与每进程约 400 MB 内存所限
 TEST_WORKERS ?= 2
-# make lock 用的 uv；它只读元数据，各系统、各 Python 版本一次算出
+# make matrix 在几组依赖版本里各建一个临时环境、跑 compat 测试，写出 docs/compat.md（半小时以上，同时最多占 7 GB）
+# make lock 用 uv：它只读元数据，各系统、各 Python 版本一次算出。torch 换版本要先在 make matrix 里通过
 UV = uv==0.13.9
+TORCH = torch==2.13.0
 
-.PHONY: demo test lock lint format help clean
+.PHONY: demo test matrix lock lint format help clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,4s/^# //p' Makefile
+	@sed -n '1,5s/^# //p' Makefile
 
 $(BIN)/python:
 	@command -v $(PYTHON) >/dev/null || { echo "错误：找不到 $(PYTHON)；请安装 Python 3.10 以上，或用 make PYTHON=路径 指定。" >&2; exit 2; }
@@ -60,10 +63,13 @@ format: $(VENV)/.installed-dev
 test: lint
 	$(if $(LOCKED),MINIMIND_LOCKED=1) $(BIN)/python -m pytest -n $(TEST_WORKERS) $(ARGS)
 
+matrix: $(VENV)/.installed-dev
+	$(BIN)/python scripts/matrix.py $(ARGS)
+
 lock: | $(BIN)/python
 	$(PIP_INSTALL) $(UV)
-	$(BIN)/python -m uv pip compile -q --universal --python-version 3.10 --no-annotate --extra dev \
-		--custom-compile-command "make lock" $(ARGS) pyproject.toml -o constraints.txt
+	echo '$(TORCH)' | $(BIN)/python -m uv pip compile -q --universal --python-version 3.10 --no-annotate --extra dev \
+		--custom-compile-command "make lock" -c - $(ARGS) pyproject.toml -o constraints.txt
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info

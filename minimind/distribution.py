@@ -43,21 +43,18 @@ def other_minimind() -> str | None:
     for folder in _search_path():
         if found := _installed_as_minimind(folder):
             return f"{found}；请先 pip uninstall minimind，再在仓库目录里 {install_command()}。"
-        other = next(
-            (
-                p
-                for p in (folder / "minimind", folder / "minimind.py")
-                if (p / "__init__.py").exists() or p.is_file()
-            ),
-            None,
-        )
-        if other is None or other.resolve() == PACKAGE:
+        # 只认能导入的；同名的目录（克隆的上一级）与同名的可执行文件（命令本身）不是
+        files = [
+            file for file in (folder / "minimind" / "__init__.py", folder / "minimind.py") if file.is_file()
+        ]
+        other = next((file for file in files if file.resolve().parent != PACKAGE), None)
+        if other is None:
             continue
         from importlib.metadata import packages_distributions  # 慢，只在真有另一份时才查
 
         owners = set(packages_distributions().get("minimind", [])) - {DISTRIBUTION}
-        remedy = f"用 pip uninstall {' '.join(sorted(owners))} 去掉它，" if owners else "要用那一份就"
-        return f"正在用的是 {PACKAGE}，而 {other} 是另一份 minimind；{remedy}到要用的仓库目录里 {install_command()}。"
+        remedy = f"请先 pip uninstall {' '.join(sorted(owners))}，再" if owners else "要用哪一份，就"
+        return f"正在用的是 {PACKAGE}，而 {other} 是另一份 minimind；{remedy}在它的仓库目录里 {install_command()}。"
     return None
 
 

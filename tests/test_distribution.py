@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -160,10 +161,10 @@ def test_每个系统与_Python_版本都锁住全部直接依赖_且在声明�
             assert version in requirement.specifier, f"{requirement} 不含锁定的 {version}"
 
 
-def test_构建用的_setuptools_与_torch_的版本各处一致(project, pins):
+def test_构建用的_setuptools_与_torch_的版本各处一致(project, pins, root_dir):
     table = pinned(pins, default_environment())
     assert project["build-system"]["requires"] == [f"setuptools=={table['setuptools']}"]
-    assert project["tool"]["uv"]["constraint-dependencies"] == [f"torch=={table['torch']}"]
+    assert f"\nTORCH = torch=={table['torch']}\n" in (root_dir / "Makefile").read_text("utf-8")
 
 
 def test_会破坏接口的库有上限(project):
@@ -209,7 +210,7 @@ def test_按锁定装的环境里_每个包都是锁定的版本(project, pins):
 
 def test_发行名不是公共索引上的那个_导入名不变(project):
     assert project["project"]["name"] == DISTRIBUTION != "minimind"
-    assert project["project"]["scripts"] == {"minimind": "minimind.cli:main"}
+    assert project["project"]["scripts"] == {"minimind": "minimind_command:main"}
     assert distribution.PACKAGE.name == "minimind"
 
 
@@ -238,6 +239,9 @@ def add_package(folder, distribution=None, version="0.6.0"):
 def test_没有别的_minimind_时不说话_也不查元数据(folder, monkeypatch, root_dir):
     monkeypatch.setattr(metadata, "packages_distributions", lambda: pytest.fail("不该查"))
     (folder / "minimind").mkdir()  # 没有 __init__.py 的同名目录（例如克隆所在的上一级）不算
+    (folder / "bin").mkdir()
+    (folder / "bin" / "minimind").write_text("#!/bin/sh\n")  # 装好的命令自己也不算
+    sys.path.append(str(folder / "bin"))
     (folder / "minimind_train-0.1.0.dist-info").mkdir()
     sys.path.append(str(root_dir))
     assert other_minimind() is None
@@ -300,9 +304,54 @@ def test_真的命令在有别人的_minimind_的环境里照常运行并说出�
     assert done.stderr.count("pip uninstall minimind") == 1
 
 
+def test_装好的命令在别人的_minimind_挡在前面时运行的仍是这里的代码(tmp_path, root_dir):
+    """``minimind`` 命令就是导入 minimind_command；可编辑安装的目录排在 site-packages 之后，别人的包会先被找到。"""
+    add_package(tmp_path, "minimind")
+    (tmp_path / "minimind" / "__init__.py").write_text("raise SystemExit('运行了别人的代码')")
+    (tmp_path / "run.py").write_text(
+        "from minimind_command import main; raise SystemExit(main(['--version']))"
+    )
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(root_dir)])}
+    done = subprocess.run([sys.executable, "run.py"], capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.returncode == 0 and done.stdout.startswith("minimind "), done.stderr
+    assert done.stderr.count("pip uninstall minimind") == 1
+
+
 def test_没装服务的库时_错误里的命令装的是这个仓库(monkeypatch):
     from minimind.serve import cli
 
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(UserError, match=re.escape("-e '.[serve]'")):
         cli.run(None)
+
+
+@pytest.fixture
+def fake_make(root_dir, tmp_path):
+    """用假的 python 跑 Makefile 的安装：带约束的那一次失败；返回运行它的函数。"""
+    if shutil.which("make") is None:
+        pytest.skip("没有 make")
+    (tmp_path / "bin").mkdir()
+    python, log = tmp_path / "bin" / "python", tmp_path / "log"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {log}\ncase "$*" in *"-c constraints.txt"*) exit 1;; esac\n')
+    python.chmod(0o755)
+
+    def run(*arguments):
+        command = ["make", "-s", f"VENV={tmp_path}", *arguments, str(tmp_path / ".installed-dev")]
+        done = subprocess.run(command, cwd=root_dir, capture_output=True, text=True)
+        return done, log.read_text().splitlines()
+
+    return run
+
+
+def test_锁定的版本装不上时退回声明的范围_并且说出来(fake_make):
+    done, calls = fake_make()
+    assert done.returncode == 0 and "锁定的版本装不上，改用" in done.stderr
+    installs = [line for line in calls if " install " in f" {line} "]
+    assert "-c constraints.txt" in installs[0] and "constraints" not in installs[1] and len(installs) == 2
+
+
+def test_持续集成里锁定的版本装不上就是失败(fake_make, root_dir):
+    done, calls = fake_make("LOCKED=1")
+    assert done.returncode != 0 and "错误：constraints.txt 锁定的版本装不上" in done.stderr
+    assert len([line for line in calls if " install " in f" {line} "]) == 1
+    assert "make test LOCKED=1" in (root_dir / ".ci" / "run").read_text("utf-8")

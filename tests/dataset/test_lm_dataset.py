@@ -168,6 +168,7 @@ def test_每段位置从零起且第一个token不是目标(name, request):
         assert (row["input_ids"][tail] == rows.pad_id).all()
 
 
+@pytest.mark.compat
 def test_批的边界与各段一致(sft_rows):
     rows = [sft_rows[i] for i in range(4)]
     batch = collate_packed(rows)
@@ -206,6 +207,7 @@ def test_几倍的行长只改排法不改目标(write_jsonl, tokenizer):
         SFTDataset(path, tokenizer, 64, row_length=32)
 
 
+@pytest.mark.compat
 def test_数据集能送进DataLoader的子进程(sft_rows):
     copy = pickle.loads(pickle.dumps(sft_rows))
     assert torch.equal(copy[3]["input_ids"], sft_rows[3]["input_ids"])

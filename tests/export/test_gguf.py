@@ -32,6 +32,7 @@ def read(path):
 @pytest.mark.parametrize(
     ("kind", "arch"), [("v2", "llama"), ("v2_untied", "llama"), ("v3", "qwen3"), ("v3_moe", "qwen3moe")]
 )
+@pytest.mark.compat
 def test_f32_由_transformers_打开后_logits_相同(make_source, tmp_path, ids, kind, arch):
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -66,6 +66,7 @@ def logits_of(folder, ids, **options):
         ("v3_moe_top2", "Qwen3MoeForCausalLM"),
     ],
 )
+@pytest.mark.compat
 def test_公开的类打开后_logits_与贪心都相同(make_source, tmp_path, ids, kind, name):
     source, ours = make_source(kind)
     export_hf(source, tmp_path / "hf", torch.float32)
@@ -79,6 +80,7 @@ def test_公开的类打开后_logits_与贪心都相同(make_source, tmp_path, 
     assert torch.equal(theirs.generate(ids, **greedy), ours.generate(ids, **greedy))
 
 
+@pytest.mark.compat
 def test_v2_混合专家带着模型文件_没装本项目也能打开(make_source, tmp_path, ids):
     source, ours = make_source("v2_moe")
     assert export_hf(source, tmp_path / "hf", torch.float32) == "minimind"
@@ -102,6 +104,7 @@ def test_v2_混合专家带着模型文件_没装本项目也能打开(make_sour
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
 @pytest.mark.parametrize("thinking", [None, True, False])
+@pytest.mark.compat
 def test_对话模板渲染出同样的_id(exported_tokenizer, name, thinking):
     ours, messages = load_tokenizer(), CONVERSATIONS[name]
     tools = [TOOL] if name == "工具" else None

@@ -33,6 +33,7 @@ def native_logits(path, ids):
 
 
 @pytest.mark.parametrize("kind", ["v2", "v3", "v3_moe", "v2_moe", "v2_head_dim", "v2_untied"])
+@pytest.mark.compat
 def test_导出再导入_权重逐位相同_配置与指标还在(make_source, tmp_path, kind):
     source, _ = make_source(kind)
     export_hf(source, tmp_path / "hf", torch.float16)
@@ -91,6 +92,7 @@ def test_公共项目的目录与_pth_进来后_logits_与它自己的相同(sha
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "qwen3_moe"])
+@pytest.mark.compat
 def test_transformers_自己存的目录_分片也行(tmp_path, ids, kind):
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -48,6 +48,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.compat
 def test_peft_加载后_logits_相同(name, tmp_path):
     peft = pytest.importorskip("peft")
     targets, changes = CASES[name]

@@ -26,6 +26,7 @@ def full_logprobs(model, sequence, temperature=1.0):
     return logp[start : start + len(sequence.ids)].gather(1, torch.tensor(sequence.ids)[:, None])[:, 0]
 
 
+@pytest.mark.compat
 def test_贪心与模型自己的generate逐个相同(model):
     prompts = prompts_of([3, 11, 1, 20, 7])
     engine = Engine(model, eos_ids=(), max_slots=2)
@@ -41,6 +42,7 @@ def test_贪心与模型自己的generate逐个相同(model):
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0])
+@pytest.mark.compat
 def test_对数概率等于整段前向(model, temperature):
     engine = Engine(model, eos_ids=EOS, max_slots=5)
     for i, prompt in enumerate(prompts_of([3, 17, 9, 1])):

@@ -26,12 +26,14 @@ def golden(request, shared_dir):
     return model, data
 
 
+@pytest.mark.compat
 def test_推理_logits_与公开版一致(golden):
     model, data = golden
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(data["input_ids"]).logits, data["logits_eval"], **TOL)
 
 
+@pytest.mark.compat
 def test_缓存逐词元与公开版一致(golden):
     model, data = golden
     model.eval()
@@ -43,6 +45,7 @@ def test_缓存逐词元与公开版一致(golden):
     torch.testing.assert_close(torch.cat(out, 1), data["logits_cached"], **TOL)
 
 
+@pytest.mark.compat
 def test_左补齐与公开版一致(golden):
     model, data = golden
     mask = data["attention_mask_leftpad"]
@@ -53,6 +56,7 @@ def test_左补齐与公开版一致(golden):
 
 
 @pytest.mark.parametrize("return_logits", [True, False])
+@pytest.mark.compat
 def test_训练的损失辅助损失与梯度与公开版一致(golden, return_logits):
     model, data = golden
     out = model.train()(data["input_ids"], labels=data["labels"], return_logits=return_logits)

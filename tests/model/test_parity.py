@@ -84,6 +84,7 @@ def pair(request):
 
 @torch.no_grad()
 @pytest.mark.parametrize("length", [40, 200])  # 200 走 CPU 上的分块注意力
+@pytest.mark.compat
 def test_整段_logits_与_transformers_一致(pair, length):
     ours, theirs = pair
     ids = torch.randint(0, 131, (2, length))
@@ -91,6 +92,7 @@ def test_整段_logits_与_transformers_一致(pair, length):
 
 
 @torch.no_grad()
+@pytest.mark.compat
 def test_左补齐与_transformers_一致(pair):
     ours, theirs = pair
     ids, mask = torch.randint(0, 131, (2, 30)), torch.ones(2, 30, dtype=torch.long)
@@ -101,6 +103,7 @@ def test_左补齐与_transformers_一致(pair):
     torch.testing.assert_close(a[mask.bool()], b[mask.bool()], **TOL)
 
 
+@pytest.mark.compat
 def test_损失与梯度与_transformers_一致(pair):
     ours, theirs = (m.train() for m in pair)
     ids = torch.randint(0, 131, (2, 150))

@@ -39,6 +39,7 @@ def naive(model, ids: torch.Tensor, steps: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("extra", VARIANTS)
+@pytest.mark.compat
 def test_generate_贪心等于没有缓存的朴素循环(extra):
     model = make(**extra)
     ids = torch.randint(3, 97, (2, 6))
@@ -86,6 +87,7 @@ def test_不认识的参数报错而不是吞掉():
 
 
 @pytest.mark.parametrize("extra", VARIANTS[:2])
+@pytest.mark.compat
 def test_generate_用_transformers_的静态缓存结果不变(extra):
     model, ids = make(**extra), torch.randint(3, 97, (2, 6))
     kw = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -94,6 +96,7 @@ def test_generate_用_transformers_的静态缓存结果不变(extra):
 
 
 @pytest.mark.parametrize("extra", VARIANTS[:4])
+@pytest.mark.compat
 def test_存盘再读_结果逐位相同_共享权重仍共享(extra, tmp_path):
     model, ids = make(**extra), torch.randint(0, 97, (2, 9))
     model.save_pretrained(tmp_path)
@@ -139,6 +142,7 @@ def test_在_meta_设备上建好再换成真权重也能前向():
         torch.testing.assert_close(empty.eval()(ids).logits, reference(ids).logits)
 
 
+@pytest.mark.compat
 def test_稠密模型编译时不断图():
     model = make().train()
     ids = torch.randint(0, 97, (2, 140))

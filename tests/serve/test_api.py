@@ -39,6 +39,7 @@ def ask(client, messages=HELLO, **options):
     return client.chat.completions.create(messages=messages, **options)
 
 
+@pytest.mark.compat
 def test_贪心的答案与直接生成相同(client, live):
     loaded = live.table.default.loaded
     prompt = encode_chat(loaded.tokenizer, HELLO, add_generation_prompt=True).ids
@@ -132,6 +133,7 @@ def test_次数惩罚压住重复(client):
     )
 
 
+@pytest.mark.compat
 def test_按模式写出合法的JSON(client):
     pytest.importorskip("xgrammar")
     schema = {
@@ -171,6 +173,7 @@ def test_按名字选中LoRA(client):
     assert ask(client, model="lora_x", max_tokens=16) != ask(client, max_tokens=16)
 
 
+@pytest.mark.compat
 def test_续写_回显与逐词元的对数概率(client, live):
     model = live.table.default
     answer = client.completions.create(

@@ -116,6 +116,7 @@ def test_指纹不随调用状态变_随词表与模板变(tmp_path):
     assert tokenizer_fingerprint(load_tokenizer(tmp_path)) == before
 
 
+@pytest.mark.compat
 def test_存盘再打开与pickle后编码不变(tmp_path):
     expected = encode_chat(TOKENIZER, CHAT)
     TOKENIZER.save_pretrained(tmp_path)

@@ -73,6 +73,7 @@ def test_两次训练的文件逐字节相同(corpus, tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+@pytest.mark.compat
 def test_训练出来的文件夹可以直接打开(corpus, tmp_path):
     assert run_train(corpus, tmp_path) == 0
     tokenizer = load_tokenizer(tmp_path)

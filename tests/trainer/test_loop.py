@@ -24,6 +24,7 @@ def read_lines(result) -> list[dict]:
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.compat
 def test_与手写的整批训练一致_末尾短窗口也走一步(tmp_path, optimizer):
     """4 × 累积 2 等于手写的一次 8 行；22 行分成 8+8+6，末尾那个窗口按它自己的目标数归一。"""
     # AdamW 头几步的更新约为 lr·sign(梯度)，近零的梯度差一点舍入就差一个 lr，所以用它常用的小学习率

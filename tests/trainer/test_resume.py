@@ -93,6 +93,7 @@ def kill_then_resume(folder, whole, kills: list[dict]):
     assert_as_if_uninterrupted(folder, whole)
 
 
+@pytest.mark.compat
 def test_被杀三次后逐位相同(tmp_path, uninterrupted):
     """第一步之前被杀（还没有存档）、中途被杀、存盘写到一半被杀。"""
     kills = [{"die_at_call": 2}, {"die_at_call": 20}, {"die_in_save": 2}]
