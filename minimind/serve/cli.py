@@ -24,6 +24,9 @@ class ServeArguments(ModelArguments):
     host: str = arg("127.0.0.1", "监听的地址；对外开放时请同时设 --api_key")
     port: int = arg(8998, "端口")
     api_key: str | None = arg(None, "要求客户端带的密钥；不给则不要求")
+    allowed_hosts: str | None = arg(
+        None, "除了 localhost 与监听的地址，请求的 Host 还认哪些名字，逗号分隔；* 都认（防 DNS 重绑定）"
+    )
     cors: str | None = arg(None, "允许跨源请求的来源，逗号分隔；不给则不放行")
     max_slots: int = arg(32, "同时写多少个样本")
     max_queue: int = arg(128, "另外最多排多少个样本，再多就答 429")
@@ -90,10 +93,12 @@ def run(args: ServeArguments) -> None:
             "int8 的权重不能在运行中换", where="--reload_dir 与 --quantize int8", fix="去掉其中一个"
         )
     reload_dir = resolve_path(args.reload_dir) if args.reload_dir else None
-    settings = Settings(args.api_key, args.request_seconds, reload_dir=reload_dir)
+    hosts = tuple(name.strip() for name in (args.allowed_hosts or "").split(",") if name.strip())
+    settings = Settings(
+        args.api_key, args.request_seconds, reload_dir=reload_dir, host=args.host, allowed_hosts=hosts
+    )
     cors = [origin.strip() for origin in args.cors.split(",")] if args.cors else None
     app = create_app(lambda: model_table(args), settings, cors)
-    say(f"服务在 http://{args.host}:{args.port} ，接口在 /v1，说明在 /docs；Ctrl-C 停止。")
     config = uvicorn.Config(app, host=args.host, port=args.port, log_level="warning")
     server = GracefulServer(config, app, args.shutdown_seconds)
     server.run()
