@@ -17,7 +17,6 @@ from torch import Tensor
 
 from minimind.errors import UserError
 
-
 # 再低就当作 0：logits 除以它会溢出成 inf，softmax 就是 NaN；而 1e-5 时差 0.001 的两个词已经是 e^100 倍
 COLDEST = 1e-5
 

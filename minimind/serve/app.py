@@ -73,7 +73,9 @@ def create_app(
         for runner in app.state.table.runners if app.state.table else ():
             await run_in_threadpool(runner.close)
 
-    app = FastAPI(title="MiniMind", version="1", lifespan=lifespan, docs_url=None, redoc_url=None)  # 它们要 CDN
+    app = FastAPI(
+        title="MiniMind", version="1", lifespan=lifespan, docs_url=None, redoc_url=None
+    )  # 它们要 CDN
     app.state.table, app.state.settings, app.state.metrics = None, settings, metrics
     app.state.stopping = False
     install_handlers(app, log)

@@ -158,7 +158,9 @@ class ChatAnswer:
 
     def _text_form(self, text: CompiledText) -> Callable[[], list[Stage]]:
         """（思考，）合乎文法的正文；给了工具时也可以改写调用。"""
-        calls = {self._tags[TOOL_CALL]: lambda: [Free()]} if self.use_tools and TOOL_CALL in self._tags else {}
+        calls = (
+            {self._tags[TOOL_CALL]: lambda: [Free()]} if self.use_tools and TOOL_CALL in self._tags else {}
+        )
         stops = sorted(self.model.eos_ids)
         return lambda: [*self._thinking_stages(), Constrained(text, stops, calls)]
 

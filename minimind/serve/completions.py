@@ -174,9 +174,7 @@ class TextAnswer:
                 samples = self._samples(which)
                 prefix, scored = await self._echo(which) if self.request.echo else ("", [])
                 for sample in samples if prefix or self.only_score else ():
-                    yield line(
-                        [self._choice(sample, prefix, scored, "length" if self.only_score else None)]
-                    )
+                    yield line([self._choice(sample, prefix, scored, "length" if self.only_score else None)])
                 if self.only_score:
                     continue
                 async for sample, text in self.pieces(which, samples, tickets[which], settings, metrics):

@@ -93,17 +93,18 @@ class Constrained:
         return [] if self.matcher.accept(token) else None
 
 
-class OneOf:
-    """写其中一个词元，各接各的几段。"""
+class Again:
+    """停笔，或者再来一段：最想写的正是 ``token`` 才再来，不然停。抽样的手气不该决定要不要多调用一次。"""
 
-    def __init__(self, options: Mapping[int, Callable[[], list[Stage]]]):
-        self.options = options
+    def __init__(self, token: int, stops: Sequence[int], following: Callable[[], list[Stage]]):
+        self.token, self.stops, self.following = token, list(stops), following
 
     def adjust(self, logits: Tensor) -> None:
-        allow_only(logits, list(self.options))
+        again = int(logits.argmax()) == self.token
+        allow_only(logits, [self.token] if again else self.stops)
 
     def accept(self, token: int) -> list[Stage] | None:
-        return self.options[token]() if token in self.options else []
+        return self.following() if token == self.token else []
 
 
 class Free:
@@ -150,4 +151,4 @@ def call_stages(
     def again() -> list[Stage]:
         return [Exactly([*newline[1:], begin]), *call_stages(text, begin, end, newline, stops, True)]
 
-    return [one, OneOf({**{stop: list for stop in stops}, newline[0]: again})]
+    return [one, Again(newline[0], stops, again)]

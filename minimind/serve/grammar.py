@@ -60,7 +60,9 @@ class GrammarFactory:
                 "这台服务器没有装 xgrammar，不能约束输出格式：pip install 'minimind[serve]'",
                 param=param,
             ) from error
-        where = {"json": "JSON Schema", "regex": "正则", "ebnf": "文法", "choice": "选项"}.get(kind, "工具的参数")
+        where = {"json": "JSON Schema", "regex": "正则", "ebnf": "文法", "choice": "选项"}.get(
+            kind, "工具的参数"
+        )
         try:
             if kind == "calls":
                 parts = [_call_grammar(xgrammar.Grammar, *one) for one in json.loads(text)]
@@ -163,7 +165,7 @@ def _literal(text: str) -> str:
 
 def _call_grammar(grammar: Any, name: str, parameters: dict[str, Any] | None) -> Any:
     """一个工具的调用：前后是固定的文字，中间是参数；参数的 schema 自成一体，里面的 ``$ref`` 照旧有效。"""
-    schema = ANY_OBJECT if not parameters else parameters
+    schema = parameters or ANY_OBJECT
     if not {"type", "$ref", "anyOf", "oneOf", "allOf", "const", "enum"} & set(schema):
         schema = {**schema, "type": "object"}
     head = f'\n{{"name": {dump_json(name)}, "arguments": '

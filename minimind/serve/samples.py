@@ -60,8 +60,9 @@ class ChatSample:
 
     def push(self, progress: Progress) -> Iterator[dict[str, Any]]:
         """放入新词元，逐个给出流式的 ``delta``。"""
-        before, self.written_before = self.written_before, []
-        yield from self._deltas(self.parser.resume(before))
+        if before := self.written_before:
+            self.written_before = []
+            yield from self._deltas(self.parser.resume(before))
         opening, self.opening = self.opening, []
         for token in opening:
             yield from self._deltas(self.parser.push(token))

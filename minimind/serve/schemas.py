@@ -119,7 +119,10 @@ class Sampling(Lenient):
         return self
 
     def _constraints(self) -> list[Constraint]:
-        form, outputs = self.response_format or ResponseFormat(), self.structured_outputs or StructuredOutputs()
+        form, outputs = (
+            self.response_format or ResponseFormat(),
+            self.structured_outputs or StructuredOutputs(),
+        )
         anything = {"type": "object"}
         schema = form.json_schema.schema_ if form.json_schema else None
         where = "structured_outputs"
@@ -263,7 +266,9 @@ class Conversation(Lenient):
         asked = self.continue_final_message or last.prefix
         if last.role != "assistant":
             if asked:
-                raise ValueError("要接着写（continue_final_message 或 prefix），最后一条消息应当是 assistant 的")
+                raise ValueError(
+                    "要接着写（continue_final_message 或 prefix），最后一条消息应当是 assistant 的"
+                )
             return False
         if not asked and self.add_generation_prompt is False:
             return False  # 明说了不开新的回合
