@@ -219,13 +219,14 @@ class ReplyParser:
                 return self._literal(tag)
             self._space, self._trim, self.state = "", True, "text"
             return []
-        if tag == THINK and self._thinks:
+        if tag == THINK:
             events = self._emit(self._space.removesuffix("\n"))
-            self._space, self._trim, self.state = "", True, "reasoning"
+            self._space, self._trim = "", True
+            self.state = "reasoning" if self._thinks else "text"
             return events
         if tag == TOOL_CALL:
             return self._begin_call()
-        return []  # 没有开头的收尾标签（与不算数的 <think>），丢掉
+        return []  # 没有开头的收尾标签，丢掉
 
     def _begin_call(self) -> list[Event]:
         events = self._emit(self._space.removesuffix("\n")) if not self.count else []
