@@ -141,7 +141,9 @@ def test_模板渲染的调用_逐个词元都写得出(model, seed):
 def test_点名的只许那一个_别的与坏的写不出(model):
     choice = {"type": "function", "function": {"name": "calculator"}}
     made = answer(model, tools=TOOLS, tool_choice=choice)
-    right = written(model.tokenizer, {"tool_calls": [{"name": "calculator", "arguments": {"expression": "1"}}]})
+    right = written(
+        model.tokenizer, {"tool_calls": [{"name": "calculator", "arguments": {"expression": "1"}}]}
+    )
     assert walk(made.job.hook(), right[1:])[0] is None
     for wrong in (
         {"name": "clock", "arguments": {}},
@@ -156,9 +158,12 @@ def test_点名的只许那一个_别的与坏的写不出(model):
 def test_参数的字符串里写不出真的标签(model):
     made = answer(model, tools=[CALCULATOR], tool_choice="required")
     hook = made.job.hook()
-    assert walk(hook, encode_plain(model.tokenizer, '\n{"name": "calculator", "arguments": {"expression": "1'))[
-        0
-    ] is None
+    assert (
+        walk(hook, encode_plain(model.tokenizer, '\n{"name": "calculator", "arguments": {"expression": "1'))[
+            0
+        ]
+        is None
+    )
     logits = torch.zeros(6400)
     hook.adjust(logits)
     controls = sorted(model.tokenizer.get_added_vocab().values())

@@ -208,7 +208,9 @@ def test_接着写一半的调用_名字与剩下的参数照给():
 
 def test_停止串自己也给_写够之前不算数():
     tokenizer = load_tokenizer()
-    sample = ChatSample(0, ReplyParser.for_tokenizer(tokenizer), StopMatcher(["停"], include=True), set(), least=3)
+    sample = ChatSample(
+        0, ReplyParser.for_tokenizer(tokenizer), StopMatcher(["停"], include=True), set(), least=3
+    )
     ids = [token for word in "停甲乙丙停丁" for token in encode_plain(tokenizer, word)]
     assert len(ids) == 6
     pieces = [d["content"] for t in ids for d in sample.push(Progress(0, [TokenOut(t)], None))]
