@@ -2,7 +2,7 @@
 
     python benchmarks/check_forced_calls.py --save_dir out/demo --weight full_sft
 
-题是“用计算器算a*b”（a、b 都是两位数，由种子定），工具是 calculator(expression) 与 clock()，贪心。三种的 exact 应当
+题是“用计算器算a*b”（两位数乘一位数，与微世界里教的相同，由种子定），工具是 calculator(expression) 与 clock()，贪心。三种的 exact 应当
 差不超过一个：约束只该挡住写错的，不该让写对的变错。走的是服务器真的那条路（同一个 :class:`ChatAnswer` 与引擎线程）。
 """
 
@@ -22,7 +22,7 @@ TOOLS = [
         "type": "function",
         "function": {
             "name": "calculator",
-            "description": "计算一个算式",
+            "description": "计算算式",
             "parameters": {
                 "type": "object",
                 "properties": {"expression": {"type": "string"}},
@@ -34,7 +34,7 @@ TOOLS = [
         "type": "function",
         "function": {
             "name": "clock",
-            "description": "查询现在的时间",
+            "description": "查时间",
             "parameters": {"type": "object", "properties": {}},
         },
     },
@@ -55,8 +55,8 @@ class ForcedArguments(ModelArguments):
 
 
 def questions(count: int, seed: int) -> list[str]:
-    """``count`` 个两位数的乘法算式，互不相同。"""
-    pairs = random.Random(seed).sample([(a, b) for a in range(10, 100) for b in range(2, 100)], count)
+    """``count`` 个两位数乘一位数的算式，互不相同。"""
+    pairs = random.Random(seed).sample([(a, b) for a in range(11, 90) for b in range(2, 10)], count)
     return [f"{a}*{b}" for a, b in pairs]
 
 

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
+from minimind.inference.generate import TextStream
 from minimind.inference.reply import ReplyParser
 from minimind.serve.chat import merge_delta
-from minimind.inference.generate import TextStream
 from minimind.serve.samples import ChatSample, TextSample
 from minimind.serve.stops import StopMatcher
 from minimind.serve.tickets import Progress, TokenOut
@@ -182,7 +182,7 @@ def test_没有收尾的思考里的调用_写完了就是调用_截断了还是
 
 
 def test_收尾了的思考照旧():
-    _, message, reason, sample = play("想\n</think>\n\n好", thinking=True)
+    _, message, _, sample = play("想\n</think>\n\n好", thinking=True)
     assert message == {"reasoning_content": "想", "content": "好"} and not sample.unclosed
 
 
