@@ -101,12 +101,21 @@ def typed_prompts() -> Iterator[str]:
         yield line
 
 
-def talk(session, prompts: Iterable[str], *, echo: bool, show_speed: bool, forgiving: bool) -> None:
+def talk(
+    session,
+    prompts: Iterable[str],
+    *,
+    echo: bool,
+    show_speed: bool,
+    forgiving: bool,
+    interruptible: bool = False,
+) -> None:
     """逐个问、流式答。
 
     Args:
         echo: 先把问题打印出来（自动测试）。
         forgiving: 真为手动对话，一问太长时说明后继续；假则让错误结束程序。
+        interruptible: 答着的时候按 Ctrl-C 只停下这个回答，接着问；假则结束程序。
     """
     for prompt in prompts:
         if echo:
@@ -120,6 +129,12 @@ def talk(session, prompts: Iterable[str], *, echo: bool, show_speed: bool, forgi
                 say_out("\n")
                 raise
             say_out(f"\n{error}\n\n")
+            continue
+        except KeyboardInterrupt:
+            if not interruptible:
+                raise
+            session.interrupt()
+            say_out("\n（停下了，这一问一答不记入历史；要退出，在输入处按 Ctrl-C 或空行回车）\n\n")
             continue
         if session.dropped:
             say_out(f"\n（上下文放不下，略去了最早的 {session.dropped} 条历史）")
@@ -176,8 +191,9 @@ def run(session, args: ChatArguments) -> None:
         prompts = TOOL_PROMPTS if args.tools else PLAIN_PROMPTS if session.plain else CHAT_PROMPTS
         talk(session, prompts, echo=True, forgiving=False, **common)
     else:
-        say_out("（空行退出）\n")
-        talk(session, typed_prompts(), echo=False, forgiving=sys.stdin.isatty(), **common)
+        say_out("（空行退出；答着的时候 Ctrl-C 停下这个回答）\n")
+        forgiving = sys.stdin.isatty()
+        talk(session, typed_prompts(), echo=False, forgiving=forgiving, interruptible=True, **common)
 
 
 @guard

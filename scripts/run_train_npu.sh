@@ -4,7 +4,7 @@
 #   bash scripts/run_train_npu.sh pretrain --epochs 1 --batch_size 32
 #
 # 可用环境变量：
-#   NPROC_PER_NODE   用几张卡；不给则数 ASCEND_RT_VISIBLE_DEVICES，再不行问 npu-smi，都没有就按 8 张
+#   NPROC_PER_NODE   用几张卡；不给则数 ASCEND_RT_VISIBLE_DEVICES，再不行问 npu-smi，都没有就停下
 #   MASTER_PORT      通信端口，默认 29500
 #   NNODES、NODE_RANK、MASTER_ADDR   多机时给出
 #   HCCL_CONNECT_TIMEOUT、HCCL_EXEC_TIMEOUT   已设置的不改
@@ -44,7 +44,7 @@ if [ -z "$cards" ] && [ -n "${ASCEND_RT_VISIBLE_DEVICES:-}" ]; then
     cards="$(count_devices "$ASCEND_RT_VISIBLE_DEVICES")"
 fi
 [ -n "$cards" ] || cards="$(count_from_smi)"
-[ "$cards" != 0 ] || cards=8
+[ "$cards" != 0 ] || fail "没有 NPU 应答：npu-smi info -m 一张卡也没有列出。请检查驱动与 npu-smi；卡确实在，就用环境变量 NPROC_PER_NODE 写明几张；没有 NPU，请直接运行 python trainer/train_${stage}.py。"
 [[ "$cards" =~ ^[1-9][0-9]*$ ]] || fail "卡数应当是正整数，看到的是 ${cards}；请改环境变量 NPROC_PER_NODE。"
 
 # 首步编译算子要几分钟，默认的 120 秒建链超时不够

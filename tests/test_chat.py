@@ -190,3 +190,43 @@ def test_端到端_子进程退出码与一行错误(root_dir, save_dir, argv, s
     assert done.returncode == 2
     assert said in done.stderr and "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_答着的时候CtrlC_只停这个回答_历史里没有它(ask, save_dir, monkeypatch):
+    from minimind.inference import chat as sessions
+
+    real, asked = sessions.stream_tokens, []
+
+    def interrupted(model, ids, **options):
+        asked.append(list(ids))
+        tokens = real(model, ids, **options)
+        yield next(tokens)
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        yield from tokens
+
+    monkeypatch.setattr(sessions, "stream_tokens", interrupted)
+    common = ["--save_dir", save_dir, "--mode", "manual", "--max_new_tokens", "3", "--historys", "4"]
+    code, out, _ = ask(*common, typed="甲\n乙\n\n")
+    assert code == 0 and out.count("答：") == 2 and out.count("停下了") == 1
+    assert "甲" not in load_tokenizer().decode(asked[1]) and "乙" in load_tokenizer().decode(asked[1])
+
+
+def test_只问一句时CtrlC_结束程序(ask, save_dir, monkeypatch):
+    from minimind.inference import chat as sessions
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(sessions, "stream_tokens", interrupted)
+    assert ask("--save_dir", save_dir, "--prompt", "你好")[0] == 130
+
+
+@pytest.mark.parametrize("present", [True, False])
+def test_没听说过的权重名_说的是一句能照做的话(ask, tmp_path, present):
+    if present:
+        make_weights(tmp_path)
+    code, _, err = ask("--save_dir", str(tmp_path), "--weight", "我的权重", "--prompt", "你好")
+    assert code == 2 and "先运行 训练时" not in err and "--save_weight 我的权重 --hidden_size" in err
+    assert ("full_sft_32.pth" in err) == present

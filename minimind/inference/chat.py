@@ -67,6 +67,10 @@ class ChatSession:
             prefix_cache_tokens=min(context_length(self.model), PREFIX_TOKENS),
         )
 
+    def interrupt(self) -> None:
+        """回答被 Ctrl-C 打断了：可能停在引擎的一步中间，状态不完整，下一问换一个新的（约 20 毫秒，前缀库重来）。"""
+        self.__dict__.pop("engine", None)
+
     def encode(self, prompt: str) -> list[int]:
         """这一问的 token：先带上历史，放不下就从最早的一轮开始丢，``dropped`` 记丢了几条。
 

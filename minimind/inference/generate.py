@@ -88,11 +88,15 @@ class TextStream:
         else:
             self._decoder = _Redecoder(tokenizer, skip_special_tokens)
 
+    def silent(self, token: int) -> bool:
+        """这个 token 没有文字。"""
+        return self.skip_special_tokens and self._vocabulary.special(token)
+
     def push(self, token: int) -> str:
         """放入一个 token，返回此刻可以显示的新文字（可能是空串）。"""
         if isinstance(self._decoder, _Redecoder):
             return self._decoder.push(token)
-        if self.skip_special_tokens and self._vocabulary.special(token):
+        if self.silent(token):
             return ""
         return self._decoder.decode(self._vocabulary.bytes_of(token))
 

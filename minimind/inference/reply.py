@@ -118,7 +118,8 @@ class ReplyParser:
         tokenizer: Any = None,
     ):
         self.state = "reasoning" if thinking else "text"
-        self.make_id = make_id
+        self.make_id, self.tokenizer = make_id, tokenizer
+        self._thinks = True  # 认不认 <think>
         self.count = 0  # 认出名字的调用个数
         self._held = ""  # 可能是标签开头的文字（只在按文字认时）
         self._space = ""  # 扣着的空白：后面是正文才算数
@@ -144,6 +145,18 @@ class ReplyParser:
             held, self._held = self._held, ""
             return [*events, *self._literal(held), *self._tag(self._tag_ids[token])]
         return self.feed(self._stream.push(token))
+
+    def resume(self, tokens: Iterable[int]) -> list[Event]:
+        """放入提示里已经替它写好的开头：正文与思考客户端已经有了，不再给；没写完的调用照给。"""
+        events = [event for token in tokens for event in self.push(token)]
+        self._space = ""
+        return [event for event in events if not isinstance(event, TextDelta | ReasoningDelta)]
+
+    def without_thinking(self) -> ReplyParser:
+        """同样的解析，只是没有思考：``<think>`` 不算数，一切都是正文与调用。"""
+        other = ReplyParser(False, self.make_id, self.tokenizer)
+        other._thinks = False
+        return other
 
     def feed(self, text: str) -> list[Event]:
         """放入一段文字，其中的标签按字面认。"""
@@ -208,7 +221,8 @@ class ReplyParser:
             return []
         if tag == THINK:
             events = self._emit(self._space.removesuffix("\n"))
-            self._space, self._trim, self.state = "", True, "reasoning"
+            self._space, self._trim = "", True
+            self.state = "reasoning" if self._thinks else "text"
             return events
         if tag == TOOL_CALL:
             return self._begin_call()

@@ -17,13 +17,16 @@ from torch import Tensor
 
 from minimind.errors import UserError
 
+# 再低就当作 0：logits 除以它会溢出成 inf，softmax 就是 NaN；而 1e-5 时差 0.001 的两个词已经是 e^100 倍
+COLDEST = 1e-5
+
 
 @dataclass(frozen=True)
 class SamplingParams:
     """一次生成的采样参数。
 
     Args:
-        temperature: 0 表示贪心（此时其余截断参数不起作用），越大越随机。
+        temperature: 0 表示贪心（此时其余截断参数不起作用），越大越随机；低于 ``COLDEST`` 的就是 0。
         top_k: 只在概率最高的 k 个里抽；0 表示不限。
         top_p: 只在累计概率刚好达到 p 的最小集合里抽（与末一名并列的也算）；1 表示不限。
         min_p: 丢掉概率低于「最大概率 × min_p」的；0 表示不限。
@@ -56,6 +59,8 @@ class SamplingParams:
                     expected=expected,
                     fix=f"改 --{name} 的取值",
                 )
+        if self.temperature < COLDEST:
+            object.__setattr__(self, "temperature", 0.0)
 
     @property
     def greedy(self) -> bool:

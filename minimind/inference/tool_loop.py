@@ -97,6 +97,10 @@ class ToolSession:
             self.dropped += len(history[0])
             history = history[1:]
 
+    def interrupt(self) -> None:
+        """回答被 Ctrl-C 打断了，见 :meth:`ChatSession.interrupt`。"""
+        self.chat.interrupt()
+
     def events(self, prompt: str) -> Iterator[Event | ToolResult | Stopped]:
         """一问的全部事件；走完后历史里多一轮。
 

@@ -9,11 +9,13 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
+from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
 from minimind.errors import UserError
@@ -25,7 +27,13 @@ from minimind.serve.guard import Guard
 from minimind.serve.metrics import Metrics
 from minimind.serve.models import ModelTable, ServedModel
 from minimind.serve.reload import add_reload
-from minimind.serve.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from minimind.serve.schemas import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+    ignored_fields,
+)
 from minimind.tokenizer import encode_plain
 
 log = logging.getLogger("minimind.serve")
@@ -36,6 +44,10 @@ PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:",
     "Cache-Control": "no-cache",
 }
+# 脚本与样式随版本变：浏览器可以存，每次用之前问一声变了没有（没变是 304）
+STATIC_HEADERS = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
+IGNORED_HEADER = "X-MiniMind-Ignored-Fields"
+MAX_NAMES = 20  # 头里最多列几个不起作用的字段；日志里记过的最多记几百个
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -61,7 +73,9 @@ def create_app(
         for runner in app.state.table.runners if app.state.table else ():
             await run_in_threadpool(runner.close)
 
-    app = FastAPI(title="MiniMind", version="1", lifespan=lifespan, docs_url="/docs", redoc_url=None)
+    app = FastAPI(
+        title="MiniMind", version="1", lifespan=lifespan, docs_url=None, redoc_url=None
+    )  # 它们要 CDN
     app.state.table, app.state.settings, app.state.metrics = None, settings, metrics
     app.state.stopping = False
     install_handlers(app, log)
@@ -102,28 +116,47 @@ def table_of(app: FastAPI) -> ModelTable:
     return app.state.table
 
 
+class IgnoredFields:
+    """请求里不起作用的字段：每个名字在日志里说一次，每次写进应答的头。"""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def headers(self, body: BaseModel) -> dict[str, str]:
+        names = ignored_fields(body)[:MAX_NAMES]
+        fresh = [name for name in names if name not in self._told and len(self._told) < 256]
+        self._told.update(fresh)
+        if fresh:
+            log.warning("请求里的这些字段不起作用：%s", "、".join(repr(name[:80])[1:-1] for name in fresh))
+        shown = ", ".join(quote(name[:80].encode("utf-8", "replace")) for name in names)
+        return {IGNORED_HEADER: shown} if shown else {}
+
+
 def add_generation(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
     """聊天与续写。"""
 
-    async def answer(request: Request, made: Any, tickets: Any, stream: bool) -> Response:
-        if stream:
+    ignored = IgnoredFields()
+
+    async def answer(request: Request, made: Any, tickets: Any) -> Response:
+        headers = ignored.headers(made.request)
+        if made.request.stream:
             lines = made.stream(tickets, settings, metrics)
-            return StreamingResponse(lines, media_type="text/event-stream", headers=STREAM_HEADERS)
+            return StreamingResponse(lines, media_type="text/event-stream", headers=STREAM_HEADERS | headers)
         async with until_disconnected(request):
-            return JSONResponse(await made.whole(tickets, settings, metrics))
+            return JSONResponse(await made.whole(tickets, settings, metrics), headers=headers)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         model = table_of(app).find(body.model)
         # 渲染、分词与编译文法都可能要几十毫秒，不占事件循环
         made = await run_in_threadpool(ChatAnswer, model, body)
-        return await answer(request, made, submit(made.job, settings), body.stream)
+        return await answer(request, made, submit(made.job, settings))
 
     @app.post("/v1/completions")
     async def complete(body: CompletionRequest, request: Request) -> Response:
         model = table_of(app).find(body.model)
         made = await run_in_threadpool(TextAnswer, model, body)
-        return await answer(request, made, made.submit(settings), body.stream)
+        return await answer(request, made, made.submit(settings))
 
 
 def add_models(app: FastAPI) -> None:
@@ -157,9 +190,7 @@ def add_tokens(app: FastAPI) -> None:
                 ids = encode_plain(model.tokenizer, body.prompt)
                 return [model.tokenizer.bos_token_id, *ids] if body.add_special_tokens else ids
             tools = [tool.model_dump(exclude_none=True) for tool in body.tools] if body.tools else None
-            return encode_messages(
-                model, body.messages, tools, add_generation_prompt=body.add_generation_prompt
-            )
+            return encode_messages(model, body, tools, body.thinking).ids
 
         ids = await run_in_threadpool(encode)
         texts = [model.vocabulary.text_of(token) for token in ids]
@@ -195,9 +226,18 @@ def add_status(app: FastAPI, metrics: Metrics) -> None:
         return Response(metrics.render(), media_type=metrics.content_type)
 
 
+class PageFiles(StaticFiles):
+    """网页的脚本与样式，带上缓存的规矩。"""
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers.update(STATIC_HEADERS)
+        return response
+
+
 def add_page(app: FastAPI) -> None:
     """网页：几个静态文件，不用外部资源。"""
-    app.mount("/static", StaticFiles(directory=STATIC), name="static")
+    app.mount("/static", PageFiles(directory=STATIC), name="static")
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:

@@ -5,23 +5,26 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from minimind.errors import UserError
 from minimind.inference.reply import ReplyParser
 from minimind.serve.errors import ApiError
+from minimind.serve.forms import Constrained, Exactly, FormHook, Free, Stage, Thinking, call_stages
 from minimind.serve.generation import Job, Settings, check_ids, fit, new_id, progress_of, usage_of
-from minimind.serve.grammar import forced_call_schema, requested_schema
+from minimind.serve.grammar import CompiledText
 from minimind.serve.hooks import make_hook
 from minimind.serve.metrics import Metrics
 from minimind.serve.models import ServedModel
 from minimind.serve.samples import ChatSample
-from minimind.serve.schemas import ChatRequest, Message
+from minimind.serve.schemas import ChatRequest, Conversation, FunctionSpec, Message
 from minimind.serve.stops import StopMatcher
 from minimind.serve.tickets import Ticket
-from minimind.tokenizer import encode_chat
+from minimind.tokenizer import encode_chat, encode_plain
 from minimind.tokenizer.loading import codec_of
-from minimind.tokenizer.special import TOOL_CALL
+from minimind.tokenizer.special import END_THINK, END_TOOL_CALL, IM_END, THINK, TOOL_CALL
+
+THINK_TAGS = {THINK, END_THINK}
 
 
 def plain_message(message: Message) -> dict[str, Any]:
@@ -33,30 +36,61 @@ def plain_message(message: Message) -> dict[str, Any]:
     role = {"developer": "system", "function": "tool"}.get(message.role, message.role)
     content = message.content
     if isinstance(content, list):
-        for part in content:
-            if part.get("type") not in ("text", "input_text") or not isinstance(part.get("text"), str):
-                raise ApiError(
-                    400, f"只支持文字，不支持 {str(part.get('type'))[:40]}", param="messages.content"
-                )
-        content = "".join(part["text"] for part in content)
-    plain: dict[str, Any] = {"role": role, "content": content or ""}
+        content = "".join(map(part_text, content))
+    plain: dict[str, Any] = {"role": role, "content": content or message.refusal or ""}
     if message.reasoning_content is not None and role == "assistant":
         plain["reasoning_content"] = message.reasoning_content
-    if message.tool_calls and role == "assistant":
-        plain["tool_calls"] = [call.model_dump(exclude_none=True) for call in message.tool_calls]
+    calls = [call.model_dump(exclude_none=True) for call in message.tool_calls or ()]
+    if not calls and message.function_call:
+        calls = [{"type": "function", "function": message.function_call.model_dump(exclude_none=True)}]
+    if calls and role == "assistant":
+        plain["tool_calls"] = calls
     return plain
 
 
-def encode_messages(model: ServedModel, messages: list[Message], tools: Any, **options: Any) -> list[int]:
-    """对话 → 词元。
+def part_text(part: dict[str, Any] | str) -> str:
+    """一段内容的文字；拒绝的话也是文字。
 
     Raises:
-        ApiError: 消息的结构不对。
+        ApiError: 不是文字。
     """
+    if isinstance(part, str):
+        return part
+    kind = part.get("type")
+    text = part.get("refusal" if kind == "refusal" else "text")
+    if kind not in ("text", "input_text", "output_text", "refusal") or not isinstance(text, str):
+        raise ApiError(400, f"只支持文字，不支持 {str(kind)[:40]}", param="messages.content")
+    return text
+
+
+class Prompt(NamedTuple):
+    """渲染好的对话：``ids`` 是提示，末尾 ``written`` 个是助手已经写下、要接着写的。"""
+
+    ids: list[int]
+    written: int = 0
+
+
+def encode_messages(model: ServedModel, request: Conversation, tools: Any, thinking: bool | None) -> Prompt:
+    """对话 → 词元；最后一条是助手的就去掉回合的结尾，接着它写。
+
+    Raises:
+        ApiError: 消息的结构不对，或不知道要不要接着写。
+    """
+    generate = request.add_generation_prompt is not False
     try:
-        return encode_chat(model.tokenizer, [plain_message(m) for m in messages], tools, **options).ids
-    except UserError as error:
+        resume = request.continues(request.messages)
+        messages = [plain_message(m) for m in request.messages]
+        if resume and not (messages[-1]["content"] or messages[-1].get("reasoning_content")):
+            del messages[-1]  # 一个字也没写的开头，就是从头写
+            resume = False
+        if not resume:
+            return Prompt(encode_chat(model.tokenizer, messages, tools, generate, thinking).ids)
+        ids = encode_chat(model.tokenizer, messages, tools).ids
+        start = len(encode_chat(model.tokenizer, messages[:-1], tools, True).ids)
+    except (UserError, ValueError) as error:
         raise ApiError(400, str(error), param="messages") from error
+    end = len(ids) - 1 - ids[::-1].index(codec_of(model.tokenizer).controls[IM_END])
+    return Prompt(ids[:end], end - start)
 
 
 class ChatAnswer:
@@ -66,26 +100,29 @@ class ChatAnswer:
         self.model, self.request = model, request
         self.id, self.created = new_id("chatcmpl"), int(time.time())
         check_ids(request.logit_bias or (), model, "logit_bias")
+        check_ids(request.stop_token_ids or (), model, "stop_token_ids")
         self.use_tools = bool(request.tools) and request.tool_choice != "none"
         tools = [tool.model_dump(exclude_none=True) for tool in request.tools] if self.use_tools else None
+        forced, constraint = request.forced_tools, request.constraint
         thinking = request.thinking
-        prompt = encode_messages(
-            model, request.messages, tools, add_generation_prompt=True, enable_thinking=thinking
-        )
-        forced, schema = forced_call_schema(request), requested_schema(request)
-        tag = codec_of(model.tokenizer).controls.get(TOOL_CALL)
+        if thinking and (forced or constraint) and THINK_TAGS - set(self._tags):
+            thinking = False  # 标签不是词元，约束不知道思考到哪里为止
+        prompt, written = encode_messages(model, request, tools, thinking)
+        if written and (forced or constraint):
+            what = "tool_choice" if forced else constraint.param
+            raise ApiError(400, f"接着写时不能约束输出（{what}）", param=what)
+        self.written = prompt[len(prompt) - written :]  # 助手已经写下的
+        self.thinking = bool(thinking) and not written
         self.opening: list[int] = []
+        form = None
         if forced:
-            if tag is None:
+            if {TOOL_CALL, END_TOOL_CALL} - set(self._tags):
                 raise ApiError(400, "这个模型的分词器没有工具调用的标签", param="tool_choice")
-            self.opening = [tag]
-        constraint = forced or schema
-        grammar = model.grammar.hook(constraint) if constraint else None
-        self.thinking = bool(thinking) and not constraint
-        if thinking and constraint:  # 约束从第一个词元起生效，想不了
-            prompt = encode_messages(
-                model, request.messages, tools, add_generation_prompt=True, enable_thinking=False
-            )
+            form = self._calls_form(forced)
+            if not self.thinking:
+                self.opening = [self._tags[TOOL_CALL]]
+        elif constraint:
+            form = self._text_form(model.grammar.constrained(constraint))
         prompt += self.opening
         self.job = Job(
             model,
@@ -93,22 +130,56 @@ class ChatAnswer:
             request.params(),
             fit(prompt, request.limit, model),
             request.samples,
-            make_hook(request, grammar),
+            make_hook(request, model.eos_ids, form and (lambda: FormHook(form()))),
             (request.top_logprobs or 0) if request.logprobs else None,
         )
 
+    @property
+    def _tags(self) -> dict[str, int]:
+        return codec_of(self.model.tokenizer).controls
+
+    def _thinking_stages(self, *after: int) -> list[Stage]:
+        """先想完，接着是固定的空行与 ``after``；不思考时没有。"""
+        if not self.thinking:
+            return []
+        gap = encode_plain(self.model.tokenizer, "\n\n")
+        return [Thinking(self._tags[END_THINK], sorted(self.model.eos_ids)), Exactly([*gap, *after])]
+
+    def _calls_form(self, forced: list[FunctionSpec]) -> Callable[[], list[Stage]]:
+        """必须调用：（思考，）一个或几个调用。"""
+        text, tags = self.model.grammar.call(forced), self._tags
+        newline = encode_plain(self.model.tokenizer, "\n")
+        several = self.request.parallel_tool_calls is not False
+        begin, end, stops = tags[TOOL_CALL], tags[END_TOOL_CALL], sorted(self.model.eos_ids)
+        return lambda: [
+            *self._thinking_stages(begin),
+            *call_stages(text, begin, end, newline, stops, several),
+        ]
+
+    def _text_form(self, text: CompiledText) -> Callable[[], list[Stage]]:
+        """（思考，）合乎文法的正文；给了工具时也可以改写调用。"""
+        calls = (
+            {self._tags[TOOL_CALL]: lambda: [Free()]} if self.use_tools and TOOL_CALL in self._tags else {}
+        )
+        stops = sorted(self.model.eos_ids)
+        return lambda: [*self._thinking_stages(), Constrained(text, stops, calls)]
+
     def samples(self) -> list[ChatSample]:
-        tokenizer = self.model.tokenizer
+        tokenizer, request = self.model.tokenizer, self.request
         return [
             ChatSample(
                 index,
                 ReplyParser.for_tokenizer(tokenizer, self.thinking),
-                StopMatcher(self.request.stops),
+                StopMatcher(request.stops, request.include_stop_str_in_output),
                 self.model.eos_ids,
                 self.use_tools,
                 list(self.opening),
+                written_before=list(self.written),
+                stop_ids=set() if request.include_stop_str_in_output else set(request.stop_token_ids or ()),
+                least=request.min_tokens or 0,
+                one_call=request.parallel_tool_calls is False,
             )
-            for index in range(self.request.samples)
+            for index in range(request.samples)
         ]
 
     async def deltas(
@@ -134,6 +205,8 @@ class ChatAnswer:
             merge_delta(messages[sample.index], delta)
         choices = []
         for sample, message in zip(samples, messages):
+            if sample.unclosed:  # 没有收尾的思考就是回答，流式时收不回来，这里可以
+                message.pop("reasoning_content", None)
             if message["content"] is None and not message.get("tool_calls"):
                 message["content"] = ""
             logprobs = sample.take_logprobs(self.model.vocabulary) if self.request.logprobs else None

@@ -37,6 +37,11 @@ class ServeArguments(ModelArguments):
     prefill_chunk: int = arg(
         0, "一步最多读多少个提示词元，其间别人照写；0 由设备定：CPU 256，显卡 2048", low=0, high=MANY
     )
+    allowed_hosts: str | None = arg(
+        None,
+        "除了 localhost 与监听的地址，请求的 Host 还认哪些名字，逗号分隔；* 都认（防 DNS 重绑定）",
+        text="filled",
+    )
     prefix_cache_tokens: int = arg(
         16384,
         "前缀库最多存多少个词元的 KV（26M 每个 8 KB），开头相同的提示不重算；0 不用",
@@ -78,20 +83,22 @@ def model_table(args: ServeArguments):
     return ModelTable([open_model("None"), *(open_model(name.strip()) for name in names)])
 
 
-def free_port(host: str) -> int:
-    """这个地址上一个空着的端口。
+def check_address(host: str, port: int) -> None:
+    """载入模型之前先看一眼这个地址能不能听。
 
     Raises:
-        UserError: 这不是本机的地址。
+        UserError: 不是本机的地址，或端口被占着。
     """
     try:
-        family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         with socket.socket(family) as probe:
-            probe.bind((host, 0))
-            return probe.getsockname()[1]
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # 同 uvicorn：刚关掉的不算占着
+            probe.bind((host, port))
     except OSError as error:
         raise UserError(
-            f"不能在 {host} 上监听（{error.strerror}）", where="--host", fix="用 127.0.0.1 或本机的地址"
+            f"不能在 {host}:{port} 上监听（{error.strerror}）",
+            where="--host 与 --port",
+            fix="地址用 127.0.0.1 或本机的；端口换一个，或用 --port 0 由系统挑",
         ) from error
 
 
@@ -119,12 +126,14 @@ def run(args: ServeArguments) -> None:
             "int8 的权重不能在运行中换", where="--reload_dir 与 --quantize int8", fix="去掉其中一个"
         )
     reload_dir = resolve_path(args.reload_dir) if args.reload_dir else None
-    settings = Settings(args.api_key, args.request_seconds, reload_dir=reload_dir)
+    check_address(args.host, args.port)
+    hosts = tuple(name.strip() for name in (args.allowed_hosts or "").split(",") if name.strip())
+    settings = Settings(
+        args.api_key, args.request_seconds, reload_dir=reload_dir, host=args.host, allowed_hosts=hosts
+    )
     cors = [origin.strip() for origin in args.cors.split(",")] if args.cors else None
     app = create_app(lambda: model_table(args), settings, cors)
-    port = args.port or free_port(args.host)
-    say(f"服务在 http://{args.host}:{port} ，接口在 /v1，说明在 /docs；Ctrl-C 停止。")
-    config = uvicorn.Config(app, host=args.host, port=port, log_level="warning")
+    config = uvicorn.Config(app, host=args.host, port=args.port, log_level="warning")
     server = GracefulServer(config, app, args.shutdown_seconds)
     server.run()
     if server.forced:

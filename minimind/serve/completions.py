@@ -9,6 +9,7 @@ from typing import Any
 
 from minimind.inference.generate import TextStream
 from minimind.serve.errors import ApiError
+from minimind.serve.forms import Constrained, FormHook
 from minimind.serve.generation import Job, Settings, check_ids, fit, new_id, progress_of, submit, usage_of
 from minimind.serve.hooks import make_hook
 from minimind.serve.metrics import Metrics
@@ -33,6 +34,7 @@ class TextAnswer:
         self.model, self.request = model, request
         self.id, self.created = new_id("cmpl"), int(time.time())
         check_ids(request.logit_bias or (), model, "logit_bias")
+        check_ids(request.stop_token_ids or (), model, "stop_token_ids")
         try:
             given = request.prompts()
         except ValueError as error:
@@ -42,8 +44,11 @@ class TextAnswer:
         self.texts = [value if isinstance(value, str) else None for value in given]
         prompts = [self._encode(value) for value in given]
         self.only_score = request.max_tokens == 0
-        asked = 16 if request.max_tokens is None else max(request.max_tokens, 1)
-        top = request.logprobs
+        asked = 16 if request.max_tokens is None else 1 if self.only_score else request.limit
+        top, form = request.logprobs, None
+        if constraint := request.constraint:
+            text, stops = model.grammar.constrained(constraint), sorted(model.eos_ids)
+            form = lambda: FormHook([Constrained(text, stops)])  # noqa: E731
         self.jobs = [
             Job(
                 model,
@@ -51,7 +56,7 @@ class TextAnswer:
                 request.params(),
                 fit(prompt, asked, model),
                 request.samples,
-                make_hook(request, None),
+                make_hook(request, model.eos_ids, form),
                 top,
                 request.logprobs_mode == "processed_logprobs",
             )
@@ -69,6 +74,11 @@ class TextAnswer:
         tickets: list[Ticket] = []
         if self.only_score:
             return tickets
+        runner, total = self.model.runner, sum(job.n for job in self.jobs)
+        if total > (most := runner.max_slots + runner.max_queue):
+            raise ApiError(
+                400, f"{len(self.jobs)} 条提示共要 {total} 个样本，服务器至多 {most} 个", param="prompt"
+            )
         try:
             for job in self.jobs:
                 tickets.append(submit(job, settings))
@@ -79,9 +89,22 @@ class TextAnswer:
         return tickets
 
     def _sample(self, index: int) -> TextSample:
-        eos = self.model.eos_ids
-        stream, stops = TextStream(self.model.tokenizer), StopMatcher(self.request.stops)
-        return TextSample(index, stream, stops, eos)
+        request = self.request
+        stops = StopMatcher(request.stops, request.include_stop_str_in_output)
+        stop_ids = set() if request.include_stop_str_in_output else set(request.stop_token_ids or ())
+        return TextSample(
+            index,
+            TextStream(self.model.tokenizer),
+            stops,
+            self.model.eos_ids,
+            stop_ids=stop_ids,
+            least=request.min_tokens or 0,
+        )
+
+    def _samples(self, which: int) -> list[TextSample]:
+        """第 ``which`` 条提示的各个样本。"""
+        n = self.request.samples
+        return [self._sample(index) for index in range(which * n, which * n + n)]
 
     async def _echo(self, which: int) -> tuple[str, list[TokenOut]]:
         """``echo`` 时提示的文字与（要的话）逐词元的对数概率；自己加的开头记号不算。"""
@@ -97,11 +120,9 @@ class TextAnswer:
         return text, scored[skip:]
 
     async def pieces(
-        self, which: int, ticket: Ticket, settings: Settings, metrics: Metrics
+        self, which: int, samples: list[TextSample], ticket: Ticket, settings: Settings, metrics: Metrics
     ) -> AsyncIterator[tuple[TextSample, str]]:
         """第 ``which`` 条提示的各样本：逐段给出（样本，文字）；写完时文字可以是空的。"""
-        n = self.request.samples
-        samples = [self._sample(which * n + index) for index in range(n)]
         async for progress in progress_of(self.jobs[which], ticket, settings, metrics):
             sample = samples[progress.index]
             if sample.finish_reason is not None:
@@ -123,25 +144,22 @@ class TextAnswer:
 
     async def whole(self, tickets: list[Ticket], settings: Settings, metrics: Metrics) -> dict[str, Any]:
         """一次给出的答案。"""
-        n = self.request.samples
+        samples = [self._samples(which) for which in range(len(self.jobs))]
         texts: dict[int, str] = {}
-        samples: dict[int, TextSample] = {}
         try:
             for which, ticket in enumerate(tickets):
-                async for sample, text in self.pieces(which, ticket, settings, metrics):
-                    samples[sample.index] = sample
+                async for sample, text in self.pieces(which, samples[which], ticket, settings, metrics):
                     texts[sample.index] = texts.get(sample.index, "") + text
         finally:  # 前面的半途而废时，后面的也不要了；写完的取消是空操作
             for ticket in tickets:
                 self.model.runner.cancel(ticket)
         choices = []
-        for which in range(len(self.jobs)):
+        for which, own in enumerate(samples):
             prefix, scored = await self._echo(which) if self.request.echo else ("", [])
-            for index in range(which * n, which * n + n):
-                sample = samples.get(index) or self._sample(index)
+            for sample in own:
                 reason = "length" if self.only_score else sample.finish_reason
-                choices.append(self._choice(sample, prefix + texts.get(index, ""), scored, reason))
-        usage = usage_of(self.jobs, sum(sample.written for sample in samples.values()))
+                choices.append(self._choice(sample, prefix + texts.get(sample.index, ""), scored, reason))
+        usage = usage_of(self.jobs, sum(sample.written for own in samples for sample in own))
         return self._envelope(choices) | {"usage": usage}
 
     async def stream(self, tickets: list[Ticket], settings: Settings, metrics: Metrics) -> AsyncIterator[str]:
@@ -150,14 +168,16 @@ class TextAnswer:
         def line(choices: list[dict[str, Any]], **extra: Any) -> str:
             return f"data: {json.dumps(self._envelope(choices) | extra, ensure_ascii=False)}\n\n"
 
-        written, n = 0, self.request.samples
+        written = 0
         try:
-            for which, ticket in enumerate(tickets):
+            for which in range(len(self.jobs)):
+                samples = self._samples(which)
                 prefix, scored = await self._echo(which) if self.request.echo else ("", [])
-                if prefix:
-                    for index in range(which * n, which * n + n):
-                        yield line([self._choice(self._sample(index), prefix, scored)])
-                async for sample, text in self.pieces(which, ticket, settings, metrics):
+                for sample in samples if prefix or self.only_score else ():
+                    yield line([self._choice(sample, prefix, scored, "length" if self.only_score else None)])
+                if self.only_score:
+                    continue
+                async for sample, text in self.pieces(which, samples, tickets[which], settings, metrics):
                     yield line([self._choice(sample, text, reason=sample.finish_reason)])
                     written += sample.written if sample.finish_reason is not None else 0
             if self.request.include_usage:

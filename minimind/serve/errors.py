@@ -14,6 +14,7 @@ from minimind.errors import UserError
 # 状态码 → OpenAI 的错误类别
 TYPES = {
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     429: "rate_limit_error",
     500: "server_error",

@@ -35,6 +35,8 @@ class Settings:
         max_body: 请求体最多多少字节。
         retry_after: 排满时让客户端过几秒再来。
         reload_dir: 重读权重时读哪个目录；``None`` 没有这个接口。
+        host: 监听的地址。
+        allowed_hosts: 请求的 ``Host`` 除了本机的名字与 ``host`` 之外还认哪些；有 ``*`` 就都认。
     """
 
     api_key: str | None = None
@@ -42,6 +44,8 @@ class Settings:
     max_body: int = 4 << 20
     retry_after: int = 1
     reload_dir: Path | None = None
+    host: str = "127.0.0.1"
+    allowed_hosts: tuple[str, ...] = ()
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""路由之前的一道门：密钥、请求体大小、按状态计数。
+"""路由之前的一道门：密钥、Host、请求体大小、HEAD、按状态计数。
 
 写成裸的 ASGI 中间件：Starlette 的 ``BaseHTTPMiddleware`` 会把流式响应再倒一手，客户端断开的消息传不到里面。
 """
@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import hmac
+import ipaddress
+import socket
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -20,6 +22,25 @@ OPEN_PATHS = ("/health", "/", "/favicon.ico")
 OPEN_PREFIX = "/static/"
 
 
+# 监听这些地址就是监听全部
+EVERYWHERE = ("0.0.0.0", "::", "")
+
+
+def host_name(value: str) -> str:
+    """``Host`` 头 → 主机名：去掉端口、方括号与末尾的点，小写。"""
+    value = value.strip().lower()
+    if value.startswith("["):
+        return value[1:].partition("]")[0]
+    return value.partition(":")[0].rstrip(".") if value.count(":") < 2 else value
+
+
+def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(name)
+    except ValueError:
+        return None
+
+
 class Guard:
     """ASGI 中间件。"""
 
@@ -30,16 +51,21 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        status = 500
+        status, head = 500, scope["method"] == "HEAD"
+        if head:  # 与 GET 的应答相同，只是没有正文
+            scope = {**scope, "method": "GET"}
 
         async def counted_send(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+            elif head:
+                message = {**message, "body": b""}
             await send(message)
 
         try:
             headers = Headers(scope=scope)
+            self._check_host(headers)
             self._check_key(scope, headers)
             limited = self._limit_body(headers, receive)
         except ApiError as error:
@@ -50,6 +76,28 @@ class Guard:
             # 没有匹配到路由的一律记 other，免得随便什么地址都成了一条指标
             path = getattr(scope.get("route"), "path", "other")
             self.metrics.requests.labels(path, str(status)).inc()
+
+    def _check_host(self, headers: Headers) -> None:
+        """防 DNS 重绑定：别处的网页把自己的域名指到本机，浏览器就当是同源，但 ``Host`` 还是它的域名。
+
+        有密钥时它拿不到密钥，不必查；监听全部地址时，直接写 IP 的不会是重绑定，放行。
+        """
+        allowed, bound = self.settings.allowed_hosts, host_name(self.settings.host)
+        if self.settings.api_key is not None or "*" in allowed or "host" not in headers:
+            return
+        name = host_name(headers["host"])
+        address = _address(name)
+        known = {"localhost", bound, *map(host_name, allowed)}
+        if bound in EVERYWHERE:
+            known.add(socket.gethostname().lower())
+        if name in known or (address and (address.is_loopback or bound in EVERYWHERE)):
+            return
+        raise ApiError(
+            403,
+            f"不认识的 Host {name[:80]!r}：这台服务器只认 localhost 与监听的地址；确实要用这个名字，"
+            f"启动时加 --allowed_hosts {name[:80]}",
+            code="host_not_allowed",
+        )
 
     def _check_key(self, scope: Scope, headers: Headers) -> None:
         path = scope["path"]

@@ -1,8 +1,8 @@
-"""对采样的干预：词元偏置、出现与次数惩罚、按文法约束。每个样本一份，由引擎在抽样前后调用。"""
+"""对采样的干预：词元偏置、出现与次数惩罚、什么时候许停。每个样本一份，由引擎在抽样前后调用。"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,27 +33,30 @@ class BiasHook:
         return False
 
 
-class GrammarHook:
-    """只许写出合乎文法的词元；文法走完就停。
+class StopHook:
+    """什么时候许停：``min_tokens`` 之前、``ignore_eos`` 时不写结束符；写下 ``stop_token_ids`` 里的就停。
 
-    Args:
-        matcher: ``xgrammar.GrammarMatcher``。
-        vocab_size: logits 的宽度。
+    放在最后：别的干预只放行结束符时（格式写完了），就让它停。
     """
 
-    def __init__(self, matcher: Any, vocab_size: int):
-        import xgrammar
-
-        self.matcher, self._apply = matcher, xgrammar.apply_token_bitmask_inplace
-        self.bitmask = xgrammar.allocate_token_bitmask(1, vocab_size)
+    def __init__(self, eos_ids: Iterable[int], stop_ids: Iterable[int], least: int, ignore_eos: bool):
+        self.eos_ids, self.stop_ids = set(eos_ids), set(stop_ids)
+        self.least, self.ignore_eos, self.written = least, ignore_eos, 0
 
     def adjust(self, logits: Tensor) -> None:
-        self.matcher.fill_next_token_bitmask(self.bitmask)
-        self._apply(logits.unsqueeze(0), self.bitmask.to(logits.device))
+        early = self.written < self.least
+        banned = self.eos_ids if early or self.ignore_eos else set()
+        banned = banned | self.stop_ids if early else banned - self.stop_ids
+        if not banned:
+            return
+        kept = logits[list(banned)]
+        logits[list(banned)] = float("-inf")
+        if not torch.isfinite(logits).any():
+            logits[list(banned)] = kept
 
     def accept(self, token: int) -> bool:
-        self.matcher.accept_token(token)
-        return self.matcher.is_terminated()
+        self.written += 1
+        return token in self.stop_ids
 
 
 class HookChain:
@@ -70,12 +73,15 @@ class HookChain:
         return any([hook.accept(token) for hook in self.hooks])
 
 
-def make_hook(request: Any, grammar: Callable[[], LogitsHook] | None) -> Callable[[], LogitsHook] | None:
+def make_hook(
+    request: Any, eos_ids: Iterable[int], form: Callable[[], LogitsHook] | None
+) -> Callable[[], LogitsHook] | None:
     """按请求给出造干预的函数；什么都不用干预时是 ``None``。
 
     Args:
         request: :class:`minimind.serve.schemas.Sampling`。
-        grammar: 造文法约束的函数。
+        eos_ids: 结束符。
+        form: 造格式约束的函数。
     """
     penalised = request.logit_bias or request.presence_penalty or request.frequency_penalty
     makers: list[Callable[[], LogitsHook]] = []
@@ -84,8 +90,11 @@ def make_hook(request: Any, grammar: Callable[[], LogitsHook] | None) -> Callabl
         makers.append(
             lambda: BiasHook(bias, request.presence_penalty or 0.0, request.frequency_penalty or 0.0)
         )
-    if grammar is not None:
-        makers.append(grammar)
+    if form is not None:
+        makers.append(form)
+    stop_ids, least = request.stop_token_ids or [], request.min_tokens or 0
+    if stop_ids or least or request.ignore_eos:
+        makers.append(lambda: StopHook(eos_ids, stop_ids, least, bool(request.ignore_eos)))
     if not makers:
         return None
     return makers[0] if len(makers) == 1 else lambda: HookChain([make() for make in makers])

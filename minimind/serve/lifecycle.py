@@ -16,6 +16,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from minimind.console import say
 from minimind.serve.runner import EngineRunner
 from minimind.signals import SIGNALS, ignored_by_nohup
 
@@ -23,7 +24,7 @@ log = logging.getLogger("minimind.serve")
 
 
 class GracefulServer(uvicorn.Server):
-    """第一次信号开始停机，第二次立刻结束。
+    """模型载入好了、开始听了才报地址；第一次信号开始停机，第二次立刻结束。
 
     Args:
         app: ``create_app`` 建的应用，停机时让它的各个引擎不再接新的。
@@ -38,6 +39,7 @@ class GracefulServer(uvicorn.Server):
         self.app, self.limit = app, limit
         self.forced = False
         self._deadline: float | None = None
+        self._announced = False
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -67,6 +69,9 @@ class GracefulServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """uvicorn 每 0.1 秒叫一次；返回真就关掉监听，等连接送完。"""
+        if not self._announced and self.app.state.table is not None:
+            self._announced = True
+            say(f"服务在 {self.address} ，接口在 /v1；Ctrl-C 停止。")
         if self._deadline is not None:
             left = self._deadline - time.monotonic()
             if left <= 0 and not self.forced:
@@ -79,6 +84,14 @@ class GracefulServer(uvicorn.Server):
                 self.config.timeout_graceful_shutdown = max(1, int(left))
                 self.should_exit = True
         return await super().on_tick(counter)
+
+    @property
+    def address(self) -> str:
+        """真的在听的地址；端口写 0 时由系统给。"""
+        host, port = self.config.host, self.config.port
+        if not port and self.servers and self.servers[0].sockets:
+            port = self.servers[0].sockets[0].getsockname()[1]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     @property
     def _runners(self) -> list[EngineRunner]:

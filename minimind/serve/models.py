@@ -33,7 +33,7 @@ class ServedModel:
         self.tokenizer: Any = self.loaded.tokenizer
         self.vocabulary = vocabulary_of(self.tokenizer)
         self.eos_ids = stop_ids(self.loaded.model, self.tokenizer)
-        self.grammar = GrammarFactory(self.tokenizer, self.loaded.model.config.vocab_size, self.eos_ids)
+        self.grammar = GrammarFactory(self.tokenizer, self.loaded.model.config.vocab_size, self.vocabulary)
 
     def card(self) -> dict[str, Any]:
         """``/v1/models`` 里的一项。"""

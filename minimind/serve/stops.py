@@ -10,13 +10,14 @@ class StopMatcher:
 
     Args:
         stops: 停止串；命中时它自己与之后的文字都不给。
+        include: 命中的停止串自己也给。
 
     Attributes:
         matched: 命中的停止串，还没有是 ``None``。
     """
 
-    def __init__(self, stops: Sequence[str]):
-        self.stops = [stop for stop in stops if stop]
+    def __init__(self, stops: Sequence[str], include: bool = False):
+        self.stops, self.include = [stop for stop in stops if stop], include
         self.matched: str | None = None
         self._held = ""
 
@@ -32,7 +33,7 @@ class StopMatcher:
         if found:
             end, _, self.matched = min(found)
             self._held = ""
-            return text[: end - len(self.matched)]
+            return text[:end] if self.include else text[: end - len(self.matched)]
         keep = max(self._overlap(text, stop) for stop in self.stops)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

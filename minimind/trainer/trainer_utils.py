@@ -155,13 +155,18 @@ def _find_weights(lm_config: MiniMindConfig, tokenizer: Any, from_weight: str, s
         _check_sidecar(path, lm_config, tokenizer)
         return path
     others = sorted(p.name for p in resolve_path(save_dir).glob(f"{from_weight}_*.pth"))
-    command = COMMANDS.get(from_weight, f"训练时加 --save_weight {from_weight}")
     size = f" --hidden_size {lm_config.hidden_size}" + (" --use_moe 1" if lm_config.use_moe else "")
-    hint = f"；目录里有 {'、'.join(others)}，可改 --hidden_size / --use_moe 与它一致" if others else ""
+    if from_weight in COMMANDS:
+        hint = f"；目录里有 {'、'.join(others)}，可改 --hidden_size / --use_moe 与它一致" if others else ""
+        fix = f"先运行 {COMMANDS[from_weight]}{size}{hint}"
+    else:
+        there = others or sorted(p.name for p in resolve_path(save_dir).glob("*.pth"))
+        there = f"目录里有 {'、'.join(there[:8])}" if there else "目录里一份权重也没有"
+        fix = f"名字写错了就改（{there}）；没写错，就在训练它的命令里加 --save_weight {from_weight}{size}"
     raise UserError(
         f"没有权重文件（{file_stem(lm_config, from_weight)}.pth）",
         where=str(path),
-        fix=f"先运行 {command}{size}{hint}",
+        fix=fix,
     )
 
 

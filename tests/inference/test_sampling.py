@@ -12,6 +12,7 @@ from minimind.inference.sampling import (
     apply_repetition_penalty,
     filter_logits,
     sample,
+    sample_rows,
 )
 
 LOGITS = torch.log(torch.tensor([[0.5, 0.25, 0.15, 0.07, 0.03]]))
@@ -131,3 +132,19 @@ def test_topp_与末一名并列的一起留():
 def test_分组时不看种子():
     one, other = (SamplingParams(temperature=0.7, seed=seed) for seed in (1, 2))
     assert one != other and one.rule == other.rule and one.rule.seed is None
+
+
+@pytest.mark.parametrize("temperature", [1e-42, 1e-320, 5e-324, 1e-30, 1e-7])
+def test_温度低到会溢出_就是贪心_没有NaN(temperature):
+    logits = torch.randn(8, 300, generator=torch.Generator().manual_seed(0)) * 20
+    params = SamplingParams(temperature=temperature, top_k=5, top_p=0.9, min_p=0.1, seed=1)
+    assert params.greedy and torch.equal(sample(logits, params), logits.argmax(-1))
+    ids, logp = sample_rows(logits, [params] * 8, torch.rand(8))
+    assert torch.equal(ids, logits.argmax(-1)) and torch.isfinite(logp).all()
+
+
+def test_温度再高一点照样抽_也没有NaN():
+    logits = torch.randn(8, 300, generator=torch.Generator().manual_seed(0)) * 1000
+    params = SamplingParams(temperature=2e-5)
+    ids, logp = sample_rows(logits, [params] * 8, torch.rand(8))
+    assert not params.greedy and torch.equal(ids, logits.argmax(-1)) and torch.isfinite(logp).all()

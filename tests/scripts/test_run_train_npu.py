@@ -41,10 +41,10 @@ def option(words: list[str], name: str) -> str:
     return words[words.index(name) + 1]
 
 
-def test_默认八张卡_参数原样传给阶段脚本(launch, root_dir):
-    code, words, _ = launch("pretrain", "--epochs", "1", "--batch_size", "32")
+def test_参数原样传给阶段脚本(launch, root_dir):
+    code, words, _ = launch("pretrain", "--epochs", "1", "--batch_size", "32", smi=SMI)
     assert code == 0
-    assert option(words, "--nproc_per_node") == "8"
+    assert option(words, "--nproc_per_node") == "2"
     assert words[-7:-2] == [
         str(root_dir / "trainer" / "train_pretrain.py"),
         "--epochs",
@@ -75,16 +75,23 @@ def test_卡数的来源(launch, env, cards):
     assert option(words, "--nproc_per_node") == cards
 
 
+@pytest.mark.parametrize("smi", [None, "", "\tNPU ID   Chip ID   Chip Logic ID   Chip Name", "没有驱动"])
+def test_没有NPU应答_说清楚就停_不拿CPU顶替(launch, smi):
+    code, words, error = launch("pretrain", smi=smi)
+    assert code == 2 and words == []
+    assert "没有 NPU 应答" in error and "NPROC_PER_NODE" in error and "train_pretrain.py" in error
+
+
 def test_使用者设过的超时与端口不改(launch):
-    _, words, _ = launch("pretrain", HCCL_CONNECT_TIMEOUT="7", MASTER_PORT="12345")
+    _, words, _ = launch("pretrain", smi=SMI, HCCL_CONNECT_TIMEOUT="7", MASTER_PORT="12345")
     assert "connect=7" in words
     assert option(words, "--master_port") == "12345"
-    _, words, _ = launch("pretrain")
+    _, words, _ = launch("pretrain", smi=SMI)
     assert "connect=1200" in words and "exec=1800" in words
 
 
 def test_多机参数只在给出时传递(launch):
-    _, words, _ = launch("pretrain", NNODES="2", NODE_RANK="1", MASTER_ADDR="10.0.0.1")
+    _, words, _ = launch("pretrain", smi=SMI, NNODES="2", NODE_RANK="1", MASTER_ADDR="10.0.0.1")
     assert (option(words, "--nnodes"), option(words, "--node_rank")) == ("2", "1")
     assert option(words, "--master_addr") == "10.0.0.1"
 

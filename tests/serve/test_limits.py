@@ -29,7 +29,7 @@ def post(live, body, path="/v1/chat/completions", **options):
         ({"messages": [{"role": "机器人", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.content"),
         ({"temperature": -1}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
         ({"n": 999}, "n"),
         ({"top_logprobs": 3}, None),
         ({"tool_choice": "required"}, None),

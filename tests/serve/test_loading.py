@@ -9,7 +9,8 @@ import subprocess
 import sys
 
 import pytest
-from processes import ROOT
+from processes import ROOT, ServerProcess
+from waiting import until
 
 from minimind.errors import UserError
 from minimind.serve.app import create_app, fill_table
@@ -27,6 +28,14 @@ def test_没有权重_一句错误_退出码2(tmp_path):
     assert done.returncode == 2
     assert done.stderr.count("train_full_sft.py") == 1, done.stderr
     assert "错误：" in done.stderr and "Traceback" not in done.stderr
+    assert "服务在" not in done.stderr + done.stdout, "没起来就别说在服务"
+
+
+def test_起来了才报地址(weights, tmp_path):
+    with ServerProcess("--save_dir", weights, folder=tmp_path) as server:
+        until(lambda: "服务在" in server.output(), server.output)
+        assert f"服务在 {server.url} ，接口在 /v1" in server.output()
+        assert server.output().index("full_sft_64.pth") < server.output().index("服务在")
 
 
 @pytest.mark.parametrize("error", [UserError("坏了"), MemoryError("放不下")])
