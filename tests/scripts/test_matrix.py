@@ -168,7 +168,6 @@ def test_compat_测试各个方面都有(root_dir):
         "-m",
         "compat and not slow",
         "--collect-only",
-        "-q",
         "-n",
         "0",
         "tests",
