@@ -16,6 +16,7 @@ from minimind.distribution import warn_other_minimind
 # 与被 SIGPIPE 结束的程序相同：128 + 13
 PIPE_CLOSED = 141
 
+
 class UserError(Exception):
     """使用者能自己修好的错误；入口处只打印这一句话，不打印调用栈。
 
