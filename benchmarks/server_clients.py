@@ -88,7 +88,7 @@ async def status_of(port: int, path: str) -> int:
     """``GET`` 的状态码；还没监听时 0。"""
     try:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        writer.write(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n".encode())
         line = await reader.readline()
         writer.close()
         return int(line.split()[1]) if line else 0

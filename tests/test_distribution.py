@@ -309,7 +309,7 @@ def test_装好的命令在别人的_minimind_挡在前面时运行的仍是这�
     add_package(tmp_path, "minimind")
     (tmp_path / "minimind" / "__init__.py").write_text("raise SystemExit('运行了别人的代码')")
     (tmp_path / "run.py").write_text(
-        "from minimind_command import main; raise SystemExit(main(['--version']))"
+        "import sys; sys.argv = ['minimind', '--version']; from minimind_command import main; main()"
     )
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(root_dir)])}
     done = subprocess.run([sys.executable, "run.py"], capture_output=True, text=True, cwd=tmp_path, env=env)

@@ -617,6 +617,19 @@ class _Unsort(torch.autograd.Function):
         return grad.index_select(0, order), None, None
 
 
+def refuse_wrapped(what: str, layer: nn.Module) -> None:
+    """直接取 weight 来算的层（输出头、路由器）上包了 LoRA 之类的增量，增量就不起作用，所以拒绝。
+
+    Raises:
+        TypeError: ``layer`` 是包装，原来的层在它里面。
+    """
+    if any(True for _ in layer.children()):
+        raise TypeError(
+            f"{what} 被换成了 {type(layer).__name__}，这里直接用它的权重，换上的不起作用；"
+            "请不要在它上面加 LoRA 或别的包装"
+        )
+
+
 class MoE(nn.Module):
     """混合专家前馈：softmax 门控，取前 K 个专家，外加总是参与的共享专家。
 
@@ -648,8 +661,7 @@ class MoE(nn.Module):
         """x [B, T, H]，valid [B, T]（True 为真词元，None 表示全是）→ 输出 [B, T, H] 与辅助损失标量。"""
         B, T, H = x.shape
         flat = x.reshape(-1, H)
-        if not isinstance(self.gate, nn.Linear):
-            raise TypeError(_REPLACED.format("路由器 gate", type(self.gate).__name__))
+        refuse_wrapped("路由器 gate", self.gate)
         with torch.autocast(x.device.type, enabled=False):  # 路由差一点就换专家，用 fp32
             score = linear(flat.float(), self.gate.weight.float()).softmax(-1)
         weight, expert = score.topk(self.top_k, dim=-1, sorted=False)
@@ -1020,8 +1032,7 @@ class MiniMindLM(nn.Module):
             weight = (target != IGNORE_INDEX).float()
             if loss_weights is not None:
                 weight = weight * F.pad(loss_weights[:, 1:], (0, 1)).flatten()
-            if not isinstance(self.lm_head, nn.Linear):
-                raise TypeError(_REPLACED.format("输出头 lm_head", type(self.lm_head).__name__))
+            refuse_wrapped("输出头 lm_head", self.lm_head)
             loss_sum = linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, target, weight)
             target_count = weight.sum()
             loss = loss_sum / target_count.where(target_count > 0, 1.0)
@@ -1032,10 +1043,6 @@ class MiniMindLM(nn.Module):
         if not self.config.use_moe:
             return None
         return [layer.mlp.last_load for layer in self.model.layers]
-
-
-# 输出头与路由器直接取 weight 算；换成 LoRA 之类的包装，增量就不起作用，所以拒绝
-_REPLACED = "{} 被换成了 {}，这里直接用它的权重，换上的不起作用；请不要在它上面加 LoRA 或别的包装"
 
 
 def _tie_again(model: MiniMindLM, incompatible_keys: Any) -> None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from minimind.arguments import arg, parse_args
+from minimind.arguments import Arguments, arg, parse_args
 from minimind.console import say
-from minimind.errors import UserError, guard
+from minimind.errors import guard
 from minimind.paths import resolve_path
+from minimind.ranges import DEVICE
 
 if TYPE_CHECKING:
     import torch
@@ -21,16 +22,12 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class SelftestArguments:
+class SelftestArguments(Arguments):
     """自检：这台机器的每种精度、编译、解码、存取、多进程算得对不对，有多快。"""
 
-    device: str = arg("auto", "查哪个设备：auto、cpu、cuda:0、npu:0、mps")
-    minutes: float = arg(2.0, "至多多少分钟；到了时间，剩下的记为未测")
-    out: str = arg("out/selftest.json", "结果的 JSON 写到哪里，报告问题时附上它")
-
-    def __post_init__(self):
-        if not self.minutes > 0:
-            raise UserError(f"值是 {self.minutes}", where="--minutes", expected="大于 0")
+    device: str = arg("auto", "查哪个设备：auto、cpu、cuda:0、npu:0、mps", pattern=DEVICE)
+    minutes: float = arg(2.0, "至多多少分钟；到了时间，剩下的记为未测", above=0, high=1440)
+    out: str = arg("out/selftest.json", "结果的 JSON 写到哪里，报告问题时附上它", text="path")
 
 
 def all_checks(device: torch.device) -> list[Check]:

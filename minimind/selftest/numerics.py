@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from minimind.selftest.rows import Check, Measure, NotApplicable, Outcome
 from minimind.selftest.toys import KINDS, LAYOUTS, matmul_precision, on_device, toy_batch, toy_model
-from minimind.trainer.device import autocast_context, maybe_compile, module_of
+from minimind.trainer.compiling import NO_COMPILE, CompiledBlocks
+from minimind.trainer.device import autocast_context, module_of
 from minimind.trainer.loop import language_model_loss
 from minimind.trainer.validation import to_device
 
@@ -160,13 +161,20 @@ def missing_compiler(error: BaseException | None) -> str:
 
 
 def compile_or_skip(model: nn.Module, device: torch.device) -> Any:
-    """编译；这种设备上不编译就说原因。每次从头编译，不受前面几行的影响。"""
-    said: list[str] = []
+    """用编译过的层做前向的函数，与 ``--use_compile`` 同一个做法；每次从头编译，不受前面几行的影响。
+
+    Raises:
+        NotApplicable: 这种设备上不编译。
+    """
+    if device.type in NO_COMPILE:
+        raise NotApplicable(f"{device.type.upper()} 上不用 torch.compile")
     torch.compiler.reset()
-    compiled = maybe_compile(model, True, device, said.append)
-    if compiled is model:
-        raise NotApplicable(said[0] if said else "这种设备上不编译")
-    return compiled
+    return compiled_forward(model)
+
+
+def compiled_forward(model: nn.Module) -> Any:
+    """编译或运行出了错就抛出来，不像训练那样退回逐算子。"""
+    return CompiledBlocks(model).run_compiled
 
 
 COMPILE_SECONDS = 20.0  # 头一项之前的猜测；之后按上一项的用时

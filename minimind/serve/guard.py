@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import ipaddress
 import socket
 from typing import Any
 
+from h11 import LocalProtocolError
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -69,7 +71,9 @@ class Guard:
             self._check_key(scope, headers)
             limited = self._limit_body(headers, receive)
         except ApiError as error:
-            await error.response()(scope, receive, counted_send)
+            # 请求后半截不成样子时，服务器已经自己答了 400、关了连接
+            with contextlib.suppress(LocalProtocolError):
+                await error.response()(scope, receive, counted_send)
         else:
             await self.app(scope, limited, counted_send)
         finally:

@@ -34,6 +34,7 @@ TOLERANCE = {
     torch.bfloat16: (0.97, 0.1, 1e-3),
     torch.float16: (0.97, 0.1, 1e-3),
 }
+NO_COMPILE = ("npu", "mps")
 HALF_SCALE = 256.0  # 核对时 float16 的损失乘这么多，小梯度才不会下溢
 
 
@@ -138,7 +139,7 @@ def maybe_compile(model: nn.Module, choice: int | str, run: Run) -> nn.Module:
         choice = int(worth_compiling(run))
     if not choice:
         return model
-    if device in ("npu", "mps"):
+    if device in NO_COMPILE:
         say(f"{device.upper()} 上不用 torch.compile，已跳过 --use_compile。")
         return model
     wrapped = CompiledBlocks(model)

@@ -185,6 +185,8 @@ def train(
             if not updates:  # 平时停不停随更新一起归约，一窗也没有时才单独问
                 stop.committed()
                 stopping = any_process(stop.requested, run.device)
+            elif run.world_size == 1:  # 归约之后才来的信号：多进程要等下一次归约才能一致，单进程不必再走一步
+                stopping = stopping or stop.requested
             announce_total(run)
             last = state.step == progress.total_steps
             if due(state.step, args.log_interval) or last:

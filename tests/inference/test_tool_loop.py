@@ -152,5 +152,5 @@ def test_命令行_预训练权重与写错的名字在读权重之外就说清(
     args = chat.ChatArguments(tools=1, tool_names="calculatr", save_dir="no/such", device="cpu")
     with pytest.raises(UserError, match="没有工具 calculatr"):
         chat.open_session(args)
-    with pytest.raises(UserError, match="tool_rounds=0"):
+    with pytest.raises(UserError, match="--tool_rounds：值是 0"):
         chat.open_session(chat.ChatArguments(tools=1, tool_rounds=0))

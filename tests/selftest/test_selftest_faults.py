@@ -220,11 +220,11 @@ def test_红的行说得出原因(monkeypatch):
 def test_编译出的图算错就红(monkeypatch):
     """编译在这里换成现成的“图”：对的绿，别的权重的红；照常跑的那一行不受影响。"""
     name, eager = "编译 v2 打包 fp32", "前向反向 v2 打包 fp32"
-    monkeypatch.setattr(numerics, "maybe_compile", lambda model, *_: lambda **batch: model(**batch))
+    monkeypatch.setattr(numerics, "compiled_forward", lambda model: lambda **batch: model(**batch))
     monkeypatch.setattr(numerics, "language_model_loss", _loss_of_a_graph)
     assert red_rows([name, eager]) == set()
     other = toys.toy_model("v2", seed=1)
-    monkeypatch.setattr(numerics, "maybe_compile", lambda *_: lambda **batch: other(**batch))
+    monkeypatch.setattr(numerics, "compiled_forward", lambda _: lambda **batch: other(**batch))
     assert red_rows([name, eager]) == {name}
 
 
@@ -241,7 +241,7 @@ def test_缺编译器不算不合格(monkeypatch):
     def graph(**batch):
         raise RuntimeError("后端失败") from InvalidCxxCompiler("g++")
 
-    monkeypatch.setattr(numerics, "maybe_compile", lambda *_: graph)
+    monkeypatch.setattr(numerics, "compiled_forward", lambda _: graph)
     row = rows_of(["编译 v2 打包 fp32"])["编译 v2 打包 fp32"]
     assert (row.status, "C++ 编译器" in row.note) == ("—", True)
 

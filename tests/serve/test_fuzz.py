@@ -93,7 +93,7 @@ async def vanish(port: int, which: int) -> None:
         }
         path, body = "/v1/completions", {**body, "stream": stream}
     data = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     if stage == "半个头":
         writer.write(head.encode()[:40])

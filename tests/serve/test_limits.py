@@ -132,7 +132,7 @@ def vanish(live, stream: bool) -> None:
     """发出请求，读一点（或不读）就断开。"""
     body = json.dumps(long_body(stream=stream)).encode()
     with socket.create_connection(("127.0.0.1", live.port)) as connection:
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode() + body)
         if stream:
             connection.recv(200)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 import types
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from trainer_helpers import (
 )
 
 from minimind.arguments import parse_args
+from minimind.errors import UserError
 from minimind.trainer import compiling
 from minimind.trainer.compiling import CompiledBlocks, compare, maybe_compile, worth_compiling
 from minimind.trainer.loop import language_model_loss, train
@@ -276,7 +279,7 @@ def test_参数的四种写法():
 
     assert (choice(), choice("--use_compile"), choice("--use_compile", "1")) == (0, 1, 1)
     assert (choice("--use_compile", "0"), choice("--use-compile", "auto")) == (0, "auto")
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match="0、1、auto"):
         choice("--use_compile", "2")
 
 
@@ -294,17 +297,18 @@ def test_整个模型一起编译梯度也对(backend):
         torch.testing.assert_close(p.grad, plain[name], rtol=1e-3, atol=1e-5)
 
 
-def test_模型文件载入两份_编译的算子照样可用(backend, tmp_path):
+def test_模型文件载入两份_编译的算子照样可用(backend, tmp_path, monkeypatch):
     """导出的目录自带这个文件，与项目里的那份会同时在一个进程里。"""
-    import importlib.util
-    import sys
+    import importlib
+    import shutil
 
     from minimind.model import model_minimind
 
-    spec = importlib.util.spec_from_file_location("second_copy", model_minimind.__file__)
-    sys.modules["second_copy"] = module = importlib.util.module_from_spec(spec)
+    shutil.copytree(Path(model_minimind.__file__).parent, tmp_path / "second_copy")
+    (tmp_path / "second_copy/__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
     try:
-        spec.loader.exec_module(module)
+        module = importlib.import_module("second_copy.model_minimind")
         batch = pack([Packed()[i] for i in range(2)])
         for home in (model_minimind, module):
             config = home.MiniMindConfig(**tiny_config(num_hidden_layers=1).to_diff_dict())
@@ -314,7 +318,8 @@ def test_模型文件载入两份_编译的算子照样可用(backend, tmp_path)
             torch.testing.assert_close(loss, model(**batch).loss)
             loss.backward()
     finally:
-        del sys.modules["second_copy"]
+        for name in [name for name in sys.modules if name.startswith("second_copy")]:
+            del sys.modules[name]
 
 
 def test_DDP两个进程得出同一个结论(tmp_path):

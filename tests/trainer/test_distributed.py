@@ -121,12 +121,12 @@ def test_一个进程出NaN全体一起停(tmp_path):
 
 
 def full_disk(folder):
-    from minimind.trainer import checkpoint
+    from minimind.runtime import files
 
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    checkpoint.os.fsync = fail
+    files.os.fsync = fail
     toy_train(folder, max_steps=2)
 
 

@@ -23,7 +23,7 @@ from trainer_helpers import (
 )
 
 from minimind.errors import UserError
-from minimind.trainer import checkpoint
+from minimind.runtime import files
 from minimind.trainer.checkpoint import load_file
 from minimind.trainer.loop import language_model_loss, train
 
@@ -49,7 +49,7 @@ def train_and_die(folder, *, die_at_call=None, die_in_save=None, signum=signal.S
             os.kill(os.getpid(), signum)
         return language_model_loss(model, batch)
 
-    original = checkpoint.os.replace
+    original = files.os.replace
 
     def replace(source, target):
         if str(target).endswith("_resume.pth"):
@@ -58,7 +58,7 @@ def train_and_die(folder, *, die_at_call=None, die_in_save=None, signum=signal.S
                 os.kill(os.getpid(), signum)
         original(source, target)
 
-    checkpoint.os.replace = replace
+    files.os.replace = replace
     toy_train(folder, loss=loss, **settings)
 
 
