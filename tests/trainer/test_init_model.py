@@ -88,7 +88,7 @@ def test_预设与尺寸参数(tmp_path):
     assert model_config(tiny_args(tmp_path, preset="base")).num_hidden_layers == 16
     with pytest.raises(UserError, match="--preset"):
         model_config(tiny_args(tmp_path, preset="huge"))
-    with pytest.raises(UserError, match="旋转位置编码"):
+    with pytest.raises(UserError, match="16 的倍数"):
         model_config(tiny_args(tmp_path, hidden_size=24))
 
 
