@@ -268,16 +268,14 @@ class MiniMindForCausalLM(MiniMindLM, PreTrainedModel, GenerationMixin):
     def activation_checkpointing_disable(self) -> None:
         self.gradient_checkpointing_disable()
 
-    @property
-    def loss_function(self) -> Any:
-        return PreTrainedModel.loss_function.fget(self)
-
-    @loss_function.setter
-    def loss_function(self, value: Any) -> None:
-        raise ValueError(
-            "model.loss_function 换了也不起作用：损失在分块交叉熵里算。"
-            "要换损失，给 Trainer 传 compute_loss_func，或自己用 model(…).logits 算"
-        )
+    def __setattr__(self, name: str, value: Any) -> None:
+        # 不写成属性的 setter：值是 nn.Module 时，nn.Module 的 __setattr__ 绕过它
+        if name == "loss_function":
+            raise ValueError(
+                "model.loss_function 换了也不起作用：损失在分块交叉熵里算。"
+                "要换损失，给 Trainer 传 compute_loss_func，或自己用 model(…).logits 算"
+            )
+        super().__setattr__(name, value)
 
 
 _FORWARD = frozenset(inspect.signature(MiniMindForCausalLM.forward).parameters) - {"self", "kwargs"}

@@ -286,8 +286,9 @@ def test_不认识的与做不到的参数都拒绝():
             model.generate(IDS, **{bad: 3})
     with pytest.raises(TypeError, match="同一个缓存"):
         model(IDS, cache=DynamicCache(), past_key_values=DynamicCache())
-    with pytest.raises(ValueError, match="损失"):
-        model.loss_function = nn.CrossEntropyLoss()
+    for loss in (nn.CrossEntropyLoss(), nn.functional.cross_entropy):
+        with pytest.raises(ValueError, match="loss_function 换了也不起作用"):
+            model.loss_function = loss
 
 
 # ---------------------------------------------------------------- 下一版再改名

@@ -218,8 +218,6 @@ ORDERS = {
     "后引用 minimind": "from transformers import AutoConfig, AutoModelForCausalLM\nimport minimind.model",
     "只引用配置": "from minimind.model.model_minimind import MiniMindConfig\n"
     "from transformers import AutoConfig, AutoModelForCausalLM",
-    "只引用核心": "from transformers import AutoConfig, AutoModelForCausalLM\n"
-    "from minimind.model import MiniMindLM",
 }
 OPEN = """
 import sys
