@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 
 from .model_minimind import EMBEDDING, HEAD, MiniMindConfig, MiniMindLM, MiniMindOutput
 
@@ -22,6 +22,7 @@ CACHE_NAMES = ("past_key_values", "cache")
 # generate 与 Trainer 会带上、对这个模型没有作用的参数；别的名字一律报错，不悄悄吞掉
 _NO_EFFECT = {"cache_position"}
 _NOT_KEPT = ("output_attentions", "output_hidden_states")
+_FIELDS = frozenset(MiniMindOutput.__dataclass_fields__)
 
 
 def _is_cache(value: Any) -> bool:
@@ -39,9 +40,18 @@ class HFOutput(MiniMindOutput, dict):
 
     def __init__(self, values: Any = (), /, **named: Any):
         # 收一个字典或一串对：DataParallel 与 accelerate 这样重建它
-        known = {self._name(name): value for name, value in {**dict(values), **named}.items()}
-        MiniMindOutput.__init__(self, **known)
-        dict.__init__(self, {name: value for name, value in known.items() if value is not None})
+        MiniMindOutput.__init__(self, **{self._name(k): v for k, v in {**dict(values), **named}.items()})
+
+    def __setattr__(self, name: str, value: Any) -> None:  # 属性与键总是同一个值
+        name = self._name(name)
+        object.__setattr__(self, name, value)
+        if name in _FIELDS and value is not None:
+            dict.__setitem__(self, name, value)
+        elif name in _FIELDS:
+            dict.pop(self, name, None)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        setattr(self, key, value)
 
     def _name(self, key: Any) -> Any:
         return CACHE_NAMES[0] if key in self.cache_names else key
@@ -258,16 +268,14 @@ class MiniMindForCausalLM(MiniMindLM, PreTrainedModel, GenerationMixin):
     def activation_checkpointing_disable(self) -> None:
         self.gradient_checkpointing_disable()
 
-    @property
-    def loss_function(self) -> Any:
-        return PreTrainedModel.loss_function.fget(self)
-
-    @loss_function.setter
-    def loss_function(self, value: Any) -> None:
-        raise ValueError(
-            "model.loss_function 换了也不起作用：损失在分块交叉熵里算。"
-            "要换损失，给 Trainer 传 compute_loss_func，或自己用 model(…).logits 算"
-        )
+    def __setattr__(self, name: str, value: Any) -> None:
+        # 不写成属性的 setter：值是 nn.Module 时，nn.Module 的 __setattr__ 绕过它
+        if name == "loss_function":
+            raise ValueError(
+                "model.loss_function 换了也不起作用：损失在分块交叉熵里算。"
+                "要换损失，给 Trainer 传 compute_loss_func，或自己用 model(…).logits 算"
+            )
+        super().__setattr__(name, value)
 
 
 _FORWARD = frozenset(inspect.signature(MiniMindForCausalLM.forward).parameters) - {"self", "kwargs"}
@@ -324,5 +332,4 @@ def _cache_name(kind: type[nn.Module]) -> str:
 
 
 if not __name__.startswith("transformers_modules."):  # 导出目录里的那一份由 auto_map 找到，不顶掉装着的
-    AutoConfig.register("minimind", MiniMindConfig, exist_ok=True)
     AutoModelForCausalLM.register(MiniMindConfig, MiniMindForCausalLM, exist_ok=True)

@@ -1,7 +1,7 @@
 """MiniMind 的模型：一个文件，从上读到下。
 
 顺序：配置 → 归一化 → 旋转位置编码（含 YaRN）→ 注意力 → 前馈 → 混合专家 → 主干 → 语言模型 → 分块交叉熵。
-只用 torch；transformers 的配置基类除外，其余与它打交道的在旁边的 hf.py。导出权重时这两个文件一起放进目录，
+只用 torch；transformers 的配置基类与配置的登记除外，其余与它打交道的在旁边的 hf.py。导出权重时这两个文件一起放进目录，
 所以不引用项目里的其他部分。
 
 形状记号：B 批、T 本次输入的长度、S 键的长度（缓存里的加上本次的）、H 隐藏维、D 每个头的维数、
@@ -15,6 +15,7 @@ import functools
 import inspect
 import math
 import platform
+import sys
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -23,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 varlen_attn, _VARLEN_OPTIONS = None, {}
 if torch.cuda.is_available():  # 没有显卡用不上，而它连带编译器，读入要 1 s 处理器时间
@@ -131,6 +132,7 @@ class MiniMindConfig(PretrainedConfig):
         self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
         self.tie_word_embeddings = tie_word_embeddings
         self._check()
+        _register_model()
         super().__init__(**kwargs)
         # 有的版本的基类会把这几项放回它的默认值
         self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
@@ -152,6 +154,22 @@ class MiniMindConfig(PretrainedConfig):
             raise ValueError(
                 f"num_experts_per_tok={self.num_experts_per_tok} 应在 1 与 n_routed_experts={self.n_routed_experts} 之间"
             )
+
+
+_INSTALLED = not __name__.startswith(
+    "transformers_modules."
+)  # 导出目录里的那一份由 auto_map 找到，不顶掉装着的
+if _INSTALLED:
+    AutoConfig.register("minimind", MiniMindConfig, exist_ok=True)
+
+
+def _register_model() -> None:
+    """``AutoModelForCausalLM`` 在内存里就登记到它那里；不在，就不为登记读入它（2 s 处理器时间）。
+
+    它总是先建配置、再按配置的类找模型，所以建配置时登记正好赶上。
+    """
+    if _INSTALLED and "transformers.models.auto.modeling_auto" in sys.modules:
+        from .hf import MiniMindForCausalLM  # noqa: F401  登记在那个文件的末尾
 
 
 # ---------------------------------------------------------------- 矩阵乘
@@ -467,7 +485,9 @@ def segment_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, drop
     return _SegmentAttentionCPU.apply(q, k, v, plan.segments)
 
 
-@torch.compiler.disable  # 段的长短批批不同，编译它只会反复重编译
+# 段的长短批批不同，编译它只会反复重编译。公开的 torch.compiler.disable 在这里就要读入编译器，约 1 s 处理器时间；
+# torch 自己用的这个到第一次调用才读
+@torch._disable_dynamo
 def _segment_by_segment(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, dropout: float) -> Tensor:
     """同 `segment_attention`，逐段一次 SDPA：CPU 上有 dropout 时，以及 NPU、MPS。"""
     q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -80,26 +81,52 @@ def test_公开的类打开后_logits_与贪心都相同(make_source, tmp_path, 
     assert torch.equal(theirs.generate(ids, **greedy), ours.generate(ids, **greedy))
 
 
+REMOTE = """
+import sys
+sys.modules["minimind"] = None  # 装着也引用不了
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+folder, ids = sys.argv[1], torch.load(sys.argv[2])
+config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+assert type(config).__module__.startswith("transformers_modules.") and config.n_shared_experts == 1
+for open_it in (
+    lambda: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True),
+    lambda: AutoModelForCausalLM.from_pretrained(folder, config=config, trust_remote_code=True),
+):
+    model = open_it().eval()
+    assert type(model).__module__.startswith("transformers_modules."), type(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+text = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+torch.save((model(ids).logits.detach(), text), sys.argv[3])
+"""
+
+
 @pytest.mark.compat
 def test_v2_混合专家带着模型文件_没装本项目也能打开(make_source, tmp_path, ids):
     source, ours = make_source("v2_moe")
     assert export_hf(source, tmp_path / "hf", torch.float32) == "minimind"
-    code = (
-        "import sys; sys.modules['minimind'] = None\n"
-        "import torch; from transformers import AutoModelForCausalLM\n"
-        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()\n"
-        "assert type(model).__module__.startswith('transformers_modules.'), type(model)\n"
-        "torch.save(model(torch.load(sys.argv[2])).logits.detach(), sys.argv[3])\n"
-    )
+    assert {p.name for p in (tmp_path / "hf").glob("*.py")} == {"model_minimind.py", "hf.py"}
     here = load_for_inference(load_from=str(tmp_path / "hf"), device="cpu", dtype="float32").model
     assert type(here) is type(ours)  # 装了本项目时用自己的类，不执行目录里的代码
     torch.save(ids, tmp_path / "ids.pt")
-    names = [str(tmp_path / name) for name in ("hf", "ids.pt", "logits.pt")]
-    subprocess.run([sys.executable, "-c", code, *names], check=True, cwd=tmp_path, timeout=120)
+    names = [str(tmp_path / name) for name in ("hf", "ids.pt", "out.pt")]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
+        "HF_HOME": str(tmp_path / "home")
+    }
+    (tmp_path / "别处").mkdir()
+    subprocess.run(
+        [sys.executable, "-I", "-c", REMOTE, *names],
+        check=True, cwd=tmp_path / "别处", timeout=300, env=environment,
+    )  # fmt: skip
+    copied = {p.name for p in (tmp_path / "home" / "modules" / "transformers_modules").rglob("*.py")}
+    assert {"model_minimind.py", "hf.py"} <= copied
+    logits, text = torch.load(tmp_path / "out.pt")
     with torch.no_grad():
         expected = ours(ids).logits
         assert torch.equal(here(ids).logits, expected)
-    assert (torch.load(tmp_path / "logits.pt") - expected).abs().max() < 1e-4
+    assert (logits - expected).abs().max() < 1e-4
+    kw = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(text, ours.generate(ids, **kw))
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)

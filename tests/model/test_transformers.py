@@ -169,3 +169,21 @@ def test_打包的批在编译后结果不变且不逐批重编译():
         torch.testing.assert_close(compiled(ids, **kw).loss, model(ids, **kw).loss)
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs[-1] == graphs[2] > 0  # 头两批之后段数再怎么变都不再编译
+
+
+def test_有_dropout_的打包批_编译时逐段的注意力留在图外():
+    model = make(dropout=0.1).train()
+    ids = torch.randint(0, 97, (2, 140))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    graphs = []
+    for cuts in ([30], [99, 140], [1, 2, 150, 200], [140], [5, 77], [10]):
+        kw = dict(labels=ids, cu_seqlens=torch.tensor([0, *cuts, 280], dtype=torch.int32), max_seqlen=280)
+        torch.manual_seed(1)
+        expected = model(ids, **kw).loss
+        torch.manual_seed(1)
+        torch.testing.assert_close(compiled(ids, **kw).loss, expected)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    version = tuple(map(int, torch.__version__.split(".")[:2]))
+    if version > (2, 9):  # 2.9 断图之后接着的那一段按临时对象认图，批批重编译
+        assert graphs[-1] == graphs[2] > 0
