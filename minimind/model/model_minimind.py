@@ -771,10 +771,7 @@ class MiniMindModel(nn.Module):
         B, T, _ = x.shape
         past = cache.get_seq_length() if cache is not None else 0
         if past + T > self.config.max_position_embeddings:
-            raise ValueError(
-                f"上下文太长：已有 {past} 个词元，又来 {T} 个，超过 max_position_embeddings="
-                f"{self.config.max_position_embeddings}。请截短输入，或调大这个配置（配合 inference_rope_scaling）"
-            )
+            self._check_length(past, T, position_ids, cu_seqlens, max_seqlen)
         if position_ids is None:
             position_ids = torch.arange(past, past + T, device=x.device).unsqueeze(0)
         rope = self._rope(position_ids)
@@ -799,6 +796,28 @@ class MiniMindModel(nn.Module):
         if aux_total is None:
             aux_total = torch.zeros((), device=x.device)
         return self.norm(x), aux_total
+
+    def _check_length(self, past, T, position_ids, cu_seqlens, max_seqlen) -> None:
+        """一行比位置上限还长：几篇拼成的看最长的一篇，每篇的位置从 0 起；不与显卡同步。
+
+        Raises:
+            ValueError: 有一篇超过 max_position_embeddings。
+        """
+        limit, longest = self.config.max_position_embeddings, past + T
+        if cu_seqlens is not None:
+            if max_seqlen is None and (cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling()):
+                return  # 不问显卡就不知道；打包的数据装进来之前查过每篇的长度
+            longest = int(cu_seqlens.diff().max()) if max_seqlen is None else max_seqlen
+        elif position_ids is not None and not past:
+            if position_ids.device.type != "cpu" or torch.compiler.is_compiling():
+                return
+            longest = int(position_ids.max()) + 1
+        if longest > limit:
+            what = f"已有 {past} 个词元，又来 {T} 个" if past else f"{longest} 个词元"
+            raise ValueError(
+                f"上下文太长：{what}，超过 max_position_embeddings={limit}。"
+                "请截短输入，或调大这个配置（配合 inference_rope_scaling）"
+            )
 
     def _rope(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """position_ids [B 或 1, T] → cos、sin [B 或 1, T, 1, D]，fp32，sin 的前半已取负。

@@ -37,7 +37,7 @@ from minimind.rl.objectives import (
     value_loss,
     whiten,
 )
-from minimind.rl.policy import drift, frozen_copy, mean_drift, per_token, response_logps
+from minimind.rl.policy import drift, mean_drift, per_token, response_logps
 from minimind.trainer.device import mix_seeds
 from minimind.trainer.logprobs import entropy_of, selected_logprobs
 from minimind.trainer.loop import LossResult, TrainResult
@@ -54,7 +54,9 @@ class PPOArguments(RLArguments):
     value_clip: float = arg(0.2, "价值每次更新至多离采样时这么远", above=0, high=MANY)
     vf_coef: float = arg(0.5, "价值损失的系数", low=0, high=1000)
     kl_coef: float = arg(0.02, "逐词元 KL 惩罚的系数；0 则不载入参考模型", low=0, high=1000)
-    critic_learning_rate: float | None = arg(None, "价值网络的学习率；不给则与策略相同", low=0, high=1)
+    critic_learning_rate: float | None = arg(
+        None, "价值网络的学习率；不给则与策略相同", low=0, high=1, resume="noted"
+    )
     gamma: float = arg(1.0, "折扣", low=0, high=1)
     lam: float = arg(0.95, "GAE 的 lambda", low=0, high=1)
     ppo_epochs: int = arg(2, "同一批采样走几轮", low=1, high=1000)
@@ -71,6 +73,13 @@ class PPOArguments(RLArguments):
         super().__post_init__()
         if self.critic_learning_rate is None:
             self.critic_learning_rate = self.learning_rate
+        if self.critic_learning_rate and not self.learning_rate:
+            raise UserError(
+                f"值是 {self.critic_learning_rate:g}，而 --learning_rate 是 0",
+                where="--critic_learning_rate",
+                expected="策略的学习率大于 0：价值网络的学习率随它的日程走",
+                fix="给一个大于 0 的 --learning_rate",
+            )
         rollouts = self.batch_size * self.accumulation_steps * self.num_generations
         if self.minibatches > rollouts:
             raise UserError(
@@ -122,13 +131,12 @@ def ppo_loss(args: PPOArguments):
 
 def run(args: PPOArguments) -> TrainResult:
     """按参数训练一次；返回权重位置与最后的指标。"""
-    stage = open_stage(args)
+    stage = open_stage(args, kl=args.kl_coef)
     collector = Collector(args, stage.tokenizer, stage.train_ds, stage.rewards, policy=actor_of)
-    reference = frozen_copy(stage.model) if args.kl_coef else None
 
     def prepare(run: Run, window: Window) -> Iterator[Window]:
         experience = collector.collect(run, prompts_of(window))
-        estimate(run, experience, reference, args)
+        estimate(run, experience, stage.reference, args)
         updates, stopped = 0, False
         for epoch in range(args.ppo_epochs):
             seed = mix_seeds(args.seed, run.state.step, run.rank, epoch)
@@ -151,7 +159,7 @@ def run(args: PPOArguments) -> TrainResult:
         recipe="ppo",
         prepare=prepare,
         weights_of=lambda model: model.actor.state_dict(),
-        lr_scales={"critic.": args.critic_learning_rate / args.learning_rate} if args.learning_rate else None,
+        lr_scales={"critic.": args.critic_learning_rate / args.learning_rate if args.learning_rate else 1.0},
     )
 
 

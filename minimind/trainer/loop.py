@@ -89,6 +89,7 @@ def train(
     weights: Path | None = None,
     weights_of: Callable[[nn.Module], Mapping[str, Tensor]] | None = None,
     lr_scales: Mapping[str, float] | None = None,
+    identity: Mapping[str, str] | None = None,
 ) -> TrainResult:
     """训练 ``model`` 到 ``args`` 规定的步数，期间记录、存盘、验证；可从任意一次存盘逐位续上。
 
@@ -113,6 +114,7 @@ def train(
         weights: 权重写到哪里，默认 ``{save_dir}/{save_weight}_{hidden_size}[_moe].pth``。
         weights_of: ``weights_of(model)`` 给出要存为权重的张量（只存适配器、只存策略……），默认全部。
         lr_scales: 参数名的前缀 → 学习率的倍数，例如 ``{"critic.": 2.0}``。
+        identity: 数据与分词器之外，结果还依赖哪些文件：``{"教师": 内容的指纹}``；写进存档，续训时核对。
 
     Raises:
         UserError: 存档与设置不符、磁盘满、连续三步不是有限数……
@@ -133,6 +135,7 @@ def train(
         weights=weights,
         weights_of=weights_of,
         lr_scales=lr_scales,
+        identity=identity,
     )
     state, progress = run.state, run.progress
     batches = training_batches(
@@ -174,7 +177,7 @@ def train(
                     report_nonfinite(run, update, micro_losses, sums)
                 accumulate_interval(run, sums)
 
-            epoch = state.epoch
+            epoch, state.lr = state.epoch, lr
             progress.advance(samples)
             bar.advance()
             seconds = run.meter.lap()

@@ -88,7 +88,7 @@ def test_预设与尺寸参数(tmp_path):
     assert model_config(tiny_args(tmp_path, preset="base")).num_hidden_layers == 16
     with pytest.raises(UserError, match="--preset"):
         model_config(tiny_args(tmp_path, preset="huge"))
-    with pytest.raises(UserError, match="旋转位置编码"):
+    with pytest.raises(UserError, match="16 的倍数"):
         model_config(tiny_args(tmp_path, hidden_size=24))
 
 
@@ -110,3 +110,40 @@ def test_同一个种子得到同样的初始权重(tmp_path):
     a, b, c = (m.model.embed_tokens.weight for m in models)
     assert torch.equal(a, b) and not torch.equal(a, c)
     assert count_parameters(models[0]) == sum(p.numel() for p in models[0].parameters())
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "residual", "embedding"), [("muon", 0.0, 0.005), ("adamw", 0.02, 0.02)]
+)
+def test_从头训练的初始化随优化器(tmp_path, optimizer, residual, embedding):
+    """零初始化拖慢 AdamW；“要和从前一样”就得连初始化一起换回普通的正态。"""
+    config = model_config(tiny_args(tmp_path, optimizer=optimizer))
+    model = MiniMindForCausalLM(config)
+    for layer in model.model.layers:
+        for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            assert projection.weight.std().item() == pytest.approx(residual, rel=0.1)
+    assert model.model.embed_tokens.weight.std().item() == pytest.approx(embedding, rel=0.1)
+
+
+def moe_args(folder, **changes):
+    return tiny_args(folder, arch="v3", use_moe=1, optimizer="adamw", **changes)
+
+
+def test_从头训练的v3混合专家_路由器从损失学得到东西(tmp_path):
+    model, _ = init_model(model_config(moe_args(tmp_path)), "none", device="cpu")
+    ids = torch.randint(10, 6400, (4, 64))
+    model.train()(input_ids=ids, labels=ids).loss.backward()  # 不含负载均衡损失
+    for layer in model.model.layers:
+        assert layer.mlp.gate.weight.grad.norm() >= 1e-4
+    dense_or_two = [{"arch": "v2", "use_moe": 1}, {"arch": "v2"}]
+    assert all(model_config(tiny_args(tmp_path, **changes)).norm_topk_prob for changes in dense_or_two)
+
+
+def test_接着训练v3混合专家_归一与否照原来的权重(tmp_path):
+    """公开的没有旁注，按归一；自己从头训练的旁注里写着不归一。"""
+    args = moe_args(tmp_path, from_weight="pretrain", save_dir=str(tmp_path))
+    for own in (False, True):
+        store(tmp_path, sidecar=own, arch="v3", use_moe=True, norm_topk_prob=not own)
+        model, _ = init_model(model_config(args), "pretrain", save_dir=tmp_path, device="cpu")
+        assert model.config.norm_topk_prob is not own
+        assert model.model.layers[0].mlp.norm_topk is not own
