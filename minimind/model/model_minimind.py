@@ -58,6 +58,7 @@ class MiniMindConfig(PretrainedConfig):
         head_dim: 每个头的维数，默认 hidden_size / num_attention_heads。
         intermediate_size: 前馈宽度，默认 64·ceil(r·hidden/64)，r 在 v2 是 8/3，在 v3 是 π。
         max_position_embeddings: 允许的最长上下文；位置编码现算，没有表，改大它不用重训权重形状。
+        trained_length: 训练时一篇最长多少个词元，训练命令记下；不知道为 None。YaRN 的原窗口默认就是它，不知道则 2048。
         inference_rope_scaling: 推理时用 YaRN 外推；参数在 `rope_scaling`（factor、original_max_position_embeddings、
             beta_fast、beta_slow、attention_factor）。
         flash_attn: True 走 SDPA；False 走写明白的 softmax，供对照与教学。
@@ -89,7 +90,8 @@ class MiniMindConfig(PretrainedConfig):
         n_routed_experts: int | None = None, num_experts_per_tok: int | None = None, n_shared_experts: int | None = None,
         moe_intermediate_size: int | None = None, scoring_func: str = "softmax", norm_topk_prob: bool = True,
         aux_loss_alpha: float | None = None, seq_aux: bool | None = None, bos_token_id: int = 1,
-        eos_token_id: int = 2, pad_token_id: int = 0, tie_word_embeddings: bool = True, **kwargs: Any,
+        eos_token_id: int = 2, pad_token_id: int = 0, tie_word_embeddings: bool = True,
+        trained_length: int | None = None, **kwargs: Any,
     ):
         # fmt: on
         if arch not in _LAYOUT_DEFAULTS:
@@ -111,7 +113,9 @@ class MiniMindConfig(PretrainedConfig):
         self.max_position_embeddings = max_position_embeddings
         self.rope_theta = float(rope_theta)
         self.inference_rope_scaling = inference_rope_scaling
-        self.yarn = {**_YARN_DEFAULTS, **(rope_scaling or kwargs.pop("yarn", None) or {})}
+        window = {"original_max_position_embeddings": trained_length} if trained_length else {}
+        self.yarn = {**_YARN_DEFAULTS, **window, **(rope_scaling or kwargs.pop("yarn", None) or {})}
+        self.trained_length = trained_length
         self.rms_norm_eps = pick(rms_norm_eps, "rms_norm_eps")
         self.dropout = dropout
         self.flash_attn = flash_attn
@@ -135,6 +139,11 @@ class MiniMindConfig(PretrainedConfig):
         # 有的版本的基类会把这几项放回它的默认值
         self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
         self.tie_word_embeddings = tie_word_embeddings
+
+    def record_trained_length(self, length: int) -> None:
+        """训练用到的长度是 ``length``：YaRN 由它外推。按更长的窗口外推，没训练过的角度会被当成训练过的。"""
+        self.trained_length = length
+        self.yarn = {**self.yarn, "original_max_position_embeddings": length}
 
     def _check(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:

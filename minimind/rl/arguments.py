@@ -71,6 +71,10 @@ class RLArguments(TrainArguments):
     save_interval: int = override(TrainArguments, "save_interval", 50)
     eval_interval: int = override(TrainArguments, "eval_interval", 50)
 
+    def trained_length(self, before: int | None) -> int:
+        """``max_seq_len`` 只是提示的上限，多半到不了；起点见过多长就是多长。"""
+        return before or self.max_seq_len
+
     def __post_init__(self):
         super().__post_init__()
         if self.from_weight is None:

@@ -153,6 +153,10 @@ class TrainArguments(Arguments):
         """隐层宽度；给了 ``--preset`` 就以它为准。"""
         return PRESETS.get(self.preset, {}).get("hidden_size", self.hidden_size)
 
+    def trained_length(self, before: int | None) -> int:
+        """这次训练之后，模型见过多长的一篇；``before`` 是起点的权重见过的，不知道为 None。"""
+        return max(before or 0, self.max_seq_len)
+
     def __post_init__(self):
         """查取值，填上随宽度而定的学习率。"""
         super().__post_init__()

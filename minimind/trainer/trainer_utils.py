@@ -153,6 +153,8 @@ def init_model(
         path = on_main(lambda: _find_weights(lm_config, tokenizer, from_weight, save_dir))
         trained = broadcast_object(on_main(lambda: (read_sidecar(path) or {}).get("config", {})))
         lm_config.norm_topk_prob = trained.get("norm_topk_prob", lm_config.norm_topk_prob)
+        if trained.get("trained_length"):
+            lm_config.record_trained_length(trained["trained_length"])
     model = MiniMindForCausalLM(lm_config)
     if from_weight != "none":
         on_main(lambda: load_weights(model, path))

@@ -91,5 +91,5 @@ def test_LoRA_文件里的坏数也拒绝(tmp_path):
         {f"{name}.A.weight": torch.full((2, 64), torch.nan), f"{name}.B.weight": torch.zeros(64, 2)},
         tmp_path / "l.pth",
     )
-    with pytest.raises(UserError, match="A.weight.*NaN"):
+    with pytest.raises(UserError, match=r"A\.weight.*NaN"):
         read_adapter(tmp_path / "l.pth")
