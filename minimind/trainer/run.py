@@ -18,7 +18,7 @@ from minimind.model import MiniMindConfig, count_parameters, flops_per_token
 from minimind.paths import resolve_path
 from minimind.runtime.fair_share import fair_share
 from minimind.tokenizer import token_byte_lengths, tokenizer_fingerprint
-from minimind.trainer import checkpoint, device, distributed, resuming
+from minimind.trainer import checkpoint, device, distributed, history, resuming
 from minimind.trainer.compiling import CompiledBlocks, maybe_compile
 from minimind.trainer.meter import Meter
 from minimind.trainer.optim import build_optimizer
@@ -303,7 +303,9 @@ class Run:
 
     def write(self, snapshot: dict[str, Any], rng: list[dict[str, Any]]) -> None:
         """把此刻的权重、优化器与 ``snapshot`` 写盘；``rng`` 是各进程的随机数状态。"""
-        args, progress = self.args, snapshot["progress"]
+        args, progress = self.args, dict(snapshot["progress"])
+        if args.keep_checkpoints > 1 and progress["step"] not in progress["kept"]:
+            progress["kept"] = [*progress["kept"], progress["step"]]
         what = self.weights_of(self.model) if self.weights_of else self.model
         checkpoint.save_weights(what, self.weights, self.sidecar())
         checkpoint.lm_checkpoint(
@@ -329,6 +331,8 @@ class Run:
             metrics=self.metrics,
             recipe_state=snapshot["recipe_state"],
         )
+        if args.keep_checkpoints > 1:
+            self.state.kept = history.keep_recent(self, progress["kept"])
 
     def record(self, **metrics: tuple[float, float]) -> None:
         """记下这一步的指标，供配方的 ``prepare`` 用：``run.record(reward=(和, 个数))``。

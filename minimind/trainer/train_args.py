@@ -36,6 +36,14 @@ class TrainArguments(Arguments):
         200, "每多少个优化步保存一次；0 表示只在结束时保存", low=0, high=MANY, resume="harmless"
     )
 
+    keep_checkpoints: int = arg(
+        1,
+        "留最近几次存档：1 只有最新的；更多则每次另存为 {save_weight}_step{步数}，超出的删掉旧的",
+        low=1,
+        high=MANY,
+        resume="harmless",
+    )
+
     # 训练量
     epochs: int = arg(1, "训练轮数", low=1, high=MANY, resume="noted")
     max_steps: int = arg(0, "至多训练多少个优化步；0 表示由轮数决定", low=0, high=MANY, resume="noted")
