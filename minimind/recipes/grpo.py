@@ -25,7 +25,7 @@ from minimind.recipes.rl import open_stage, train_stage
 from minimind.rl.arguments import RLArguments
 from minimind.rl.experience import Collector, Experience, global_moments, prompts_of
 from minimind.rl.objectives import LOSS_TYPES, SCALES, group_advantages, zero_spread
-from minimind.rl.policy import policy_loss, response_logps
+from minimind.rl.policy import frozen_copy, policy_loss, response_logps
 from minimind.trainer.loop import TrainResult
 from minimind.trainer.run import Run
 from minimind.trainer.step import Window
@@ -75,6 +75,7 @@ def run(args: GRPOArguments) -> TrainResult:
     """按参数训练一次；返回权重位置与最后的指标。"""
     stage = open_stage(args, kl=args.beta)
     collector = Collector(args, stage.tokenizer, stage.train_ds, stage.rewards)
+    reference = frozen_copy(stage.model) if args.beta else None
     compute_loss, count = policy_loss(args, args.loss_type)
 
     def prepare(run: Run, window: Window) -> Iterator[Window]:
@@ -86,8 +87,8 @@ def run(args: GRPOArguments) -> TrainResult:
             global_moments(experience.scores, run),
         )
         experience.per_token["advantages"] = experience.spread(advantages)
-        if stage.reference is not None:
-            experience.per_token["ref_logps"] = response_logps(stage.reference, experience, run, args)
+        if reference is not None:
+            experience.per_token["ref_logps"] = response_logps(reference, experience, run, args)
         rows = learnable_rows(experience, args)
         run.record(kept=(len(rows), len(experience.scores)))
         yield experience.micro_batches(rows, args.rows_per_forward)

@@ -37,7 +37,7 @@ from minimind.rl.objectives import (
     value_loss,
     whiten,
 )
-from minimind.rl.policy import drift, mean_drift, per_token, response_logps
+from minimind.rl.policy import drift, frozen_copy, mean_drift, per_token, response_logps
 from minimind.trainer.device import mix_seeds
 from minimind.trainer.logprobs import entropy_of, selected_logprobs
 from minimind.trainer.loop import LossResult, TrainResult
@@ -133,10 +133,11 @@ def run(args: PPOArguments) -> TrainResult:
     """按参数训练一次；返回权重位置与最后的指标。"""
     stage = open_stage(args, kl=args.kl_coef)
     collector = Collector(args, stage.tokenizer, stage.train_ds, stage.rewards, policy=actor_of)
+    reference = frozen_copy(stage.model) if args.kl_coef else None
 
     def prepare(run: Run, window: Window) -> Iterator[Window]:
         experience = collector.collect(run, prompts_of(window))
-        estimate(run, experience, stage.reference, args)
+        estimate(run, experience, reference, args)
         updates, stopped = 0, False
         for epoch in range(args.ppo_epochs):
             seed = mix_seeds(args.seed, run.state.step, run.rank, epoch)

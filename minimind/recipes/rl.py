@@ -16,7 +16,6 @@ from minimind.recipes.entry import open_model
 from minimind.rl.arguments import RLArguments
 from minimind.rl.experience import score
 from minimind.rl.health import RLHealth
-from minimind.rl.policy import frozen_copy
 from minimind.rl.rewards import Rewards, build_rewards
 from minimind.rl.rollout import LocalRollout
 from minimind.trainer.distributed import is_main_process
@@ -27,14 +26,13 @@ from minimind.trainer.sampler import epoch_order
 
 @dataclass
 class Stage:
-    """开场备好的东西；``val_ds`` 是留出的提示，可能没有；``reference`` 是参考模型，不用时为 ``None``。"""
+    """开场备好的东西；``val_ds`` 是留出的提示，可能没有。"""
 
     model: MiniMindLM
     tokenizer: Any
     train_ds: RLAIFDataset
     val_ds: RLAIFDataset | None
     rewards: Rewards
-    reference: nn.Module | None = None
     extra_state: dict[str, Any] = field(default_factory=dict)
 
 
@@ -42,7 +40,7 @@ def open_stage(args: RLArguments, kl: float) -> Stage:
     """按参数打开模型、提示与奖励，说清奖励由什么组成。
 
     Args:
-        kl: 与参考模型的 KL 的系数；0 则不要参考模型。
+        kl: 与参考模型的 KL 的系数；不为 0 时起点的权重要随续训存档走，参考模型由它复制。
     """
     model, tokenizer = open_model(args)
     extra_state = {"start": StartingPoint(args, model)} if kl else {}
@@ -59,8 +57,7 @@ def open_stage(args: RLArguments, kl: float) -> Stage:
     say(rewards.describe())
     if warning := train_ds.reference_warning():
         say(f"留意：{train_ds.cache.source.name} 里 {warning}。")
-    reference = frozen_copy(model) if kl else None
-    return Stage(model, tokenizer, train_ds, val_ds, rewards, reference, extra_state)
+    return Stage(model, tokenizer, train_ds, val_ds, rewards, extra_state)
 
 
 def train_stage(

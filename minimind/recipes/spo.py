@@ -26,7 +26,7 @@ from minimind.recipes.rl import open_stage, train_stage
 from minimind.rl.arguments import RLArguments
 from minimind.rl.experience import Collector, global_moments, prompts_of
 from minimind.rl.objectives import whiten
-from minimind.rl.policy import policy_loss, response_logps
+from minimind.rl.policy import frozen_copy, policy_loss, response_logps
 from minimind.rl.rewards import Rewards
 from minimind.rl.single_stream import calibration, divergences, draw_prompts, observe, start_tracker
 from minimind.rl.tracker import PromptTracker
@@ -88,6 +88,7 @@ def run(args: SPOArguments) -> TrainResult:
     """按参数训练一次；返回权重位置与最后的指标。"""
     stage = open_stage(args, kl=args.beta)
     collector = Collector(args, stage.tokenizer, stage.train_ds, stage.rewards)
+    reference = frozen_copy(stage.model) if args.beta else None
     tracker = PromptTracker(len(stage.train_ds))
     compute_loss, count = policy_loss(args, "dapo")
     low, high = reward_range(args, stage.rewards)
@@ -103,8 +104,8 @@ def run(args: SPOArguments) -> TrainResult:
         run.record(**calibration(run, values, unit))
         advantages = whiten(unit - values, global_moments(unit - values, run))
         experience.per_token["advantages"] = experience.spread(advantages)
-        if stage.reference is not None:
-            experience.per_token["ref_logps"] = response_logps(stage.reference, experience, run, args)
+        if reference is not None:
+            experience.per_token["ref_logps"] = response_logps(reference, experience, run, args)
         change = divergences(run, tracker, experience)
         yield experience.micro_batches(range(len(unit)), args.rows_per_forward)
         observe(tracker, experience, unit, change)  # 策略走完这一步之后

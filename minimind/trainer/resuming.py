@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from minimind.arguments import declared
 from minimind.console import say
+from minimind.errors import UserError
 from minimind.trainer import checkpoint, distributed
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ class StartingPoint:
     只记下文件的名字不够：``from_weight`` 与 ``save_weight`` 同名时，那个文件一存盘就被改写了。
 
     Args:
-        args: 需要 ``from_resume save_weight checkpoint_dir``。
+        args: 需要 ``from_resume from_weight save_weight checkpoint_dir``。
         model: 刚由 ``from_weight`` 打开的模型；续训时就地换成存档里的起点，由它得出的一切（参考模型、价值网络的初值、
             参考概率的缓存键）于是与当初一样。随后训练循环再装入存档里训练到一半的权重。
     """
@@ -144,6 +145,7 @@ class StartingPoint:
                 distributed.on_main(lambda: self._saved(args, model)), model.device
             )
         if saved is not None:
+            self._check_same(saved, args, model)
             model.load_state_dict(saved)
         self.state = {name: exact_half(value) for name, value in model.state_dict().items()}
 
@@ -154,6 +156,24 @@ class StartingPoint:
         found = ((data or {}).get("recipe_state") or {}).get("start")
         fits = found and {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in own.items()}
         return found if fits else None  # 结构不同的随后由训练循环逐项指出
+
+    @staticmethod
+    def _check_same(saved: dict[str, Tensor], args: Any, model: Any) -> None:
+        """存盘改写不到的起点文件若换了内容，多半是拿错了：说出来，不悄悄用旧的。
+
+        Raises:
+            UserError: ``from_weight`` 的内容与存档里的起点不同。
+        """
+        own = model.state_dict()
+        if args.from_weight in ("none", args.save_weight):
+            return
+        if any(not torch.equal(own[key].cpu(), value.to(own[key].dtype)) for key, value in saved.items()):
+            raise UserError(
+                "起点的权重（参考模型由它来）与存档里的不同：文件后来换过",
+                where=f"--from_weight {args.from_weight}",
+                expected="与开始训练时同一份权重",
+                fix="放回原来的权重，或去掉 --from_resume 重新训练",
+            )
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.state

@@ -21,7 +21,7 @@ RECIPES = list(CASES)
 # 不影响训练出的权重的，一个个写在这里：新加的参数没有写进来，就必须核对
 HARMLESS = {
     "save_dir", "save_weight", "checkpoint_dir", "log_interval", "save_interval", "num_workers", "from_resume",
-    "eval_interval", "tracker", "use_wandb", "wandb_project", "lora_name", "rollout_kind", "rollout_weights_dir",
+    "eval_interval", "keep_checkpoints", "tracker", "use_wandb", "wandb_project", "lora_name", "rollout_kind", "rollout_weights_dir",
     "trust_remote_code",
 }  # fmt: skip
 NOTED = {
@@ -230,3 +230,14 @@ def test_权重旁边记着全部参数_没有绝对路径(tmp_path, trained, wo
 def test_参数的值就是命令行上的(base):
     cls = arguments("pretrain")
     assert options_of(cls(epochs=3))["epochs"] == 3
+
+
+@pytest.mark.parametrize(("recipe", "options"), [("ppo", {}), ("grpo", {"beta": 0.1}), ("dpo", {})])
+def test_参考模型的文件换了_拒绝(tmp_path, base, world, recipe, options):
+    """起点与存盘不同名：文件不会被存盘改写，内容变了就是换过。"""
+    folder = shutil.copytree(base, tmp_path / "run")
+    run(folder, recipe, world, max_steps=2, **options)
+    path = folder / "out" / "full_sft_64.pth"
+    state = torch.load(path, weights_only=True)
+    torch.save({**state, "model.norm.weight": state["model.norm.weight"] * 1.5}, path)
+    assert "参考模型" in run(folder, recipe, world, code=2, max_steps=3, from_resume=1, **options)
