@@ -120,4 +120,4 @@ def test_全部回答都被遮住_不打印nan(home, world, capsys):
     )
     printed = capsys.readouterr().err
     assert [line["loss"] for line in lines] == [None, None] and lines[0]["kept"] == 0
-    assert "loss 无（这一段没有可学的目标）" in printed and "nan" not in printed
+    assert "loss 无（这一段没有可学的目标）" in printed and " nan" not in printed
