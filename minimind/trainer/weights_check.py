@@ -60,7 +60,7 @@ def check_tied(model: nn.Module, state: Mapping[str, Tensor], where: Path) -> No
             f"{head} {tuple(state[head].shape)} 与 {embedding} {tuple(state[embedding].shape)} 不相等",
             where=str(where),
             expected="两者相同（tie_word_embeddings=true：输出头与词嵌入是同一份权重）",
-            fix=f'这份权重没有共享：在旁边的 {where.stem}.json 的 config 里写 "tie_word_embeddings": false，或换一份权重',
+            fix=f"这份权重没有共享：先运行 minimind import {where}，它从内容认出来，旁注里写上 tie_word_embeddings=false",
         )
 
 
