@@ -1,6 +1,6 @@
 """机器忙时还剩多少速度：旁边有一个忙碌的进程，训练与解码各保住闲时的几成。
 
-一条命令（约六分钟；先把别的程序都停下）::
+一条命令（约二十分钟；先把别的程序都停下）::
 
     python benchmarks/bench_fair_share.py
 
@@ -45,7 +45,7 @@ class FairShareArguments:
     seconds: float = arg(12.0, "每次测多少秒")
     settle: float = arg(8.0, "开头多少秒不算")
     others: int = arg(1, "旁边有几个忙碌的进程")
-    repeats: int = arg(2, "每项测几次，取中位数")
+    repeats: int = arg(3, "每项测几次，取中位数")
     work: str = arg("", "（内部）子进程做什么")
     side: str = arg("", "（内部）子进程是哪一家")
 
@@ -89,7 +89,8 @@ def decoder(args: FairShareArguments):
     prompts = torch.randint(3, model.config.vocab_size, (8, PROMPT))
     if args.side == "transformers":
         twin = transformers_twin(model).eval()
-        options = {"max_new_tokens": ANSWER, "min_new_tokens": ANSWER, "do_sample": False}
+        options = {"max_new_tokens": ANSWER, "min_new_tokens": ANSWER, "do_sample": False, "pad_token_id": 0}
+        options["attention_mask"] = torch.ones_like(prompts)
         return lambda: twin.generate(prompts, **options)[:, PROMPT:].numel()
     engine = Engine(model, eos_ids=set(), max_slots=8)
 
@@ -148,7 +149,8 @@ def main() -> None:
     for kind, title in WORKS.items():
         for side, name in SIDES.items():
             quiet, loaded = speed[kind, side, 0], speed[kind, side, args.others]
-            result[f"{kind}/{side}"] = {"quiet": quiet, "loaded": loaded, "kept": loaded / quiet}
+            runs = {name: speeds[kind, side, n] for name, n in (("quiet", 0), ("loaded", args.others))}
+            result[f"{kind}/{side}"] = {"runs": runs, "kept": loaded / quiet}
             against = quiet / speed[kind, "fixed", 0]
             rows.append(
                 [

@@ -12,7 +12,7 @@ import types
 import torch
 from torch.overrides import TorchFunctionMode
 
-import minimind.model  # noqa: F401  transformers 看见 torch_npu 就要它的融合算子，所以先导入
+import minimind.model.hf  # noqa: F401  transformers 看见 torch_npu 就要它的融合算子，所以先导入
 
 npu = types.ModuleType("npu")
 npu.is_available = lambda: True

@@ -196,7 +196,7 @@ from minimind import selftest
 from minimind.selftest import speed
 from minimind.model.presets import PRESETS
 PRESETS["tiny"] = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
-speed.DEFAULT_SIZE = ("tiny", 1, 32, 1)
+speed.DEFAULT_SIZE = ("tiny", 1, 32, 6)
 speed.NEW_TOKENS, speed.WARMUP = 2, 0
 """
 
