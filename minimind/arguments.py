@@ -18,6 +18,14 @@ from minimind.spelling import suggest_choice, suggest_flag
 T = TypeVar("T")
 RANGE_NAMES = tuple(field.name for field in dataclasses.fields(Range))
 TRUE_WORDS = dict.fromkeys(("true", "yes", "on", "y", "是", "开"), 1)
+# 从存档续训时这个参数变了怎么办
+RESUME = {
+    "compared": "决定结果，必须与存档相同（没有声明的都是）",
+    "content": "看它所指的内容（结构、数据、权重文件），不看写法；内容由续训存档的 config 与 identity 核对",
+    "noted": "可以换，说出新旧与后果",
+    "rounding": "可以换，只差舍入，说一声",
+    "harmless": "与训练出的权重无关",
+}
 FALSE_WORDS = dict.fromkeys(("false", "no", "off", "n", "否", "关"), 0)
 
 
@@ -30,6 +38,7 @@ def arg(
     pattern: tuple[str, ...] | None = None,
     metavar: str | None = None,
     optional: bool = False,
+    resume: str = "compared",
     **limits: float,
 ) -> Any:
     """声明一个命令行参数（dataclass 字段）。
@@ -42,11 +51,12 @@ def arg(
         pattern: ``(正则, 期望的说法, 不合时怎么称呼)``，文字要整个合乎它。
         metavar: 给了就是位置参数，这是它在说明里的名字；默认值是 ``""`` 或 ``()`` 的必须写出。
         optional: ``tuple`` 的位置参数可以一个也不写。
+        resume: 训练命令的参数在续训时变了怎么办，:data:`RESUME` 之一。
         limits: 数的范围：``low high above below multiple``，见 :class:`minimind.ranges.Range`。
     """
     metadata = {
         "help": help, "choices": choices, "range": Range(**limits), "text": text, "pattern": pattern,
-        "metavar": metavar, "optional": optional,
+        "metavar": metavar, "optional": optional, "resume": resume,
     }  # fmt: skip
     return dataclasses.field(default=default, metadata=metadata)
 

@@ -173,7 +173,7 @@ def _read_folder_state(folder: Path) -> tuple[dict[str, Tensor], Path]:
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
     if path.suffix != ".safetensors":
-        return read_state(path)
+        return read_state(path, BUFFERS)
     try:
         return load_safetensors(path)
     except (SafetensorError, OSError) as error:
@@ -187,7 +187,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 def read_pth(path: Path, tokenizer_path: str | None, options: dict[str, Any]) -> Imported:
     """读一份 ``.pth``；有旁注就照旁注，没有就从形状推出尺寸，推不出的用公共项目的默认值并说明。"""
-    state, before, notes = read_state(path), read_sidecar(path) or {}, []
+    state, before, notes = read_state(path, BUFFERS), read_sidecar(path) or {}, []
     if before.get("config"):
         config = MiniMindConfig(**before["config"])
     else:

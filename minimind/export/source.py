@@ -13,7 +13,7 @@ from minimind.errors import UserError
 from minimind.inference.loading import load_for_inference, stop_ids
 from minimind.model import MiniMindConfig
 from minimind.paths import file_problem, resolve_path
-from minimind.trainer.checkpoint import load_file, parse_stem, read_sidecar
+from minimind.trainer.checkpoint import parse_stem, read_sidecar, read_state
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -87,7 +87,7 @@ def open_source(
     state = {key: value.detach() for key, value in loaded.model.state_dict().items()}
     if config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
-    stored = load_file(loaded.source)
+    stored = read_state(loaded.source)
     dtype = next(value.dtype for value in stored.values() if value.is_floating_point())
     return Source(
         config=config,

@@ -21,6 +21,7 @@ from minimind.trainer.adapters import adapter_names, merge_adapters
 from minimind.trainer.checkpoint import file_stem, read_sidecar, sidecar_path
 from minimind.trainer.device import choose_dtype, device_name, resolve_device
 from minimind.trainer.trainer_utils import init_model
+from minimind.trainer.weights_check import check_plain
 
 # --load_from 的这几种写法都指本项目的 .pth（公共项目的默认值是 model）
 NATIVE = ("model", "./model", "../model")
@@ -171,4 +172,5 @@ def _load_folder(folder: str, weight: str, tokenizer_path: str | None) -> Loaded
             expected="transformers 认识的结构与完整的权重文件",
             fix="重新下载或重新导出这个目录",
         ) from error
+    check_plain(dict(model.named_parameters()), path)
     return Loaded(model, tokenizer, "pretrain" in weight, path)

@@ -12,7 +12,7 @@ A 随机（Kaiming 均匀分布，与作者的实现相同），B 从零开始�
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -129,11 +129,26 @@ def apply_lora(model: nn.Module, rank: int = 8, alpha: float = 16.0, targets: st
     if lora_layers(model):
         raise ValueError("模型已经加过 LoRA，先 remove_lora")
     names = target_modules(model, targets)
+    check_rank(model, names, rank)
     _wrap(model, names, rank, alpha)
     model.requires_grad_(False)
     for layer in lora_layers(model).values():
         layer.lora.requires_grad_(True)
     return names
+
+
+def check_rank(model: nn.Module, names: Iterable[str], rank: int) -> None:
+    """增量 B·A 的秩至多是矩阵的短边，再大的 r 只是多占地方。
+
+    Raises:
+        ValueError: 秩超过了所选各层里最大的短边。
+    """
+    shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in names}
+    widest = max(shapes, key=lambda name: min(shapes[name]))
+    if rank > min(shapes[widest]):
+        raise ValueError(
+            f"秩 {rank} 超过各层的短边：最大的是 {widest} {shapes[widest]}，秩至多 {min(shapes[widest])}"
+        )
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -234,6 +249,7 @@ def load_adapter(model: nn.Module, adapter: Adapter) -> None:
             key = f"{name}{MARK}{part}.weight"
             if tuple(adapter.state[key].shape) != wanted:
                 raise ValueError(f"{key} 的形状是 {tuple(adapter.state[key].shape)}，当前模型要 {wanted}")
+    check_rank(model, adapter.modules, adapter.rank)
     present = lora_layers(model)
     if not present:
         _wrap(model, adapter.modules, adapter.rank, adapter.alpha)

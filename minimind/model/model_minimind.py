@@ -59,6 +59,7 @@ class MiniMindConfig(PretrainedConfig):
         head_dim: 每个头的维数，默认 hidden_size / num_attention_heads。
         intermediate_size: 前馈宽度，默认 64·ceil(r·hidden/64)，r 在 v2 是 8/3，在 v3 是 π。
         max_position_embeddings: 允许的最长上下文；位置编码现算，没有表，改大它不用重训权重形状。
+        trained_length: 训练时一篇最长多少个词元，训练命令记下；不知道为 None。YaRN 的原窗口默认就是它，不知道则 2048。
         inference_rope_scaling: 推理时用 YaRN 外推；参数在 `rope_scaling`（factor、original_max_position_embeddings、
             beta_fast、beta_slow、attention_factor）。
         flash_attn: True 走 SDPA；False 走写明白的 softmax，供对照与教学。
@@ -90,7 +91,8 @@ class MiniMindConfig(PretrainedConfig):
         n_routed_experts: int | None = None, num_experts_per_tok: int | None = None, n_shared_experts: int | None = None,
         moe_intermediate_size: int | None = None, scoring_func: str = "softmax", norm_topk_prob: bool = True,
         aux_loss_alpha: float | None = None, seq_aux: bool | None = None, bos_token_id: int = 1,
-        eos_token_id: int = 2, pad_token_id: int = 0, tie_word_embeddings: bool = True, **kwargs: Any,
+        eos_token_id: int = 2, pad_token_id: int = 0, tie_word_embeddings: bool = True,
+        trained_length: int | None = None, **kwargs: Any,
     ):
         # fmt: on
         if arch not in _LAYOUT_DEFAULTS:
@@ -112,7 +114,9 @@ class MiniMindConfig(PretrainedConfig):
         self.max_position_embeddings = max_position_embeddings
         self.rope_theta = float(rope_theta)
         self.inference_rope_scaling = inference_rope_scaling
-        self.yarn = {**_YARN_DEFAULTS, **(rope_scaling or kwargs.pop("yarn", None) or {})}
+        window = {"original_max_position_embeddings": trained_length} if trained_length else {}
+        self.yarn = {**_YARN_DEFAULTS, **window, **(rope_scaling or kwargs.pop("yarn", None) or {})}
+        self.trained_length = trained_length
         self.rms_norm_eps = pick(rms_norm_eps, "rms_norm_eps")
         self.dropout = dropout
         self.flash_attn = flash_attn
@@ -137,6 +141,11 @@ class MiniMindConfig(PretrainedConfig):
         # 有的版本的基类会把这几项放回它的默认值
         self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
         self.tie_word_embeddings = tie_word_embeddings
+
+    def record_trained_length(self, length: int) -> None:
+        """训练用到的长度是 ``length``：YaRN 由它外推。按更长的窗口外推，没训练过的角度会被当成训练过的。"""
+        self.trained_length = length
+        self.yarn = {**self.yarn, "original_max_position_embeddings": length}
 
     def _check(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
@@ -791,10 +800,7 @@ class MiniMindModel(nn.Module):
         B, T, _ = x.shape
         past = cache.get_seq_length() if cache is not None else 0
         if past + T > self.config.max_position_embeddings:
-            raise ValueError(
-                f"上下文太长：已有 {past} 个词元，又来 {T} 个，超过 max_position_embeddings="
-                f"{self.config.max_position_embeddings}。请截短输入，或调大这个配置（配合 inference_rope_scaling）"
-            )
+            self._check_length(past, T, position_ids, cu_seqlens, max_seqlen)
         if position_ids is None:
             position_ids = torch.arange(past, past + T, device=x.device).unsqueeze(0)
         rope = self._rope(position_ids)
@@ -819,6 +825,28 @@ class MiniMindModel(nn.Module):
         if aux_total is None:
             aux_total = torch.zeros((), device=x.device)
         return self.norm(x), aux_total
+
+    def _check_length(self, past, T, position_ids, cu_seqlens, max_seqlen) -> None:
+        """一行比位置上限还长：几篇拼成的看最长的一篇，每篇的位置从 0 起；不与显卡同步。
+
+        Raises:
+            ValueError: 有一篇超过 max_position_embeddings。
+        """
+        limit, longest = self.config.max_position_embeddings, past + T
+        if cu_seqlens is not None:
+            if max_seqlen is None and (cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling()):
+                return  # 不问显卡就不知道；打包的数据装进来之前查过每篇的长度
+            longest = int(cu_seqlens.diff().max()) if max_seqlen is None else max_seqlen
+        elif position_ids is not None and not past:
+            if position_ids.device.type != "cpu" or torch.compiler.is_compiling():
+                return
+            longest = int(position_ids.max()) + 1
+        if longest > limit:
+            what = f"已有 {past} 个词元，又来 {T} 个" if past else f"{longest} 个词元"
+            raise ValueError(
+                f"上下文太长：{what}，超过 max_position_embeddings={limit}。"
+                "请截短输入，或调大这个配置（配合 inference_rope_scaling）"
+            )
 
     def _rope(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """position_ids [B 或 1, T] → cos、sin [B 或 1, T, 1, D]，fp32，sin 的前半已取负。

@@ -36,6 +36,7 @@ from minimind.rl.rollout import LocalRollout
 from minimind.trainer.distill_loss import DIVERGENCES, chunked_loss, distillation_loss
 from minimind.trainer.logprobs import target_mask
 from minimind.trainer.loop import TrainResult, train
+from minimind.trainer.reference import weights_hash
 from minimind.trainer.train_args import LAYERS, MAX_LENGTH, ON_OFF, WIDTHS, TrainArguments
 
 
@@ -55,25 +56,28 @@ class DistillationArguments(TrainArguments):
     max_gen_len: int = arg(128, "学生自己作答时最多写多少个词元", low=1, high=MAX_LENGTH)
 
     student_hidden_size: int | None = arg(
-        None, "学生的宽度；不给则 512，教师也只有这么宽（或更窄）时取它的一半", **WIDTHS
+        None, "学生的宽度；不给则 512，教师也只有这么宽（或更窄）时取它的一半", **WIDTHS, resume="content"
     )
     student_num_layers: int | None = arg(
-        None, "学生的层数；不给则 8，教师也只有这么宽（或更窄）时取它的一半", **LAYERS
+        None, "学生的层数；不给则 8，教师也只有这么宽（或更窄）时取它的一半", **LAYERS, resume="content"
     )
-    student_use_moe: int = arg(0, "学生是否用混合专家（0 否，1 是）", ON_OFF)
+    student_use_moe: int = arg(0, "学生是否用混合专家（0 否，1 是）", ON_OFF, resume="content")
     from_student_weight: str | None = arg(
         None,
         "学生从哪个权重开始；不给则依次找同尺寸的 full_sft、pretrain，都没有就从头训练；none 从头训练",
         text="name",
+        resume="content",
     )
     teacher_hidden_size: int | None = arg(
-        None, "教师的宽度；不给则 768，没有这样的权重就用现有最大的", **WIDTHS
+        None, "教师的宽度；不给则 768，没有这样的权重就用现有最大的", **WIDTHS, resume="content"
     )
-    teacher_num_layers: int | None = arg(None, "教师的层数；不给则由权重旁的 JSON 决定", **LAYERS)
+    teacher_num_layers: int | None = arg(
+        None, "教师的层数；不给则由权重旁的 JSON 决定", **LAYERS, resume="content"
+    )
     teacher_use_moe: int | None = arg(
-        None, "教师是否用混合专家（0 否，1 是）；不给则由找到的权重决定", ON_OFF
+        None, "教师是否用混合专家（0 否，1 是）；不给则由找到的权重决定", ON_OFF, resume="content"
     )
-    from_teacher_weight: str = arg("full_sft", "教师用哪个权重", text="name")
+    from_teacher_weight: str = arg("full_sft", "教师用哪个权重", text="name", resume="content")
 
     LEARNING_RATE_TIMES_WIDTH = 0.5
 
@@ -138,6 +142,7 @@ def run(args: DistillationArguments) -> TrainResult:
         recipe="distillation",
         prepare=prepare,
         health=distillation_health,
+        identity={"教师": weights_hash(teacher)},
     )
 
 

@@ -35,6 +35,7 @@ from minimind.trainer.device import choose_dtype
 from minimind.trainer.loop import TrainResult, train
 from minimind.trainer.preference import LOSS_TYPES, preference_loss, sequence_logprobs
 from minimind.trainer.reference import PairsWithReference, cached_pair_logprobs, weights_hash
+from minimind.trainer.resuming import StartingPoint
 from minimind.trainer.train_args import ON_OFF, TrainArguments
 
 
@@ -60,7 +61,10 @@ class DPOArguments(TrainArguments):
         high=1000,
     )
     cache_reference: int = arg(
-        1, "参考模型的对数概率：1 训练前算一遍存着，0 训练时带着参考模型现算（多占一份权重）", ON_OFF
+        1,
+        "参考模型的对数概率：1 训练前算一遍存着，0 训练时带着参考模型现算（多占一份权重）",
+        ON_OFF,
+        resume="rounding",
     )
 
     # 微调的五十分之一。192 宽、每步 4 对、300 步时，3e-4 会把别的任务从八成四冲到两成（docs/dpo.md）
@@ -93,6 +97,7 @@ def dpo_loss(model: nn.Module, batch: dict[str, Any], args: DPOArguments, refere
 def run(args: DPOArguments) -> TrainResult:
     """按参数训练一次；返回权重位置与最后的指标。"""
     model, tokenizer = open_model(args)
+    start = StartingPoint(args, model)
     key = weights_hash(model)
     reference = None if args.cache_reference else copy.deepcopy(model).eval().requires_grad_(False)
 
@@ -118,6 +123,7 @@ def run(args: DPOArguments) -> TrainResult:
         recipe="dpo",
         count=lambda batch: float(batch["num_pairs"]),
         health=preference_health,
+        extra_state={"start": start},
     )
 
 

@@ -40,4 +40,8 @@ def open_model(args: Any) -> tuple[MiniMindLM, Any]:
         ``(model, tokenizer)``，模型是 fp32，已在它的设备上（``model.device``）。
     """
     device = start_run(args)
-    return init_model(model_config(args), args.from_weight, args.tokenizer_path, args.save_dir, device)
+    model, tokenizer = init_model(
+        model_config(args), args.from_weight, args.tokenizer_path, args.save_dir, device
+    )
+    model.config.record_trained_length(args.trained_length(model.config.trained_length))
+    return model, tokenizer

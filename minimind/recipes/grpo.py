@@ -73,7 +73,7 @@ def learnable_rows(experience: Experience, args: GRPOArguments) -> list[int]:
 
 def run(args: GRPOArguments) -> TrainResult:
     """按参数训练一次；返回权重位置与最后的指标。"""
-    stage = open_stage(args)
+    stage = open_stage(args, kl=args.beta)
     collector = Collector(args, stage.tokenizer, stage.train_ds, stage.rewards)
     reference = frozen_copy(stage.model) if args.beta else None
     compute_loss, count = policy_loss(args, args.loss_type)

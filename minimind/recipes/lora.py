@@ -38,6 +38,7 @@ class LoRAArguments(TrainArguments):
         "lora_identity",
         "LoRA 的名字，写到 {save_dir}/lora/{lora_name}_{hidden_size}[_moe].pth",
         text="name",
+        resume="harmless",
     )
     lora_rank: int = arg(8, "秩 r：增量的自由度，越大能改得越多、文件越大", low=1, high=16384)
     lora_alpha: float = arg(16.0, "缩放：增量乘 alpha / r", above=0, high=MANY)
@@ -48,7 +49,7 @@ class LoRAArguments(TrainArguments):
         text="filled",
     )
     save_weight: str | None = arg(
-        None, "同 --lora_name（各训练命令都有的参数）；不给则用 --lora_name", text="name"
+        None, "同 --lora_name（各训练命令都有的参数）；不给则用 --lora_name", text="name", resume="harmless"
     )
     from_weight: str = override(TrainArguments, "from_weight", "full_sft")
     epochs: int = override(TrainArguments, "epochs", 50)
@@ -70,7 +71,7 @@ def add_lora(model: nn.Module, args: LoRAArguments) -> None:
     try:
         modules = apply_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets)
     except ValueError as error:
-        raise UserError(str(error), where="--lora_targets") from error
+        raise UserError(str(error), where="--lora_rank、--lora_targets") from error
     model.config.lora = {
         "rank": args.lora_rank,
         "alpha": args.lora_alpha,

@@ -54,7 +54,9 @@ class PPOArguments(RLArguments):
     value_clip: float = arg(0.2, "价值每次更新至多离采样时这么远", above=0, high=MANY)
     vf_coef: float = arg(0.5, "价值损失的系数", low=0, high=1000)
     kl_coef: float = arg(0.02, "逐词元 KL 惩罚的系数；0 则不载入参考模型", low=0, high=1000)
-    critic_learning_rate: float | None = arg(None, "价值网络的学习率；不给则与策略相同", low=0, high=1)
+    critic_learning_rate: float | None = arg(
+        None, "价值网络的学习率；不给则与策略相同", low=0, high=1, resume="noted"
+    )
     gamma: float = arg(1.0, "折扣", low=0, high=1)
     lam: float = arg(0.95, "GAE 的 lambda", low=0, high=1)
     ppo_epochs: int = arg(2, "同一批采样走几轮", low=1, high=1000)
@@ -71,6 +73,13 @@ class PPOArguments(RLArguments):
         super().__post_init__()
         if self.critic_learning_rate is None:
             self.critic_learning_rate = self.learning_rate
+        if self.critic_learning_rate and not self.learning_rate:
+            raise UserError(
+                f"值是 {self.critic_learning_rate:g}，而 --learning_rate 是 0",
+                where="--critic_learning_rate",
+                expected="策略的学习率大于 0：价值网络的学习率随它的日程走",
+                fix="给一个大于 0 的 --learning_rate",
+            )
         rollouts = self.batch_size * self.accumulation_steps * self.num_generations
         if self.minibatches > rollouts:
             raise UserError(
@@ -122,7 +131,7 @@ def ppo_loss(args: PPOArguments):
 
 def run(args: PPOArguments) -> TrainResult:
     """按参数训练一次；返回权重位置与最后的指标。"""
-    stage = open_stage(args)
+    stage = open_stage(args, kl=args.kl_coef)
     collector = Collector(args, stage.tokenizer, stage.train_ds, stage.rewards, policy=actor_of)
     reference = frozen_copy(stage.model) if args.kl_coef else None
 
@@ -151,7 +160,7 @@ def run(args: PPOArguments) -> TrainResult:
         recipe="ppo",
         prepare=prepare,
         weights_of=lambda model: model.actor.state_dict(),
-        lr_scales={"critic.": args.critic_learning_rate / args.learning_rate} if args.learning_rate else None,
+        lr_scales={"critic.": args.critic_learning_rate / args.learning_rate if args.learning_rate else 1.0},
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -20,6 +20,7 @@ from minimind.rl.rewards import Rewards, build_rewards
 from minimind.rl.rollout import LocalRollout
 from minimind.trainer.distributed import is_main_process
 from minimind.trainer.loop import LossResult, TrainResult, train
+from minimind.trainer.resuming import StartingPoint
 from minimind.trainer.sampler import epoch_order
 
 
@@ -32,11 +33,17 @@ class Stage:
     train_ds: RLAIFDataset
     val_ds: RLAIFDataset | None
     rewards: Rewards
+    extra_state: dict[str, Any] = field(default_factory=dict)
 
 
-def open_stage(args: RLArguments) -> Stage:
-    """按参数打开模型、提示与奖励，说清奖励由什么组成。"""
+def open_stage(args: RLArguments, kl: float) -> Stage:
+    """按参数打开模型、提示与奖励，说清奖励由什么组成。
+
+    Args:
+        kl: 与参考模型的 KL 的系数；不为 0 时起点的权重要随续训存档走，参考模型由它复制。
+    """
     model, tokenizer = open_model(args)
+    extra_state = {"start": StartingPoint(args, model)} if kl else {}
     thinking = {"enable_thinking": True} if args.reasoning else {}
     train_ds, val_ds = open_datasets(RLAIFDataset, args, tokenizer, **thinking)
     rewards = build_rewards(
@@ -50,7 +57,7 @@ def open_stage(args: RLArguments) -> Stage:
     say(rewards.describe())
     if warning := train_ds.reference_warning():
         say(f"留意：{train_ds.cache.source.name} 里 {warning}。")
-    return Stage(model, tokenizer, train_ds, val_ds, rewards)
+    return Stage(model, tokenizer, train_ds, val_ds, rewards, extra_state)
 
 
 def train_stage(
@@ -60,6 +67,7 @@ def train_stage(
     *,
     model: nn.Module | None = None,
     policy: Callable[[nn.Module], nn.Module] = lambda model: model,
+    extra_state: dict[str, Any] | None = None,
     **options: Any,
 ) -> TrainResult:
     """训练到头：提示当数据，看体征，按间隔考留出题。
@@ -67,6 +75,7 @@ def train_stage(
     Args:
         model: 训练的模型，默认就是策略。
         policy: 从训练的模型里取出策略。
+        extra_state: 配方自己要存进续训存档的对象。
         options: 交给 :func:`minimind.trainer.loop.train`，至少有 ``recipe count prepare``。
     """
     return train(
@@ -77,6 +86,8 @@ def train_stage(
         compute_loss,
         on_eval=held_out_score(args, stage, policy),
         health=RLHealth(args.max_gen_len),
+        identity={"奖励": stage.rewards.identity},
+        extra_state={**stage.extra_state, **(extra_state or {})},
         **options,
     )
 

@@ -86,7 +86,7 @@ def check_range(low: float | None, high: float | None) -> tuple[float, float]:
 
 def run(args: SPOArguments) -> TrainResult:
     """按参数训练一次；返回权重位置与最后的指标。"""
-    stage = open_stage(args)
+    stage = open_stage(args, kl=args.beta)
     collector = Collector(args, stage.tokenizer, stage.train_ds, stage.rewards)
     reference = frozen_copy(stage.model) if args.beta else None
     tracker = PromptTracker(len(stage.train_ds))

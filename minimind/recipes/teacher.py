@@ -15,7 +15,7 @@ from minimind.errors import UserError
 from minimind.model import MiniMindConfig, MiniMindLM, count_parameters
 from minimind.paths import resolve_path
 from minimind.tokenizer import load_tokenizer, tokenizer_fingerprint
-from minimind.trainer.checkpoint import config_dict, load_file, load_weights, read_sidecar, weights_path
+from minimind.trainer.checkpoint import config_dict, load_weights, read_sidecar, read_state, weights_path
 from minimind.trainer.trainer_utils import model_config
 
 # 公共项目蒸馏的默认尺寸：教师 768 × 16，学生 512 × 8
@@ -83,8 +83,8 @@ def no_teacher(args: Any, folder: Path) -> UserError:
 
 def guess_config(path: Path) -> dict[str, Any]:
     """没有旁注的权重（旧项目的）：从键与形状看出尺寸。"""
-    state = load_file(path)
-    embed = state.get("model.embed_tokens.weight") if isinstance(state, dict) else None
+    state = read_state(path)
+    embed = state.get("model.embed_tokens.weight")
     if embed is None:
         raise UserError("里面不是 MiniMind 的权重", where=str(path), fix="用 --from_teacher_weight 换一个")
     layers = {int(key.split(".")[2]) for key in state if key.startswith("model.layers.")}
@@ -164,6 +164,13 @@ def load_teacher(args: Any, student: MiniMindConfig, device: torch.device) -> nn
             "教师与学生是同一个权重，没有东西可学",
             where=str(teacher.path),
             fix="用 --student_hidden_size、--student_num_layers 给出更小的学生，或换一个教师",
+        )
+    if teacher.path == weights_path(student, args.save_weight, args.save_dir):
+        raise UserError(
+            "学生存盘时会改写教师的权重",
+            where=str(teacher.path),
+            expected="教师与学生的权重文件不同名",
+            fix=f"换一个 --save_weight（现在是 {args.save_weight}）",
         )
     model = MiniMindLM(teacher.config)
     load_weights(model, teacher.path)

@@ -25,28 +25,38 @@ class RLArguments(TrainArguments):
         None,
         "用 OpenAI 兼容的服务（vLLM、SGLang、本项目的）采样，例如 http://127.0.0.1:8000，密钥放在环境变量 ROLLOUT_API_KEY；不给则在本进程里采样",
         pattern=URL,
+        resume="noted",
     )
     rollout_kind: str = arg(
-        "auto", "采样服务的种类：vllm（含其他照做的 OpenAI 兼容服务）、sglang", ("auto", "vllm", "sglang")
+        "auto",
+        "采样服务的种类：vllm（含其他照做的 OpenAI 兼容服务）、sglang",
+        ("auto", "vllm", "sglang"),
+        resume="harmless",
     )
     rollout_weights_dir: str | None = arg(
-        None, "每步把权重写到哪个目录让采样服务重读，两边都要看得见；不给则问服务", text="path"
+        None,
+        "每步把权重写到哪个目录让采样服务重读，两边都要看得见；不给则问服务",
+        text="path",
+        resume="harmless",
     )
     rollout_slots: int = arg(
-        64, "本进程里采样时同时写多少条（省内存用，不影响结果的分布）", low=1, high=65536
+        64, "本进程里采样时同时写多少条（省内存用，不影响结果的分布）", low=1, high=65536, resume="rounding"
     )
-    rows_per_forward: int = arg(16, "训练时一次前向放多少条回答（省内存用，不影响结果）", low=1, high=65536)
+    rows_per_forward: int = arg(
+        16, "训练时一次前向放多少条回答（省内存用，不影响结果）", low=1, high=65536, resume="rounding"
+    )
 
     # 奖励
     reward: str | None = arg(
         None,
         "奖励，例如 auto、exact:1,format:0.5、文件.py:函数；不给则用可验证的规则，有奖励模型就用它",
         text="paths",
+        resume="content",
     )
     reward_model_path: str | None = arg(
-        None, "奖励模型的目录（HF 序列分类模型，或带 get_score 的模型）", text="path"
+        None, "奖励模型的目录（HF 序列分类模型，或带 get_score 的模型）", text="path", resume="content"
     )
-    trust_remote_code: int = arg(0, "允许执行奖励模型目录里自带的代码", ON_OFF)
+    trust_remote_code: int = arg(0, "允许执行奖励模型目录里自带的代码", ON_OFF, resume="harmless")
 
     from_weight: str | None = arg(
         None, "从哪个权重开始（名字）；不给则 full_sft，--reasoning 1 时 reason", text="name"
@@ -60,6 +70,10 @@ class RLArguments(TrainArguments):
     log_interval: int = override(TrainArguments, "log_interval", 5)
     save_interval: int = override(TrainArguments, "save_interval", 50)
     eval_interval: int = override(TrainArguments, "eval_interval", 50)
+
+    def trained_length(self, before: int | None) -> int:
+        """``max_seq_len`` 只是提示的上限，多半到不了；起点见过多长就是多长。"""
+        return before or self.max_seq_len
 
     def __post_init__(self):
         super().__post_init__()

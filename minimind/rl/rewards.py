@@ -29,8 +29,10 @@ from torch import Tensor
 
 from minimind.dataset.jsonl import short
 from minimind.errors import UserError
+from minimind.paths import resolve_path
 from minimind.rl import reward_rules as rules
 from minimind.rl.reward_file import RewardFunctionError, load_function
+from minimind.trainer.resuming import content_hash
 
 
 @dataclass
@@ -89,12 +91,14 @@ class Rule:
         score: ``list[Sample] -> 分数的序列``。
         low, high: 分数的范围，SPO 用它把总分换到 [0, 1]；用户的函数不知道，为 None。
         each: 为真时 ``score`` 一次只收一个样本；为假时收整批（奖励模型）。
+        identity: 名字之外还由什么决定：参数，或文件内容的指纹。
     """
 
     score: Callable[..., Any]
     low: float | None
     high: float | None
     each: bool = True
+    identity: str = ""
 
 
 # 名字 → 规则；自己的项目里可以直接往里加
@@ -127,12 +131,16 @@ class Rewards:
     Attributes:
         weights: ``{名字: 权重}``。
         bounds: 总分的 ``(最低, 最高)``；有一条不知道范围时为 None。
+        identity: 各条、权重与所用文件的内容；续训据此核对。
     """
 
     def __init__(self, rules: dict[str, tuple[Rule, float]], data_path: str | Path | None = None):
         self.rules, self.data_path = rules, data_path
         self.weights = {name: weight for name, (_, weight) in rules.items()}
         self.bounds = self._bounds()
+        self.identity = "，".join(
+            f"{name}{rule.identity} × {weight:g}" for name, (rule, weight) in rules.items()
+        )
 
     def _bounds(self) -> tuple[float, float] | None:
         if any(rule.low is None for rule, _ in self.rules.values()):
@@ -245,7 +253,8 @@ def build_rewards(
             reasoning=bool(reasoning),
             clip=MODEL_CLIP,
         )
-        chosen["model"] = (Rule(model, -MODEL_CLIP, MODEL_CLIP, each=False), chosen["model"][1])
+        identity = f"（{content_hash(resolve_path(reward_model_path))}）"
+        chosen["model"] = (Rule(model, -MODEL_CLIP, MODEL_CLIP, False, identity), chosen["model"][1])
     return Rewards(chosen, data_path)
 
 
@@ -269,7 +278,8 @@ def parse_item(item: str) -> tuple[str, Rule, float]:
     where = f"--reward {item}"
     if match := _FILE_ITEM.fullmatch(item):
         function = load_function(match["file"], match["function"])
-        return match["function"], Rule(function, None, None), _weight(match["weight"], where)
+        identity = f"（{content_hash(resolve_path(match['file']))}）"
+        return match["function"], Rule(function, None, None, True, identity), _weight(match["weight"], where)
     match = _RULE_ITEM.fullmatch(item)
     if match is None or match["name"] not in (*REWARDS, "model"):
         raise UserError(
@@ -283,7 +293,8 @@ def parse_item(item: str) -> tuple[str, Rule, float]:
         return name, _MODEL_PLACEHOLDER, weight
     rule = REWARDS[name]
     if match["range"] is not None:
-        rule = Rule(_with_range(name, rule, match["range"], where), rule.low, rule.high)
+        score = _with_range(name, rule, match["range"], where)
+        rule = Rule(score, rule.low, rule.high, True, f"({match['range']})")
     return name, rule, weight
 
 

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from minimind.console import say
 from minimind.errors import UserError
 from minimind.model.model_lora import MARK, Adapter, merge_adapter, parse_adapter
 from minimind.paths import file_problem, resolve_path
-from minimind.trainer.checkpoint import load_file, read_sidecar, strip_prefixes, weights_path
+from minimind.trainer.checkpoint import read_sidecar, read_state, weights_path
 
 FOLDER = "lora"
 FIX = "让 --hidden_size、--num_hidden_layers、--use_moe、--arch 与训练这个 LoRA 时一致"
@@ -61,12 +61,10 @@ def read_adapter(path: Path) -> tuple[Adapter, dict[str, Any]]:
             where=str(path),
             fix=f"先运行 python trainer/train_lora.py --lora_name {name}，或改 --lora_weight{hint}",
         )
-    state = load_file(path)
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError("里面不是普通的权重字典", where=str(path), expected="LoRA 的 A 与 B")
+    state = read_state(path)
     info = ((read_sidecar(path) or {}).get("config") or {}).get("lora") or {}
     try:
-        adapter = parse_adapter(strip_prefixes(state), info.get("alpha"))
+        adapter = parse_adapter(state, info.get("alpha"))
     except ValueError as error:
         raise UserError(
             str(error), where=str(path), expected="只含 ….lora.A.weight 与 ….lora.B.weight 的文件"

@@ -17,6 +17,7 @@ from minimind.errors import UserError
 from minimind.paths import resolve_path
 from minimind.runtime import files
 from minimind.trainer.distributed import world_size
+from minimind.trainer.weights_check import check_plain, check_tied
 
 FORMAT_VERSION = 1
 # 包装层（compile、DDP）加在键名前的前缀；存档里不许有，读旧文件时去掉
@@ -141,12 +142,15 @@ def read_sidecar(weights: Path) -> dict[str, Any] | None:
     path = sidecar_path(weights)
     if not path.is_file():
         return None
+    fix = "删掉它，改用尺寸参数说明模型大小"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"旁注不是合法的 JSON（{error}）", where=str(path), fix="删掉它，改用尺寸参数说明模型大小"
-        ) from error
+        sidecar = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"旁注不是合法的 JSON（{error}）", where=str(path), fix=fix) from error
+    if not isinstance(sidecar, dict) or not isinstance(sidecar.get("config", {}), dict):
+        raise UserError("旁注不是一个对象，或其中的 config 不是", where=str(path), fix=fix)
+    _check_version(sidecar, "旁注", path, "升级 minimind")
+    return sidecar
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -160,15 +164,19 @@ def load_weights(model: nn.Module, path: Path) -> None:
     unwrap(model).load_state_dict(state, strict=False)
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
+def read_state(path: Path, ignore: re.Pattern | None = None) -> dict[str, Tensor]:
     """读一份普通的权重字典，去掉包装层的前缀。
 
+    Args:
+        ignore: 整个合乎它的键不要（旧项目存下的位置编码的表，不是浮点数）。
+
     Raises:
-        UserError: 文件损坏，或里面不是权重字典（例如续训存档）。
+        UserError: 文件损坏，或里面不是权重字典（例如续训存档），见 :func:`check_plain`。
     """
     state = load_file(path)
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError("里面不是普通的权重字典", where=str(path), fix="续训存档请用 --from_resume 1 读取")
+    if ignore and isinstance(state, dict):
+        state = {k: v for k, v in state.items() if not (isinstance(k, str) and ignore.fullmatch(k))}
+    check_plain(state, path)
     return strip_prefixes(state)
 
 
@@ -197,9 +205,18 @@ def check_state(model: nn.Module, state: Mapping[str, Tensor], where: Path, fix:
         sides = [("缺少", missing), ("多出", extra)]
         what = "，".join(f"{word} {len(keys)} 个键（如 {keys[0]}）" for word, keys in sides if keys)
         raise UserError(what, where=str(where), expected="键与当前模型一一对应", fix=fix)
+    check_tied(unwrap(model), state, where)
 
 
 # ---------------------------------------------------------------- 续训存档
+
+
+def _check_version(data: dict[str, Any], what: str, path: Path, fix: str) -> None:
+    version = data.get("format_version", 0)
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise UserError(
+            f"{what}的格式版本 {version!r} 比程序认识的 {FORMAT_VERSION} 新", where=str(path), fix=fix
+        )
 
 
 def _state_of(value: Any) -> Any:
@@ -238,12 +255,10 @@ def lm_checkpoint(
         if not path.is_file():
             return None
         data = load_file(path)
-        if data.get("format_version", 0) > FORMAT_VERSION:
-            raise UserError(
-                f"存档的格式版本 {data['format_version']} 比程序认识的 {FORMAT_VERSION} 新",
-                where=str(path),
-                fix="升级 minimind，或去掉 --from_resume 重新训练",
-            )
+        fix = "升级 minimind，或去掉 --from_resume 重新训练"
+        if not isinstance(data, dict):
+            raise UserError("里面不是续训存档", where=str(path), fix="去掉 --from_resume 重新训练")
+        _check_version(data, "存档", path, fix)
         return data
     data = {
         "format_version": FORMAT_VERSION,

@@ -26,6 +26,7 @@ from minimind.trainer.checkpoint import write_sidecar
 from minimind.trainer.compiling import compile_and_check
 from minimind.trainer.device import peak_memory_bytes, preserved_rng
 from minimind.trainer.distributed import any_process, barrier, is_main_process
+from minimind.trainer.history import keep_best
 from minimind.trainer.interrupt import StopSignal
 from minimind.trainer.loader import Batch, training_batches
 from minimind.trainer.meter import events_left
@@ -89,6 +90,7 @@ def train(
     weights: Path | None = None,
     weights_of: Callable[[nn.Module], Mapping[str, Tensor]] | None = None,
     lr_scales: Mapping[str, float] | None = None,
+    identity: Mapping[str, str] | None = None,
 ) -> TrainResult:
     """训练 ``model`` 到 ``args`` 规定的步数，期间记录、存盘、验证；可从任意一次存盘逐位续上。
 
@@ -113,6 +115,7 @@ def train(
         weights: 权重写到哪里，默认 ``{save_dir}/{save_weight}_{hidden_size}[_moe].pth``。
         weights_of: ``weights_of(model)`` 给出要存为权重的张量（只存适配器、只存策略……），默认全部。
         lr_scales: 参数名的前缀 → 学习率的倍数，例如 ``{"critic.": 2.0}``。
+        identity: 数据与分词器之外，结果还依赖哪些文件：``{"教师": 内容的指纹}``；写进存档，续训时核对。
 
     Raises:
         UserError: 存档与设置不符、磁盘满、连续三步不是有限数……
@@ -133,6 +136,7 @@ def train(
         weights=weights,
         weights_of=weights_of,
         lr_scales=lr_scales,
+        identity=identity,
     )
     state, progress = run.state, run.progress
     batches = training_batches(
@@ -174,7 +178,7 @@ def train(
                     report_nonfinite(run, update, micro_losses, sums)
                 accumulate_interval(run, sums)
 
-            epoch = state.epoch
+            epoch, state.lr = state.epoch, lr
             progress.advance(samples)
             bar.advance()
             seconds = run.meter.lap()
@@ -263,8 +267,9 @@ def log_interval(run: Run, epoch: int, lr: float) -> dict[str, Any]:
     state.interval.clear()
 
     metrics = "".join(f" {k} {v:.4f}" for k, v in extras.items())
+    loss = f"{run.train_loss:.4f}" if sums.get("count") else "无（这一段没有可学的目标）"
     say(
-        f"第 {epoch + 1}/{args.epochs} 轮 {state.step}/{progress.total_steps} 步 loss {run.train_loss:.4f}{metrics}"
+        f"第 {epoch + 1}/{args.epochs} 轮 {state.step}/{progress.total_steps} 步 loss {loss}{metrics}"
         f" lr {lr:.2e} {speed:,.0f} 词元/秒"
         + (f" 利用率 {record['mfu']:.0%}" if "mfu" in record else "")
         + f" 剩余 {format_duration(seconds_left(run))}"
@@ -328,11 +333,12 @@ def evaluate(run: Run, compute_loss: Callable, on_eval: Callable | None, stop: S
                     run.model.train()
             barrier()
     run.metrics = result
+    if is_main_process() and run.saved_step == state.step:
+        write_sidecar(run.weights, run.sidecar())
+        keep_best(run, result)
     run.write_log(
         {"step": state.step, "epoch": run.progress.epoch_for_people, **result, "time": state.seconds}
     )
-    if is_main_process() and run.saved_step == state.step:
-        write_sidecar(run.weights, run.sidecar())
     words = {"val_loss": "损失", "val_bpb": "每字节比特数"}
     say(f"验证（第 {state.step} 步）：" + "，".join(f"{words.get(k, k)} {v:.4f}" for k, v in result.items()))
     return True

@@ -165,16 +165,18 @@ def split_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     return groups
 
 
-def split_by_scale(
+def split_by_prefix(
     model: nn.Module, params: list[nn.Parameter], lr_scales: Mapping[str, float]
 ) -> list[tuple[float, list[nn.Parameter]]]:
-    """按参数名前缀对应的学习率倍数再分组，次序固定；前缀都不中的倍数是 1。"""
+    """按参数名的前缀再分组，附上学习率的倍数；前缀都不中的是第一组，倍数是 1。
+
+    怎么分只看前缀，不看倍数：续训时换了倍数，优化器的状态仍然逐组对得上。
+    """
     names = {id(p): name for name, p in model.named_parameters()}
-    groups: dict[float, list[nn.Parameter]] = {}
+    groups: dict[str, list[nn.Parameter]] = {"": [], **{prefix: [] for prefix in lr_scales}}
     for p in params:
-        scale = next((s for prefix, s in lr_scales.items() if names[id(p)].startswith(prefix)), 1.0)
-        groups.setdefault(scale, []).append(p)
-    return sorted(groups.items())
+        groups[next((prefix for prefix in lr_scales if names[id(p)].startswith(prefix)), "")].append(p)
+    return [(lr_scales.get(prefix, 1.0), chosen) for prefix, chosen in groups.items() if chosen]
 
 
 def build_optimizer(
@@ -204,7 +206,7 @@ def build_optimizer(
     def make_groups(kind: str, scale: float, **options: float) -> list[dict[str, Any]]:
         return [
             {"params": params, "lr_scale": scale * extra, **options}
-            for extra, params in split_by_scale(model, groups[kind], lr_scales or {})
+            for extra, params in split_by_prefix(model, groups[kind], lr_scales or {})
         ]
 
     adam_groups = make_groups("embedding", embed_scale, weight_decay=0.0)

@@ -14,16 +14,19 @@ class TrainState:
     """训练走到哪里了；整个存进续训存档。
 
     epoch: 正在第几轮（从 0 数）；samples: 本轮已用的全局样本数；step: 完成的优化步数；
-    seconds: 累计用时；tokens: 累计有效（非填充）词元；nonfinite_in_row: 连续多少步不是有限数；
+    lr: 最近一步的学习率；seconds: 累计用时；tokens: 累计有效（非填充）词元；nonfinite_in_row: 连续多少步不是有限数；
+    kept: 另外留着存档的那些步；
     interval: 上一行日志以来的各项之和，存下来才能让续训后的日志与没中断时一样。
     """
 
     epoch: int = 0
     samples: int = 0
     step: int = 0
+    lr: float = 0.0
     seconds: float = 0.0
     tokens: float = 0.0
     nonfinite_in_row: int = 0
+    kept: list[int] = field(default_factory=list)
     interval: dict[str, float] = field(default_factory=dict)
 
 

@@ -18,7 +18,7 @@ from minimind.model import MiniMindConfig, count_parameters, flops_per_token
 from minimind.paths import resolve_path
 from minimind.runtime.fair_share import fair_share
 from minimind.tokenizer import token_byte_lengths, tokenizer_fingerprint
-from minimind.trainer import checkpoint, device, distributed
+from minimind.trainer import checkpoint, device, distributed, history, resuming
 from minimind.trainer.compiling import CompiledBlocks, maybe_compile
 from minimind.trainer.meter import Meter
 from minimind.trainer.optim import build_optimizer
@@ -27,15 +27,6 @@ from minimind.trainer.tracking import RunLog, Tracker, start_tracker
 from minimind.trainer.validation import to_device
 from minimind.trainer.vital_signs import VitalSigns
 
-# 续训时必须与存档相同的参数：换了它们，优化器状态或数据位置就没有意义
-FIXED_ARGS = (
-    "seed", "optimizer", "weight_decay", "embed_lr_scale", "muon_momentum", "adam_beta2", "max_seq_len",
-)  # fmt: skip
-# 可以换，但要说一声的参数
-NOTED_ARGS = (
-    "epochs", "max_steps", "batch_size", "accumulation_steps", "learning_rate", "schedule", "warmup_ratio",
-    "decay_ratio", "grad_clip", "dtype",
-)  # fmt: skip
 # 配置里与数学无关的键
 IGNORED_CONFIG = ("dtype", "torch_dtype", "architectures", "_name_or_path", "flash_attn", "use_cache")
 
@@ -67,6 +58,7 @@ class Run:
         weights: Path | None = None,
         weights_of: Callable[[nn.Module], Mapping[str, Tensor]] | None = None,
         lr_scales: Mapping[str, float] | None = None,
+        identity: Mapping[str, str] | None = None,
     ):
         if len(train_ds) == 0:
             raise UserError(
@@ -80,6 +72,7 @@ class Run:
         self.tokenizer_hash = tokenizer_fingerprint(tokenizer) if tokenizer is not None else None
         self.weights = weights or checkpoint.weights_path(self.config, args.save_weight, args.save_dir)
         self.weights_of, self.lr_scales, self.probes = weights_of, lr_scales, probes
+        self.other_files = dict(identity or {})
         self.state, self.metrics, self.train_loss = TrainState(), {}, math.nan
         self.evaluates, self.announced_total = evaluates, False
         # 卡上训练一步只有几十毫秒，取数要放到子进程里；CPU 上子进程只会抢算力
@@ -99,6 +92,8 @@ class Run:
             self._restore(saved)
         self.vitals = VitalSigns(self.model, (saved or {}).get("vitals"))
         self.progress = Progress(args, len(train_ds), self.world_size, self.state)
+        if saved:
+            resuming.say_changes(saved, self)
         self.wrapped = self._wrap()
         self._open_log(saved)
         self._seed(saved)
@@ -116,37 +111,36 @@ class Run:
         return rows / (self.progress.global_batch * self.args.accumulation_steps) / 3
 
     def _load(self) -> dict[str, Any] | None:
-        """读续训存档并核对：结构、数据、种子、优化器必须相同；只在主进程做。"""
+        """读续训存档并核对：结构、决定结果的参数、各种文件的内容必须相同；只在主进程做。"""
         args = self.args
         path = checkpoint.resume_path(self.config, args.save_weight, args.checkpoint_dir)
         saved = checkpoint.lm_checkpoint(self.config, args.save_weight, save_dir=args.checkpoint_dir)
         if saved is None:
             say(f"没有续训存档 {path}，从头开始。")
             return None
-        for key in ("config", "args", "identity", "progress", "rng"):
+        for key in ("config", "args", "identity", "progress", "rng", "total_steps"):
             if key not in saved:
                 raise UserError(f"续训存档里没有 {key}", where=str(path), fix="去掉 --from_resume 重新训练")
-        fix = "用与存档相同的参数，或去掉 --from_resume 重新训练"
         config = {k: v for k, v in checkpoint.config_dict(self.config).items() if k not in IGNORED_CONFIG}
-        checkpoint.check_same_config(saved["config"], config, str(path), fix)
-        fixed = {f"--{key}": getattr(args, key) for key in FIXED_ARGS}
-        checkpoint.check_same_config({f"--{k}": v for k, v in saved["args"].items()}, fixed, str(path), fix)
-        checkpoint.check_same_config(saved["identity"], self._identity(), str(path), fix)
-        for key in NOTED_ARGS:
-            if saved["args"][key] != getattr(args, key):
-                say(f"注意：--{key} 由 {saved['args'][key]} 改为 {getattr(args, key)}，续训按新的来。")
-        if saved["world_size"] != self.world_size:
-            say(f"注意：进程数由 {saved['world_size']} 变为 {self.world_size}，从同一个样本接着训练。")
+        resuming.check_arguments(saved["args"], args, str(path))
+        checkpoint.check_same_config(saved["config"], config, str(path), resuming.SAME)
+        checkpoint.check_same_config(saved["identity"], self._identity(), str(path), resuming.SAME)
         return saved
 
     def _identity(self) -> dict[str, Any]:
-        """数据与分词器的身份。"""
+        """结果所依赖的各种文件的身份：数据、分词器，配方另外用到的（教师、奖励）；只看内容。"""
         return {
             "配方": self.recipe,
             "训练行数": len(self.train_ds),
             "数据指纹": getattr(self.train_ds, "fingerprint", None),
+            "行长": getattr(self.train_ds, "row_length", None),
             "分词器指纹": self.tokenizer_hash,
+            **self.other_files,
         }
+
+    def val_identity(self) -> str | int | None:
+        """验证集的身份；换了它不影响训练，只是前后不能相比。"""
+        return None if self.val_ds is None else getattr(self.val_ds, "fingerprint", len(self.val_ds))
 
     def _check_same_everywhere(self) -> None:
         """各机器各读各的数据文件：不是同一份，就会各训各的，或者步数不同而互相干等。
@@ -155,9 +149,7 @@ class Run:
             UserError: 有进程的数据、分词器或模型与主进程的不同；指出是哪个进程。
         """
         mine = {**self._identity(), "模型": checkpoint.config_dict(self.config)}
-        mine["验证集"] = (
-            None if self.val_ds is None else getattr(self.val_ds, "fingerprint", len(self.val_ds))
-        )
+        mine["验证集"] = self.val_identity()
 
         def check(everyone: list[dict[str, Any]]) -> None:
             for rank, other in enumerate(everyone):
@@ -181,7 +173,7 @@ class Run:
             device.reuse_threads(remembered["threads"], say)
         decided = None
         if distributed.is_main_process():
-            if args.dtype == "auto" and "dtype" in remembered:
+            if args.dtype == "auto" and remembered.get("device") == self.device.type:
                 dtype = device.DTYPES[remembered["dtype"]]
             elif args.dtype == "auto" and not self.probes and self.device.type == "cpu":
                 dtype = torch.float32
@@ -190,12 +182,16 @@ class Run:
                     args.dtype, self.device, lambda dtype: self._probe(compute_loss, dtype)
                 )
             decided = {
+                "device": self.device.type,
                 "dtype": str(dtype).removeprefix("torch."),
                 "peak_flops": device.peak_flops(self.device, dtype),
                 "threads": fair_share().most,
             }
         self.numerics = distributed.broadcast_object(decided)
         self.dtype = device.DTYPES[self.numerics["dtype"]]
+        for key, name in (("device", "设备"), ("dtype", "计算精度")):
+            if key in remembered and remembered[key] != self.numerics[key]:
+                say(f"注意：{name}由 {remembered[key]} 变为 {self.numerics[key]}，舍入随之不同。")
         self.optimizer = build_optimizer(
             self.model, args, newton_schulz_dtype=self.numerics["dtype"], lr_scales=self.lr_scales
         )
@@ -211,7 +207,11 @@ class Run:
 
     def _restore(self, saved: dict[str, Any]) -> None:
         self.model.load_state_dict(saved["model"])
+        options = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
         self.optimizer.load_state_dict(saved["optimizer"])
+        # 存档里只取动量；各组的设置（学习率的倍数、迭代的精度）以现在的参数为准，该相同的前面已经核对过
+        for group, option in zip(self.optimizer.param_groups, options):
+            group.update(option)
         if saved["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(saved["scaler"])
         self.state = TrainState(**saved["progress"])
@@ -281,6 +281,7 @@ class Run:
             "step": self.state.step,
             "epoch": self.state.epoch,
             "metrics": {"train_loss": self.train_loss, **self.metrics},
+            "options": resuming.public_options(self.args),
         }
 
     def snapshot(self) -> dict[str, Any]:
@@ -302,7 +303,9 @@ class Run:
 
     def write(self, snapshot: dict[str, Any], rng: list[dict[str, Any]]) -> None:
         """把此刻的权重、优化器与 ``snapshot`` 写盘；``rng`` 是各进程的随机数状态。"""
-        args, progress = self.args, snapshot["progress"]
+        args, progress = self.args, dict(snapshot["progress"])
+        if args.keep_checkpoints > 1 and progress["step"] not in progress["kept"]:
+            progress["kept"] = [*progress["kept"], progress["step"]]
         what = self.weights_of(self.model) if self.weights_of else self.model
         checkpoint.save_weights(what, self.weights, self.sidecar())
         checkpoint.lm_checkpoint(
@@ -320,11 +323,16 @@ class Run:
             numerics=self.numerics,
             identity=self._identity(),
             vitals=snapshot["vitals"],
-            args={k: getattr(args, k) for k in FIXED_ARGS + NOTED_ARGS},
+            val_identity=self.val_identity(),
+            args=resuming.options_of(args),
+            lr_scales=dict(self.lr_scales or {}),
+            total_steps=self.progress.total_steps,
             train_loss=self.train_loss,
             metrics=self.metrics,
             recipe_state=snapshot["recipe_state"],
         )
+        if args.keep_checkpoints > 1:
+            self.state.kept = history.keep_recent(self, progress["kept"])
 
     def record(self, **metrics: tuple[float, float]) -> None:
         """记下这一步的指标，供配方的 ``prepare`` 用：``run.record(reward=(和, 个数))``。

@@ -27,10 +27,14 @@ class RunLog:
     def __init__(self, path: Path, keep_until: int | None = None):
         self.path = path
         kept = [] if keep_until is None else self._lines_until(keep_until)
-        # 验证的行没有 loss
-        self.evaluated_steps = {record["step"] for record in kept if "loss" not in record}
+        self.evaluations = [record for record in kept if "loss" not in record]  # 验证的行没有 loss
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
         atomic_write(path, lambda file: file.write(text.encode()))
+
+    @property
+    def evaluated_steps(self) -> set[int]:
+        """已经验证过的步。"""
+        return {record["step"] for record in self.evaluations}
 
     def _lines_until(self, step: int) -> list[dict[str, Any]]:
         if not self.path.is_file():
@@ -49,7 +53,7 @@ class RunLog:
         """追加一行；NaN 与无穷写成 null，保证是合法 JSON。"""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         if "loss" not in clean:
-            self.evaluated_steps.add(clean["step"])
+            self.evaluations.append(clean)
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(clean, ensure_ascii=False) + "\n")

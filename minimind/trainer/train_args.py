@@ -23,19 +23,32 @@ class TrainArguments(Arguments):
     """训练的共用参数。"""
 
     # 输出
-    save_dir: str = arg("out", "权重与日志的目录", text="path")
+    save_dir: str = arg("out", "权重与日志的目录", text="path", resume="harmless")
     save_weight: str = arg(
-        "pretrain", "保存权重的名字，文件为 {save_dir}/{save_weight}_{hidden_size}[_moe].pth", text="name"
+        "pretrain",
+        "保存权重的名字，文件为 {save_dir}/{save_weight}_{hidden_size}[_moe].pth",
+        text="name",
+        resume="harmless",
     )
-    checkpoint_dir: str = arg("checkpoints", "续训存档的目录", text="path")
-    log_interval: int = arg(10, "每多少个优化步打印一行日志", low=0, high=MANY)
-    save_interval: int = arg(200, "每多少个优化步保存一次；0 表示只在结束时保存", low=0, high=MANY)
+    checkpoint_dir: str = arg("checkpoints", "续训存档的目录", text="path", resume="harmless")
+    log_interval: int = arg(10, "每多少个优化步打印一行日志", low=0, high=MANY, resume="harmless")
+    save_interval: int = arg(
+        200, "每多少个优化步保存一次；0 表示只在结束时保存", low=0, high=MANY, resume="harmless"
+    )
+
+    keep_checkpoints: int = arg(
+        1,
+        "留最近几次存档：1 只有最新的；更多则每次另存为 {save_weight}_step{步数}，超出的删掉旧的",
+        low=1,
+        high=MANY,
+        resume="harmless",
+    )
 
     # 训练量
-    epochs: int = arg(1, "训练轮数", low=1, high=MANY)
-    max_steps: int = arg(0, "至多训练多少个优化步；0 表示由轮数决定", low=0, high=MANY)
-    batch_size: int = arg(32, "每个进程每个微批次的行数", low=1, high=65536)
-    accumulation_steps: int = arg(1, "多少个微批次合成一个优化步", low=1, high=65536)
+    epochs: int = arg(1, "训练轮数", low=1, high=MANY, resume="noted")
+    max_steps: int = arg(0, "至多训练多少个优化步；0 表示由轮数决定", low=0, high=MANY, resume="noted")
+    batch_size: int = arg(32, "每个进程每个微批次的行数", low=1, high=65536, resume="noted")
+    accumulation_steps: int = arg(1, "多少个微批次合成一个优化步", low=1, high=65536, resume="noted")
     max_seq_len: int = arg(512, "每行的 token 数（多篇文档会装进同一行）", low=2, high=MAX_LENGTH)
 
     # 优化
@@ -45,63 +58,100 @@ class TrainArguments(Arguments):
         "最高学习率，Muon 与 AdamW 共用；不给则按宽度：预训练 1.5 / 隐层宽度，微调 0.5 / 隐层宽度",
         low=0,
         high=1,
+        resume="noted",
     )
     embed_lr_scale: float = arg(4.0, "词嵌入的学习率倍数（只对 muon 有意义；adamw 时按 1）", low=0, high=1000)
     weight_decay: float = arg(0.1, "解耦权重衰减，只作用于隐层矩阵", low=0, high=100)
     muon_momentum: float = arg(0.95, "Muon 的动量", low=0, below=1)
     adam_beta2: float = arg(0.95, "AdamW 的二阶矩衰减", low=0, below=1)
     schedule: str = arg(
-        "cosine", "学习率日程：wsd（预热、平稳、衰减）或 cosine（余弦降到一成）", ("wsd", "cosine")
+        "cosine",
+        "学习率日程：wsd（预热、平稳、衰减）或 cosine（余弦降到一成）",
+        ("wsd", "cosine"),
+        resume="noted",
     )
-    warmup_ratio: float = arg(0.05, "预热占总步数的比例", low=0, high=1)
-    decay_ratio: float = arg(0.3, "wsd 末段衰减占总步数的比例；与预热合起来不超过 1", low=0, high=1)
-    grad_clip: float = arg(1.0, "梯度范数上限；0 表示不裁剪", low=0, high=MANY)
+    warmup_ratio: float = arg(0.05, "预热占总步数的比例", low=0, high=1, resume="noted")
+    decay_ratio: float = arg(
+        0.3, "wsd 末段衰减占总步数的比例；与预热合起来不超过 1", low=0, high=1, resume="noted"
+    )
+    grad_clip: float = arg(1.0, "梯度范数上限；0 表示不裁剪", low=0, high=MANY, resume="noted")
 
     # 设备
     device: str = arg(
-        "auto", "设备：auto、cpu、cuda:0、npu:0、mps；auto 依次找 NPU、CUDA、MPS、CPU", pattern=DEVICE
+        "auto",
+        "设备：auto、cpu、cuda:0、npu:0、mps；auto 依次找 NPU、CUDA、MPS、CPU",
+        pattern=DEVICE,
+        resume="noted",
     )
     dtype: str = arg(
         "auto",
         "计算精度；auto：NPU 用 float16，CUDA 用 bfloat16，CPU 现场测速决定",
         ("auto", "float32", "bfloat16", "float16"),
+        resume="noted",
     )
     use_compile: int | str = arg(
         0,
         "是否用 torch.compile（0 否，1 是，auto 在 CUDA 上且训练够长时用；头一步先核对梯度，不对就不用；NPU、MPS 上跳过）",
         (*ON_OFF, "auto"),
+        resume="rounding",
     )
     num_workers: int | None = arg(
-        None, "读数据的子进程数，0 表示在主进程里读；不给则 CPU 上 0 个、卡上 2 个", low=0, high=256
+        None,
+        "读数据的子进程数，0 表示在主进程里读；不给则 CPU 上 0 个、卡上 2 个",
+        low=0,
+        high=256,
+        resume="harmless",
     )
     seed: int = arg(42, "随机种子：初始化、数据顺序与 dropout 都由它决定", low=0, high=MAX_SEED)
 
     # 模型
     preset: str | None = arg(
-        None, "预设尺寸（tiny、small、base、moe）；给出后以它为准，下面的尺寸参数不再起作用", tuple(PRESETS)
+        None,
+        "预设尺寸（tiny、small、base、moe）；给出后以它为准，下面的尺寸参数不再起作用",
+        tuple(PRESETS),
+        resume="content",
     )
-    hidden_size: int = arg(512, "隐层宽度", **WIDTHS)
-    num_hidden_layers: int = arg(8, "层数", **LAYERS)
-    use_moe: int = arg(0, "是否用混合专家（0 否，1 是）", ON_OFF)
-    arch: str = arg("v2", "模型结构：v2（默认）或 v3（QK 归一化，与 Qwen3 同构）", ("v2", "v3"))
-    tokenizer_path: str | None = arg(None, "分词器目录；不给则用自带的 6400 词表", text="path")
+    hidden_size: int = arg(512, "隐层宽度", **WIDTHS, resume="content")
+    num_hidden_layers: int = arg(8, "层数", **LAYERS, resume="content")
+    use_moe: int = arg(0, "是否用混合专家（0 否，1 是）", ON_OFF, resume="content")
+    arch: str = arg(
+        "v2", "模型结构：v2（默认）或 v3（QK 归一化，与 Qwen3 同构）", ("v2", "v3"), resume="content"
+    )
+    tokenizer_path: str | None = arg(
+        None, "分词器目录；不给则用自带的 6400 词表", text="path", resume="content"
+    )
     from_weight: str = arg("none", "从哪个权重开始（名字，如 pretrain）；none 表示从头训练", text="name")
-    from_resume: int = arg(0, "是否从续训存档继续（0 否，1 是）", ON_OFF)
+    from_resume: int = arg(0, "是否从续训存档继续（0 否，1 是）", ON_OFF, resume="harmless")
 
     # 数据
     data_path: str | None = arg(
-        None, "训练数据 jsonl；不给则找 dataset/ 下的惯用文件，再没有就用内置的微世界", text="path"
+        None,
+        "训练数据 jsonl；不给则找 dataset/ 下的惯用文件，再没有就用内置的微世界",
+        text="path",
+        resume="content",
     )
-    on_bad_line: str = arg("error", "遇到坏行：error 报错停下，skip 跳过并计数", ("error", "skip"))
-    val_path: str | None = arg(None, "验证数据；不给则从训练数据里按文档划出 val_ratio", text="path")
+    on_bad_line: str = arg(
+        "error", "遇到坏行：error 报错停下，skip 跳过并计数", ("error", "skip"), resume="content"
+    )
+    val_path: str | None = arg(
+        None, "验证数据；不给则从训练数据里按文档划出 val_ratio", text="path", resume="content"
+    )
     val_ratio: float = arg(0.005, "划作验证的文档比例；0 表示不验证", low=0, below=1)
-    val_max_rows: int = arg(256, "每次验证至多用多少行（固定的随机子集）；0 表示全部", low=0, high=MANY)
-    eval_interval: int = arg(200, "每多少个优化步验证一次；0 表示只在结束时验证", low=0, high=MANY)
+    val_max_rows: int = arg(
+        256, "每次验证至多用多少行（固定的随机子集）；0 表示全部", low=0, high=MANY, resume="noted"
+    )
+    eval_interval: int = arg(
+        200, "每多少个优化步验证一次；0 表示只在结束时验证", low=0, high=MANY, resume="harmless"
+    )
 
     # 记录
-    tracker: str = arg("none", "除 JSON 行之外的记录工具", ("none", "swanlab", "wandb", "tensorboard"))
-    use_wandb: int = arg(0, "同 --tracker swanlab（沿用旧参数名；旧项目的这个开关用的就是 swanlab）", ON_OFF)
-    wandb_project: str = arg("MiniMind", "记录工具里的项目名", text="filled")
+    tracker: str = arg(
+        "none", "除 JSON 行之外的记录工具", ("none", "swanlab", "wandb", "tensorboard"), resume="harmless"
+    )
+    use_wandb: int = arg(
+        0, "同 --tracker swanlab（沿用旧参数名；旧项目的这个开关用的就是 swanlab）", ON_OFF, resume="harmless"
+    )
+    wandb_project: str = arg("MiniMind", "记录工具里的项目名", text="filled", resume="harmless")
 
     # 学习率 × 隐层宽度。宽度 256 时 6e-3 最好，512 时 3e-3 好过 6e-3（docs/quality.md），所以按宽度反比
     LEARNING_RATE_TIMES_WIDTH: ClassVar[float] = 1.5
@@ -110,6 +160,10 @@ class TrainArguments(Arguments):
     def width(self) -> int:
         """隐层宽度；给了 ``--preset`` 就以它为准。"""
         return PRESETS.get(self.preset, {}).get("hidden_size", self.hidden_size)
+
+    def trained_length(self, before: int | None) -> int:
+        """这次训练之后，模型见过多长的一篇；``before`` 是起点的权重见过的，不知道为 None。"""
+        return max(before or 0, self.max_seq_len)
 
     def __post_init__(self):
         """查取值，填上随宽度而定的学习率。"""

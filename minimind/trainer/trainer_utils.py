@@ -92,21 +92,32 @@ def check_outputs(args: Any) -> None:
 def model_config(args: Any, **overrides: Any) -> MiniMindConfig:
     """由命令行参数得到模型配置；给了 ``--preset`` 就以它的尺寸为准。
 
-    从头训练一律用残差为零的初始化：同样步数验证损失更低（docs/quality.md）；载入权重时它不起作用。
+    从头训练的初始化随优化器：Muon 用残差为零的，同样步数验证损失更低；AdamW 每个数走的步子有上限，从零起步反而慢，
+    用普通的（docs/quality.md）。载入权重时它不起作用。
+
+    v3 的混合专家只选一个专家，权重归一之后恒为 1，路由器从损失得不到梯度（7e-10，不归一 3e-3），所以从头训练时不归一；
+    从已有的权重开始则照它训练时的（旁注里写着；公开的没有旁注，按归一）。
     """
-    overrides = {"zero_init_residual": True, **overrides}
+    overrides = {"zero_init_residual": args.optimizer == "muon", **overrides}
     try:
         if args.preset:
-            return preset(args.preset, **{"arch": args.arch, **overrides})
+            return _learnable_router(args, preset(args.preset, **{"arch": args.arch, **overrides}))
         sizes = {
             "arch": args.arch,
             "hidden_size": args.hidden_size,
             "num_hidden_layers": args.num_hidden_layers,
             "use_moe": bool(args.use_moe),
         }
-        return MiniMindConfig(**{**sizes, **overrides})
+        return _learnable_router(args, MiniMindConfig(**{**sizes, **overrides}))
     except ValueError as error:
         raise UserError(str(error), where="模型尺寸") from error
+
+
+def _learnable_router(args: Any, config: MiniMindConfig) -> MiniMindConfig:
+    """从头训练的单选路由器不归一，见 :func:`model_config`。"""
+    if args.from_weight == "none" and config.arch == "v3" and config.num_experts_per_tok == 1:
+        config.norm_topk_prob = False
+    return config
 
 
 def init_model(
@@ -140,6 +151,10 @@ def init_model(
     path = None
     if from_weight != "none":
         path = on_main(lambda: _find_weights(lm_config, tokenizer, from_weight, save_dir))
+        trained = broadcast_object(on_main(lambda: (read_sidecar(path) or {}).get("config", {})))
+        lm_config.norm_topk_prob = trained.get("norm_topk_prob", lm_config.norm_topk_prob)
+        if trained.get("trained_length"):
+            lm_config.record_trained_length(trained["trained_length"])
     model = MiniMindForCausalLM(lm_config)
     if from_weight != "none":
         on_main(lambda: load_weights(model, path))

@@ -282,3 +282,35 @@ def test_推理模式里用过的模型接着能训练():
         model(ids)
     model.train()(ids, labels=ids).loss.backward()
     assert model.model.layers[0].self_attn.k_proj.weight.grad.abs().max() > 0
+
+
+def packed_row(lengths: list[int]) -> dict[str, torch.Tensor]:
+    """几篇拼成一行，位置每篇从 0 起。"""
+    torch.manual_seed(5)
+    return {
+        "input_ids": torch.randint(3, 97, (1, sum(lengths))),
+        "position_ids": torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0),
+        "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
+    }
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_位置上限看最长的一篇_不看拼成的行(known):
+    """一行 40 个词元、每篇不超过 16 个：与各篇单独算的相同；有一篇 17 个才拒绝。"""
+    model, row = make(max_position_embeddings=16).eval(), packed_row([16, 9, 15])
+    longest = {"max_seqlen": 16} if known else {}
+    packed = model(**row, **longest).logits[0]
+    alone = torch.cat([model(ids.unsqueeze(0)).logits[0] for ids in row["input_ids"][0].split([16, 9, 15])])
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="17 个词元，超过 max_position_embeddings=16"):
+        model(**packed_row([4, 17]), **({"max_seqlen": 17} if known else {}))
+
+
+def test_只给位置编号时看最大的位置():
+    model, row = make(max_position_embeddings=16).eval(), packed_row([16, 9, 15])
+    del row["cu_seqlens"]
+    assert model(**row).logits.shape[1] == 40
+    with pytest.raises(ValueError, match="17 个词元"):
+        model(row["input_ids"], position_ids=torch.arange(40).remainder(17).unsqueeze(0))
+    with pytest.raises(ValueError, match="40 个词元"):
+        model(row["input_ids"])

@@ -111,3 +111,13 @@ def test_思考_提示里写好开头_打分时补回去(home, world, monkeypatc
     lines = train_here("grpo", home, world, reasoning=1, reward=None, max_steps=1, log_interval=1)
     assert seen and all(text.startswith("<think>\n") for text in seen)
     assert {"reward_auto", "reward_format"} <= set(lines[0])
+
+
+def test_全部回答都被遮住_不打印nan(home, world, capsys):
+    """写到上限都没写完又不参与更新：这一段没有目标，损失无从谈起。"""
+    lines = train_here(
+        "grpo", home, world, max_steps=2, log_interval=1, max_gen_len=1, mask_truncated=1, eval_interval=0
+    )
+    printed = capsys.readouterr().err
+    assert [line["loss"] for line in lines] == [None, None] and lines[0]["kept"] == 0
+    assert "loss 无（这一段没有可学的目标）" in printed and " nan" not in printed

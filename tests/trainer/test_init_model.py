@@ -9,11 +9,17 @@ import torch
 from trainer_helpers import tiny_args
 
 from minimind.errors import UserError
+from minimind.inference.loading import load_for_inference
 from minimind.model import MiniMindConfig, MiniMindForCausalLM, count_parameters
+from minimind.model.model_minimind import rope_frequencies
+from minimind.recipes.entry import open_model
+from minimind.rl.arguments import RLArguments
 from minimind.tokenizer import load_tokenizer, tokenizer_fingerprint
 from minimind.trainer.checkpoint import config_dict, save_weights, weights_path
 from minimind.trainer.loop import language_model_loss
 from minimind.trainer.trainer_utils import init_model, model_config, start_run
+
+SIZES = {"hidden_size": 64, "num_hidden_layers": 2}
 
 
 def small(**changes) -> MiniMindConfig:
@@ -110,3 +116,65 @@ def test_同一个种子得到同样的初始权重(tmp_path):
     a, b, c = (m.model.embed_tokens.weight for m in models)
     assert torch.equal(a, b) and not torch.equal(a, c)
     assert count_parameters(models[0]) == sum(p.numel() for p in models[0].parameters())
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "residual", "embedding"), [("muon", 0.0, 0.005), ("adamw", 0.02, 0.02)]
+)
+def test_从头训练的初始化随优化器(tmp_path, optimizer, residual, embedding):
+    """零初始化拖慢 AdamW；“要和从前一样”就得连初始化一起换回普通的正态。"""
+    config = model_config(tiny_args(tmp_path, optimizer=optimizer))
+    model = MiniMindForCausalLM(config)
+    for layer in model.model.layers:
+        for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            assert projection.weight.std().item() == pytest.approx(residual, rel=0.1)
+    assert model.model.embed_tokens.weight.std().item() == pytest.approx(embedding, rel=0.1)
+
+
+def moe_args(folder, **changes):
+    return tiny_args(folder, arch="v3", use_moe=1, optimizer="adamw", **changes)
+
+
+def test_从头训练的v3混合专家_路由器从损失学得到东西(tmp_path):
+    model, _ = init_model(model_config(moe_args(tmp_path)), "none", device="cpu")
+    ids = torch.randint(10, 6400, (4, 64))
+    model.train()(input_ids=ids, labels=ids).loss.backward()  # 不含负载均衡损失
+    for layer in model.model.layers:
+        assert layer.mlp.gate.weight.grad.norm() >= 1e-4
+    dense_or_two = [{"arch": "v2", "use_moe": 1}, {"arch": "v2"}]
+    assert all(model_config(tiny_args(tmp_path, **changes)).norm_topk_prob for changes in dense_or_two)
+
+
+def test_接着训练v3混合专家_归一与否照原来的权重(tmp_path):
+    """公开的没有旁注，按归一；自己从头训练的旁注里写着不归一。"""
+    args = moe_args(tmp_path, from_weight="pretrain", save_dir=str(tmp_path))
+    for own in (False, True):
+        store(tmp_path, sidecar=own, arch="v3", use_moe=True, norm_topk_prob=not own)
+        model, _ = init_model(model_config(args), "pretrain", save_dir=tmp_path, device="cpu")
+        assert model.config.norm_topk_prob is not own
+        assert model.model.layers[0].mlp.norm_topk is not own
+
+
+def test_训练长度记在权重旁_YaRN由它外推(tmp_path):
+    args = tiny_args(tmp_path, max_seq_len=48)
+    model, _ = open_model(args)
+    config = model.config
+    assert config.trained_length == config.yarn["original_max_position_embeddings"] == 48
+    about = {"config": config_dict(config), "tokenizer_hash": tokenizer_fingerprint(load_tokenizer())}
+    save_weights(model, weights_path(config, "pretrain", args.save_dir), about)
+
+    options = {"save_dir": args.save_dir, "weight": "pretrain", "device": "cpu", "dtype": "float32"}
+    opened = load_for_inference(**options, inference_rope_scaling=True).model
+    want = MiniMindConfig(
+        **{**SIZES, "inference_rope_scaling": True}, rope_scaling={"original_max_position_embeddings": 48}
+    )
+    assert torch.equal(rope_frequencies(opened.config), rope_frequencies(want))
+    wide = MiniMindConfig(**{**SIZES, "inference_rope_scaling": True})  # 不知道训练长度：2048
+    assert not torch.equal(rope_frequencies(wide), rope_frequencies(want))
+
+    # 接着训练：见过的最长
+    for length, longest in ((20, 48), (96, 96)):
+        tuned, _ = open_model(tiny_args(tmp_path, max_seq_len=length, from_weight="pretrain"))
+        assert tuned.config.trained_length == longest
+    reinforced = RLArguments(**{"max_seq_len": 20, "hidden_size": 64})
+    assert reinforced.trained_length(48) == 48 and reinforced.trained_length(None) == 20
