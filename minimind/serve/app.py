@@ -68,8 +68,10 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         loading = asyncio.create_task(fill_table(app, load))
+        watching = asyncio.create_task(watch_engines(app))
         yield
         await loading
+        watching.cancel()
         for runner in app.state.table.runners if app.state.table else ():
             await run_in_threadpool(runner.close)
 
@@ -104,6 +106,14 @@ async def fill_table(app: FastAPI, load: Callable[[], ModelTable]) -> None:
         if not isinstance(error, UserError):  # 使用者能修的由命令行入口说，只说一遍
             log.error("载入模型时出错", exc_info=error)
         signal.raise_signal(signal.SIGTERM)
+
+
+async def watch_engines(app: FastAPI) -> None:
+    """每半秒看一眼各个引擎：坏了的，在途的请求立刻得到错误。"""
+    while True:
+        for runner in app.state.table.runners if app.state.table else ():
+            runner.watch()
+        await asyncio.sleep(0.5)
 
 
 def table_of(app: FastAPI) -> ModelTable:
@@ -217,6 +227,9 @@ def add_status(app: FastAPI, metrics: Metrics) -> None:
             status = "stopping"
         else:
             status = "loading" if app.state.table is None else "ok"
+        runners = app.state.table.runners if app.state.table else ()
+        if reason := next((trouble for runner in runners if (trouble := runner.trouble)), None):
+            return JSONResponse({"status": "failed", "reason": reason}, 503)
         return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
     @app.get("/metrics")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,6 +22,10 @@ class QueueFull(Exception):
 
 class ShuttingDown(Exception):
     """正在停机，不再接新的。"""
+
+
+class EngineDown(Exception):
+    """引擎坏了：卡住了，或出错之后没能重建。"""
 
 
 class TokenOut(NamedTuple):
@@ -85,6 +90,11 @@ class Ticket:
     sent: list[int] = field(default_factory=list)
     open: int = 0  # 还没写完的样本数
 
+    def tell(self, event: Any) -> None:
+        """从别的线程送一件；事件循环已经关了就没人要了。"""
+        with suppress(RuntimeError):  # 只有循环关了才抛
+            self.events.loop.call_soon_threadsafe(self.events.put, event)
+
 
 def post(events: list[tuple[Ticket, Any]]) -> None:
     """从引擎线程送到各自的事件循环。
@@ -100,5 +110,5 @@ def post(events: list[tuple[Ticket, Any]]) -> None:
     for one in events:
         by_loop.setdefault(one[0].events.loop, []).append(one)
     for loop, batch in by_loop.items():
-        if not loop.is_closed():  # 已经关了就不必送
+        with suppress(RuntimeError):  # 只有循环关了才抛，那就没人要了
             loop.call_soon_threadsafe(open_all, batch)
