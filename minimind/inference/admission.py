@@ -84,6 +84,8 @@ class Admission:
         for request in self.queue:
             gone += [sequence for sequence in request.waiting if chosen(sequence)]
             request.waiting = [sequence for sequence in request.waiting if not chosen(sequence)]
+            if not request.waiting and request.kept is None and request.read:
+                self.decoder.free([self.max_slots - 1])
         self.queue = deque(request for request in self.queue if request.waiting)
         return gone
 
@@ -185,6 +187,9 @@ class Admission:
     def _place(self, piece: _Piece) -> None:
         """``start`` 之前的 KV 到位：另存的、前缀库的，或上一步读了一半的。"""
         request, slot = piece.request, piece.slot
+        if not request.read or request.kept is not None:
+            whole = len(request.prompt_ids)
+            self.decoder.open(slot, whole, alone=piece.stop < whole)
         if request.kept is not None:
             self.decoder.restore(request.kept[0], [slot])
         elif piece.reused is not None:

@@ -7,7 +7,7 @@ GQA 不展开头，新的 K、V 就地写进各行自己的位置，注意力只
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind.inference.forward_decoder import ForwardDecoder
+from minimind.inference.grouped_cache import GroupedKVCache
 from minimind.inference.kv_cache import SlotKVCache
 from minimind.inference.linear import JoinedLinear
 from minimind.inference.prompt_attention import prompt_attention
@@ -114,15 +115,30 @@ class FusedDecoder:
             self.layers = [_Layer(block, self.dtype) for block in model.model.layers]
             self.head = JoinedLinear([model.lm_head], self.dtype)
         self.norm = _Norm(model.model.norm)
+        self.max_slots = max_slots
+        self.cache: GroupedKVCache | SlotKVCache
+        if self.device.type == "cpu":
+            shape = (config.num_hidden_layers, self.kv_heads, self.head_dim)
+            self.cache = GroupedKVCache(*shape, dtype=self.dtype)
+        else:
+            self.use_slots()
+        self._plan: tuple[Any, Any] = (None, None)  # （缓存的版本与行数，据此排好的各组）
+        self._cos = self._sin = torch.empty(0)
+
+    def use_slots(self) -> None:
+        """各槽位一样长的缓存，原有的内容不要了：卡上一次核算完所有的行，录制的形状也只由行数与长度定。"""
         self.cache = SlotKVCache(
-            config.num_hidden_layers,
-            max_slots,
+            self.config.num_hidden_layers,
+            self.max_slots,
             self.kv_heads,
             self.head_dim,
             dtype=self.dtype,
             device=self.device,
         )
-        self._cos = self._sin = torch.empty(0)
+
+    @property
+    def grouped(self) -> bool:
+        return isinstance(self.cache, GroupedKVCache)
 
     @property
     def static(self) -> bool:
@@ -140,40 +156,80 @@ class FusedDecoder:
                 linear.refresh()
 
     def prefill(
-        self, prompts: Sequence[Sequence[int]], slots: list[int], starts: list[int] | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        slots: list[int],
+        starts: list[int] | None = None,
+        watch: dict[int, Callable[[Tensor], None]] | None = None,
     ) -> Tensor:
-        """读一批提示，K、V 写进各自的槽位。长短不齐的提示首尾相连成一串，没有填充，注意力不出各条。
+        """读几条提示（或各自接下来的一段），K、V 写进各自的槽位；首尾相连成一串算，没有填充。
 
         Args:
-            prompts: 各条要读的 token，都不空。
-            slots: 各写进哪个槽位，互不相同。
+            prompts: 各条的 token，都不空。
+            slots: 各条住哪个槽位。
             starts: 各从第几个位置读起，之前的 K、V 已在槽位里；默认都从头读。
+            watch: 第几条 → 收下它这一段 *每个* 位置的 logits ``[T, V]`` 的函数；给提示打分用。
 
         Returns:
             每条末尾的 logits ``[P, V]``。
         """
-        starts = starts or [0] * len(prompts)
+        starts, watch = starts or [0] * len(prompts), watch or {}
         lengths = [len(prompt) for prompt in prompts]
-        self.reserve(max(start + length for start, length in zip(starts, lengths)))
+        for slot, start, length in zip(slots, starts, lengths):
+            self.reserve(slot, start + length)
         ends = list(accumulate(lengths))
         ids = torch.tensor([token for prompt in prompts for token in prompt], device=self.device)
         spans = [torch.arange(start, start + length) for start, length in zip(starts, lengths)]
         positions = torch.cat(spans).to(self.device)
-        rows = torch.tensor(slots).repeat_interleave(torch.tensor(lengths)).to(self.device)
-        last = torch.tensor(ends, device=self.device) - 1
-        attend = prompt_attention(lengths, starts, slots, self.cache.keys[0])
+        # 末层之后只有这些行还用得着：各条的末尾，与要看全部位置的那几条
+        kept = [
+            (end - length if i in watch else end - 1, end)
+            for i, (end, length) in enumerate(zip(ends, lengths))
+        ]
+        wanted = torch.cat([torch.arange(*span) for span in kept]).to(self.device)
+        room = [self.cache.room(slot) for slot in slots] if self.grouped else self.cache.capacity
+        attend = prompt_attention(lengths, starts, slots, room, self.device, self.dtype)
+        write, past = self._prompt_store(slots, starts, lengths, positions)
         x = F.embedding(ids, self.embedding)
         rope = self._rope(positions)
         with self._precision():
             for index, layer in enumerate(self.layers):
                 q, kv = self._project(layer, x, rope)
-                self.cache.store[index][rows, :, positions] = kv
+                write(index, kv)
                 k, v = kv.chunk(2, dim=1)
-                out = attend(q, k, v, self.cache.keys[index], self.cache.values[index])
-                if index == len(self.layers) - 1:  # 末层之后只有各条的末尾还用得着
-                    x, out = x[last], out[last]
+                out = attend(q, k, v, *past(index))
+                if index == len(self.layers) - 1:
+                    x, out = x[wanted], out[wanted]
                 x = self._finish(layer, x, out)
-            return self.head(self.norm(x, self.dtype))
+            logits = self.head(self.norm(x, self.dtype))
+        parts = logits.split([stop - start for start, stop in kept])
+        for i, note in watch.items():
+            note(parts[i])
+        return torch.stack([part[-1] for part in parts]) if watch else logits
+
+    def _prompt_store(
+        self, slots: list[int], starts: list[int], lengths: list[int], positions: Tensor
+    ) -> Any:
+        """→ （写一层的 K、V，取一层的 keys、values）：按槽位取下标就是那一行 ``[kv_heads, 容量, D]``。"""
+        if not self.grouped:
+            rows = torch.tensor(slots).repeat_interleave(torch.tensor(lengths)).to(self.device)
+
+            def write(index: int, kv: Tensor) -> None:
+                self.cache.store[index][rows, :, positions] = kv
+
+            return write, lambda index: (self.cache.keys[index], self.cache.values[index])
+        stores = [self.cache.row(slot) for slot in slots]
+
+        def write_rows(index: int, kv: Tensor) -> None:
+            for store, start, piece in zip(stores, starts, kv.split(lengths)):
+                store[index, :, start : start + len(piece)] = piece.transpose(0, 1)
+
+        def past(index: int) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+            layers = [(slot, store[index]) for slot, store in zip(slots, stores)]
+            keys = {slot: layer[: self.kv_heads] for slot, layer in layers}
+            return keys, {slot: layer[self.kv_heads :] for slot, layer in layers}
+
+        return write_rows, past
 
     def decode(self, tokens: Tensor, positions: Tensor, lengths: Sequence[int]) -> Tensor:
         """前 B 个槽位各走一步。
@@ -186,12 +242,69 @@ class FusedDecoder:
         Returns:
             ``[B, V]``。
         """
+        if self.grouped:
+            return self._decode_groups(tokens, positions, lengths)
         used = max(lengths) + 1
-        self.reserve(used)
+        self.reserve(0, used)
         ragged = min(lengths) + 1 < used
         if self.device.type != "cpu":  # 卡上凑成整块，带掩码的注意力核要求对齐
             used, ragged = -(-used // SlotKVCache.GRANULE) * SlotKVCache.GRANULE, True
         return self.walk(tokens, positions, used, ragged)
+
+    def _decode_groups(self, tokens: Tensor, positions: Tensor, lengths: Sequence[int]) -> Tensor:
+        """缓存分组时的 :meth:`decode`：各行按组排好，一组一次注意力，只看这一组自己的长度。"""
+        for slot, length in enumerate(lengths):
+            self.reserve(slot, length + 1)
+        now = self.cache.version, len(lengths)
+        if self._plan[0] != now:
+            self._plan = now, self._arrange(len(lengths))
+        groups, order, back = self._plan[1]
+        if order is not None:
+            tokens, positions = tokens[order], positions[order]
+        x, rope = F.embedding(tokens, self.embedding), self._rope(positions)
+        parts, start = [], 0
+        for group in groups:
+            rows = len(group.owners)
+            mine = [lengths[slot] for slot in group.owners]
+            at, used = positions[start : start + rows], max(mine) + 1
+            ragged = min(mine) + 1 < used
+            store = group.store[:, :rows]
+            keys = store[:, :, : self.kv_heads, :used].unbind()
+            values = store[:, :, self.kv_heads :, :used].unbind()
+            written = store.unbind() if ragged else store[:, :, :, used - 1].unbind()
+            bias = self._bias(at, used) if ragged else None
+            parts.append((start, rows, keys, values, written, bias, (torch.arange(rows), at)))
+            start += rows
+        with self._precision():
+            for index, layer in enumerate(self.layers):
+                q, kv = self._project(layer, x, rope)
+                q = q.view(len(x), self.kv_heads, -1, self.head_dim)
+                outs = []
+                for start, rows, keys, values, written, bias, (places, at) in parts:
+                    mine = kv[start : start + rows]
+                    if bias is None:  # 各行写在同一个位置，一次普通的拷贝就行
+                        written[index].copy_(mine)
+                    else:
+                        written[index][places, :, at] = mine
+                    query = q[start : start + rows]
+                    outs.append(
+                        F.scaled_dot_product_attention(query, keys[index], values[index], attn_mask=bias)
+                    )
+                x = self._finish(layer, x, outs[0] if len(outs) == 1 else torch.cat(outs))
+            if back is not None:
+                x = x[back]
+            return self.head(self.norm(x, self.dtype))
+
+    def _arrange(self, rows: int) -> tuple[list[Any], Tensor | None, Tensor | None]:
+        """前 ``rows`` 个槽位所在的各组、按组排的次序与排回来的次序；次序不变时是 ``None``。"""
+        groups = [group for group in self.cache.groups if group.owners[0] < rows]
+        order = [slot for group in groups for slot in group.owners]
+        if sorted(order) != list(range(rows)):
+            raise RuntimeError(f"在写的是前 {rows} 个槽位，缓存里有 {sorted(order)}")
+        if order == list(range(rows)):
+            return groups, None, None
+        back = torch.tensor(order).argsort()
+        return groups, torch.tensor(order), back
 
     def walk(self, tokens: Tensor, positions: Tensor, used: int, ragged: bool) -> Tensor:
         """:meth:`decode` 的设备一半：不看主机上的长度，形状只由行数与 ``used`` 定。
@@ -223,22 +336,42 @@ class FusedDecoder:
                 x = self._finish(layer, x, out)
             return self.head(self.norm(x, self.dtype))
 
+    def open(self, slot: int, length: int, alone: bool = False) -> None:
+        """新来的一行要 ``length`` 个位置；``alone`` 表示提示还读不完，先不与在写的放在一起。"""
+        if self.grouped:
+            self.cache.open(slot, length, alone)
+
+    def free(self, slots: list[int]) -> None:
+        """这些槽位离场，占的地方还掉。"""
+        if self.grouped:
+            self.cache.free(slots)
+
     def copy(self, source: list[int], target: list[int], length: int) -> None:
         """``source`` 各槽位的前 ``length`` 个位置抄一份到 ``target``。"""
-        self.cache.copy(source, target, length)
+        if not self.grouped:
+            return self.cache.copy(source, target, length)
+        for a, b in zip(source, target):
+            self.cache.copy(a, b, length)
 
     def move(self, source: list[int], target: list[int], length: int) -> None:
         """``source`` 搬到 ``target``，原处作废。"""
-        self.cache.copy(source, target, length)
+        if not self.grouped:
+            return self.cache.copy(source, target, length)
+        for a, b in zip(source, target):
+            self.cache.move(a, b)
 
     def keep(self, slot: int, stop: int, start: int = 0) -> Any:
         """把一个槽位的 ``[start, stop)`` 另存一份：``[层, 2·键值头, 位置, head_dim]``。"""
-        return self.cache.store[:, slot, :, start:stop].clone()
+        row = self.cache.row(slot) if self.grouped else self.cache.store[:, slot]
+        return row[:, :, start:stop].clone()
 
     def restore(self, kept: Any, slots: list[int]) -> None:
         """:meth:`keep` 的结果写进这些槽位的开头。"""
-        self.reserve(kept.shape[2])
-        self.cache.store[:, slots, :, : kept.shape[2]] = kept.unsqueeze(1)
+        length = kept.shape[2]
+        for slot in slots:
+            self.reserve(slot, length)
+            row = self.cache.row(slot) if self.grouped else self.cache.store[:, slot]
+            row[:, :, :length] = kept
 
     # ---------------------------------------------------------------- 一层的各步，x [N, H]
 
@@ -268,11 +401,14 @@ class FusedDecoder:
         bias = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device)
         return bias.masked_fill_(hidden, float("-inf"))[:, None, None]
 
-    def reserve(self, length: int) -> None:
-        """保证缓存与位置编码够到 ``length``。"""
-        self.cache.reserve(length)
-        if len(self._cos) < self.cache.capacity:
-            self._cos, self._sin = self._rope_table(self.cache.capacity)
+    def reserve(self, slot: int, length: int) -> None:
+        """保证 ``slot`` 的缓存与位置编码够到 ``length``。"""
+        if self.grouped:
+            self.cache.reserve(slot, length)
+        else:
+            self.cache.reserve(length)
+        if len(self._cos) <= self.cache.capacity and len(self._cos) <= length:
+            self._cos, self._sin = self._rope_table(max(self.cache.capacity, length) + 1)
 
     def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         return self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)

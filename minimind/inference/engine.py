@@ -236,6 +236,7 @@ class Engine:
             return
         for slot in slots:
             self._admission.remember(self._rows[slot], slot)
+        self.decoder.free(slots)
         gone, count = set(slots), len(self._rows) - len(slots)
         holes = [slot for slot in slots if slot < count]
         movers = [slot for slot in range(count, len(self._rows)) if slot not in gone]
