@@ -104,12 +104,14 @@ class Engine:
         n: int = 1,
         hook: Callable[[], LogitsHook] | None = None,
         top_logprobs: int | None = None,
+        score: int | None = None,
     ) -> int:
         """排进队里，返回请求号；``n`` 个样本共用一次提示的计算。
 
         Args:
             hook: 给每个样本造一份干预；有干预的样本在场时每个 token 都要与主机对一次。
             top_logprobs: 每个 token 另记几个候选，0 表示只记它自己的，``None`` 不记。
+            score: 给提示的每个 token 也打分，另记几个候选；``None`` 不打。
 
         Raises:
             UserError: 提示为空或放不下。
@@ -122,7 +124,7 @@ class Engine:
         request_id, self._next_id = self._next_id, self._next_id + 1
         waiting = [Sequence(request_id, index, prompt) for index in range(n)]
         self._admission.queue.append(
-            Request(request_id, prompt, params, limit, seed, waiting, hook, top_logprobs)
+            Request(request_id, prompt, params, limit, seed, waiting, hook, top_logprobs, score=score)
         )
         return request_id
 

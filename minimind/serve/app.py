@@ -192,7 +192,7 @@ def add_tokens(app: FastAPI) -> None:
     """分词与还原，字段与 vLLM 的相同。"""
 
     @app.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+    async def tokenize(body: TokenizeRequest) -> Response:
         model = table_of(app).find(body.model)
 
         def encode() -> list[int]:
@@ -202,20 +202,25 @@ def add_tokens(app: FastAPI) -> None:
             tools = [tool.model_dump(exclude_none=True) for tool in body.tools] if body.tools else None
             return encode_messages(model, body, tools, body.thinking).ids
 
-        ids = await run_in_threadpool(encode)
-        texts = [model.vocabulary.text_of(token) for token in ids]
-        return {
-            "count": len(ids),
-            "max_model_len": model.runner.max_length,
-            "tokens": ids,
-            "token_strs": texts,
-        }
+        def reply() -> Response:
+            ids = encode()
+            texts = [model.vocabulary.text_of(token) for token in ids]
+            room = model.runner.max_length
+            return JSONResponse(
+                {"count": len(ids), "max_model_len": room, "tokens": ids, "token_strs": texts}
+            )
+
+        return await run_in_threadpool(reply)  # 几兆的文字，查词元与写成 JSON 也要半秒
 
     @app.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+    async def detokenize(body: DetokenizeRequest) -> Response:
         model = table_of(app).find(body.model)
-        check_ids(body.tokens, model)
-        return {"prompt": model.tokenizer.decode(body.tokens, skip_special_tokens=False)}
+
+        def reply() -> Response:
+            check_ids(body.tokens, model)
+            return JSONResponse({"prompt": model.tokenizer.decode(body.tokens, skip_special_tokens=False)})
+
+        return await run_in_threadpool(reply)
 
 
 def add_status(app: FastAPI, metrics: Metrics) -> None:

@@ -60,6 +60,7 @@ class Job:
     hook: Callable[[], LogitsHook] | None = None
     top_logprobs: int | None = None
     processed: bool = False
+    score: int | None = None
     start: float = field(default_factory=time.perf_counter)
     first: float | None = None
     written: int = 0
@@ -117,6 +118,7 @@ def submit(job: Job, settings: Settings) -> Ticket:
             hook=job.hook,
             top_logprobs=job.top_logprobs,
             processed=job.processed,
+            score=job.score,
         )
     except QueueFull:
         raise ApiError(

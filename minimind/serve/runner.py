@@ -28,6 +28,7 @@ from minimind.inference.admission import default_chunk
 from minimind.inference.engine import Engine, LogitsHook
 from minimind.inference.engine import Sequence as Sample
 from minimind.inference.sampling import SamplingParams
+from minimind.serve.scoring import prompt_scores
 from minimind.serve.tickets import (
     EngineDown,
     Mailbox,
@@ -154,6 +155,7 @@ class EngineRunner:
         hook: Callable[[], LogitsHook] | None = None,
         top_logprobs: int | None = None,
         processed: bool = False,
+        score: int | None = None,
     ) -> Ticket:
         """排进队里。
 
@@ -161,6 +163,7 @@ class EngineRunner:
             hook: 每个样本一份的干预（约束、偏置、惩罚）。
             top_logprobs: 每个词元要几个候选；``None`` 表示连它自己的对数概率也不要。
             processed: 词元自己的对数概率按抽样时的分布报（温度、惩罚、截断之后），候选的不变。
+            score: 给提示的每个词元也打分，要几个候选；打分与别的请求一样分块、排队。
 
         Raises:
             QueueFull: 排满了。
@@ -168,7 +171,7 @@ class EngineRunner:
             EngineDown: 引擎坏了。
         """
         events = Mailbox(asyncio.get_running_loop())
-        ticket = Ticket(list(prompt), params, limit, n, hook, top_logprobs, events, processed)
+        ticket = Ticket(list(prompt), params, limit, n, hook, top_logprobs, events, processed, score)
         ticket.sent, ticket.open = [0] * n, n
         with self._wake:
             if self._refusing or self._closing:
@@ -188,7 +191,7 @@ class EngineRunner:
         self._command(lambda: self._cancel(ticket, index))
 
     async def call(self, work: Callable[[], Any]) -> Any:
-        """在引擎线程里做一件事（例如给一段提示逐词元打分），不与 ``step`` 抢计算。"""
+        """在引擎线程里做一件事，不与 ``step`` 抢计算。"""
         run, result = deferred(work)
         return await self._promise(run, result)
 
@@ -208,7 +211,7 @@ class EngineRunner:
         return await asyncio.wrap_future(result)
 
     def refuse(self) -> None:
-        """不再接新的；在写的照写，给提示打分之类的事也照做。"""
+        """不再接新的；在写的照写，答应了的事也照做。"""
         self._refusing = True
 
     def close(self) -> None:
@@ -310,6 +313,7 @@ class EngineRunner:
                 n=ticket.n,
                 hook=ticket.hook,
                 top_logprobs=ticket.top_logprobs,
+                score=ticket.score,
             )
         except Exception as error:
             self._finish(ticket, ticket.open)
@@ -341,6 +345,8 @@ class EngineRunner:
                 continue
             start, ticket.sent[sample.index] = ticket.sent[sample.index], len(sample.ids)
             tokens = [self._token(sample, at, ticket.processed) for at in range(start, len(sample.ids))]
+            if ticket.score is not None and tokens and not ticket.scored:
+                ticket.scored = prompt_scores(sample)
             if tokens or sample.finished:
                 events.append((ticket, Progress(sample.index, tokens, sample.finished, sample.cached)))
             if sample.finished:

@@ -32,7 +32,7 @@ class TokenOut(NamedTuple):
     """写出的一个词元。
 
     Args:
-        logprob: 模型自己的分布下的对数概率（温度 1，惩罚与约束之前）；没要就是 0。
+        logprob: 模型自己的分布下的对数概率（温度 1，惩罚与约束之前）；没要就是 0，没有前文是 nan。
         top: 概率最高的几个 ``(id, 对数概率)``，没要就是空的。
     """
 
@@ -86,6 +86,8 @@ class Ticket:
     top_logprobs: int | None
     events: Mailbox
     processed: bool = False
+    score: int | None = None  # 给提示也打分，要几个候选
+    scored: list[TokenOut] = field(default_factory=list)  # 第一个进展送到时已经齐了
     request_id: int | None = None
     sent: list[int] = field(default_factory=list)
     open: int = 0  # 还没写完的样本数

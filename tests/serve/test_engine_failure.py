@@ -61,7 +61,7 @@ def in_flight(server):
     thread = threading.Thread(target=lambda: replies.append(ask(server)))
     thread.start()
     assert entered.wait(60)
-    yield replies, gate
+    yield replies
     gate.set()
     thread.join(60)
     assert replies, "在途的请求没有得到答复"
@@ -84,7 +84,7 @@ def works_again(server):
 @pytest.mark.parametrize("plant", [broken, leave])
 def test_取消时出错_在途的立刻得到错误_之后照常(server, plant):
     first = server.runner.engine
-    with in_flight(server) as (replies, gate):
+    with in_flight(server) as replies:
         first.cancel = plant
         server.runner.cancel(next(iter(server.runner._tickets.values())))
     assert replies[0].status_code in (500, 503)
@@ -134,7 +134,7 @@ def test_答应了的事出错_等的人得到错误_线程还在(server):
 
 
 def test_换不成新引擎_health说坏了_在途与新来的立刻得到503(server):
-    with in_flight(server) as (replies, gate):
+    with in_flight(server) as replies:
         server.runner._new_engine = broken
         server.runner.engine.cancel = broken
         server.runner.cancel(next(iter(server.runner._tickets.values())))
