@@ -141,18 +141,18 @@ class Admission:
             length, need = len(request.prompt_ids), self._need(request)
             if need and budget <= 0:
                 break
-            room = need
-            if need > budget:
+            room, depth = need, length - need
+            if need > self._bearable(budget, depth):
                 if not self.chunk and pieces:
                     break
                 if limit < self.max_slots:  # 已有一个读到一半，这一个要等它
                     position += 1
                     continue
                 if self.chunk:
-                    room = self._share(position, budget)
+                    room = self._bearable(self._share(position, budget), depth)
             start, reused = self._begin(request)
             stop = min(length, start + room)
-            budget -= stop - start
+            budget -= (stop - start) * (DEEP + start) // DEEP if self.chunk else stop - start
             if stop < length:
                 pieces.append(_Piece(request, start, stop, self.max_slots - 1, 0, reused))
                 limit, position = self.max_slots - 1, position + 1
@@ -180,11 +180,13 @@ class Admission:
         return self.prefixes is not None and request.shareable and request.score is None
 
     def _share(self, position: int, budget: int) -> int:
-        """读不完的长提示这一步读多少：后面有半步就读得完的，让一半给它们；读得越深，每个位置要看的越多，读得越少。"""
+        """读不完的长提示这一步读多少：后面有半步就读得完的，让一半给它们。"""
         behind = islice(self.queue, position + 1, LOOK_AHEAD)
-        if any(self._need(one) <= budget // 2 for one in behind):
-            budget -= budget // 2
-        return -(-budget * DEEP // (DEEP + self.queue[position].read))
+        return budget - budget // 2 if any(self._need(one) <= budget // 2 for one in behind) else budget
+
+    def _bearable(self, budget: int, depth: int) -> int:
+        """已经读了 ``depth`` 个的提示这一步至多再读几个：读得越深，每个位置要看的键越多。"""
+        return -(-budget * DEEP // (DEEP + depth)) if self.chunk else budget
 
     def _begin(self, request: Request) -> tuple[int, Tensor | None]:
         """从第几个位置读起，与从前缀库抄来的开头。"""
