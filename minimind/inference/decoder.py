@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind.inference.forward_decoder import ForwardDecoder
+from minimind.inference.group_decode import decode_groups
 from minimind.inference.grouped_cache import GroupedKVCache
 from minimind.inference.kv_cache import SlotKVCache
+from minimind.inference.layers import Layer, Norm
 from minimind.inference.linear import JoinedLinear
 from minimind.inference.prompt_attention import prompt_attention
 from minimind.model import MiniMindLM
@@ -51,46 +53,6 @@ def _is_plain_llama(model: nn.Module) -> bool:
     )
 
 
-class _Norm:
-    """均方根归一化，给出矩阵乘的精度。
-
-    CPU 上 ``F.rms_norm`` 拆成八个小算子，逐词元时夹在矩阵乘之间（缓存是凉的）一次约 20 µs；借范数算子只要五个，约 12 µs。
-    """
-
-    def __init__(self, module: nn.Module):
-        self.module = module
-        self.eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
-        weight = module.weight
-        self.eps_11 = torch.full((1, 1), self.eps) if weight.device.type == "cpu" else None
-
-    def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        x, weight = x.float(), self.module.weight.float()
-        if self.eps_11 is None:
-            return F.rms_norm(x, x.shape[-1:], weight, self.eps).to(dtype)
-        norm = torch.linalg.vector_norm(x, 2, -1, True)
-        scale = torch.addcmul(self.eps_11, norm, norm, value=1 / x.shape[-1]).rsqrt_()
-        return (x * scale).mul_(weight).to(dtype)
-
-
-class _Layer:
-    """一层的权重，输入相同的投影已合并。"""
-
-    def __init__(self, block: nn.Module, dtype: torch.dtype):
-        attention, mlp = block.self_attn, block.mlp
-        self.input_norm, self.post_norm = _Norm(block.input_layernorm), _Norm(block.post_attention_layernorm)
-        self.q_norm = self.k_norm = None
-        if getattr(attention, "q_norm", None) is not None:
-            self.q_norm, self.k_norm = _Norm(attention.q_norm), _Norm(attention.k_norm)
-        self.qkv = JoinedLinear([attention.q_proj, attention.k_proj, attention.v_proj], dtype)
-        self.out = JoinedLinear([attention.o_proj], dtype)
-        self.joined = [self.qkv, self.out]
-        self.experts = None if hasattr(mlp, "gate_proj") else mlp
-        if self.experts is None:
-            self.gate_up = JoinedLinear([mlp.gate_proj, mlp.up_proj], dtype)
-            self.down = JoinedLinear([mlp.down_proj], dtype)
-            self.joined += [self.gate_up, self.down]
-
-
 class FusedDecoder:
     """直接用权重解码。
 
@@ -112,9 +74,9 @@ class FusedDecoder:
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         with torch.inference_mode():
-            self.layers = [_Layer(block, self.dtype) for block in model.model.layers]
+            self.layers = [Layer(block, self.dtype) for block in model.model.layers]
             self.head = JoinedLinear([model.lm_head], self.dtype)
-        self.norm = _Norm(model.model.norm)
+        self.norm = Norm(model.model.norm)
         self.max_slots = max_slots
         self.cache: GroupedKVCache | SlotKVCache
         if self.device.type == "cpu":
@@ -122,7 +84,7 @@ class FusedDecoder:
             self.cache = GroupedKVCache(*shape, dtype=self.dtype)
         else:
             self.use_slots()
-        self._plan: tuple[Any, Any] = (None, None)  # （缓存的版本与行数，据此排好的各组）
+        self.plan: tuple[Any, Any] = (None, None)  # 见 decode_groups
         self._cos = self._sin = torch.empty(0)
 
     def use_slots(self) -> None:
@@ -191,16 +153,16 @@ class FusedDecoder:
         attend = prompt_attention(lengths, starts, slots, room, self.device, self.dtype)
         write, past = self._prompt_store(slots, starts, lengths, positions)
         x = F.embedding(ids, self.embedding)
-        rope = self._rope(positions)
-        with self._precision():
+        rope = self.rope(positions)
+        with self.precision():
             for index, layer in enumerate(self.layers):
-                q, kv = self._project(layer, x, rope)
+                q, kv = self.project(layer, x, rope)
                 write(index, kv)
                 k, v = kv.chunk(2, dim=1)
                 out = attend(q, k, v, *past(index))
                 if index == len(self.layers) - 1:
                     x, out = x[wanted], out[wanted]
-                x = self._finish(layer, x, out)
+                x = self.finish(layer, x, out)
             logits = self.head(self.norm(x, self.dtype))
         parts = logits.split([stop - start for start, stop in kept])
         for i, note in watch.items():
@@ -243,68 +205,13 @@ class FusedDecoder:
             ``[B, V]``。
         """
         if self.grouped:
-            return self._decode_groups(tokens, positions, lengths)
+            return decode_groups(self, tokens, positions, lengths)
         used = max(lengths) + 1
         self.reserve(0, used)
         ragged = min(lengths) + 1 < used
         if self.device.type != "cpu":  # 卡上凑成整块，带掩码的注意力核要求对齐
             used, ragged = -(-used // SlotKVCache.GRANULE) * SlotKVCache.GRANULE, True
         return self.walk(tokens, positions, used, ragged)
-
-    def _decode_groups(self, tokens: Tensor, positions: Tensor, lengths: Sequence[int]) -> Tensor:
-        """缓存分组时的 :meth:`decode`：各行按组排好，一组一次注意力，只看这一组自己的长度。"""
-        for slot, length in enumerate(lengths):
-            self.reserve(slot, length + 1)
-        now = self.cache.version, len(lengths)
-        if self._plan[0] != now:
-            self._plan = now, self._arrange(len(lengths))
-        groups, order, back = self._plan[1]
-        if order is not None:
-            tokens, positions = tokens[order], positions[order]
-        x, rope = F.embedding(tokens, self.embedding), self._rope(positions)
-        parts, start = [], 0
-        for group in groups:
-            rows = len(group.owners)
-            mine = [lengths[slot] for slot in group.owners]
-            at, used = positions[start : start + rows], max(mine) + 1
-            ragged = min(mine) + 1 < used
-            store = group.store[:, :rows]
-            keys = store[:, :, : self.kv_heads, :used].unbind()
-            values = store[:, :, self.kv_heads :, :used].unbind()
-            written = store.unbind() if ragged else store[:, :, :, used - 1].unbind()
-            bias = self._bias(at, used) if ragged else None
-            parts.append((start, rows, keys, values, written, bias, (torch.arange(rows), at)))
-            start += rows
-        with self._precision():
-            for index, layer in enumerate(self.layers):
-                q, kv = self._project(layer, x, rope)
-                q = q.view(len(x), self.kv_heads, -1, self.head_dim)
-                outs = []
-                for start, rows, keys, values, written, bias, (places, at) in parts:
-                    mine = kv[start : start + rows]
-                    if bias is None:  # 各行写在同一个位置，一次普通的拷贝就行
-                        written[index].copy_(mine)
-                    else:
-                        written[index][places, :, at] = mine
-                    query = q[start : start + rows]
-                    outs.append(
-                        F.scaled_dot_product_attention(query, keys[index], values[index], attn_mask=bias)
-                    )
-                x = self._finish(layer, x, outs[0] if len(outs) == 1 else torch.cat(outs))
-            if back is not None:
-                x = x[back]
-            return self.head(self.norm(x, self.dtype))
-
-    def _arrange(self, rows: int) -> tuple[list[Any], Tensor | None, Tensor | None]:
-        """前 ``rows`` 个槽位所在的各组、按组排的次序与排回来的次序；次序不变时是 ``None``。"""
-        groups = [group for group in self.cache.groups if group.owners[0] < rows]
-        order = [slot for group in groups for slot in group.owners]
-        if sorted(order) != list(range(rows)):
-            raise RuntimeError(f"在写的是前 {rows} 个槽位，缓存里有 {sorted(order)}")
-        if order == list(range(rows)):
-            return groups, None, None
-        back = torch.tensor(order).argsort()
-        return groups, torch.tensor(order), back
 
     def walk(self, tokens: Tensor, positions: Tensor, used: int, ragged: bool) -> Tensor:
         """:meth:`decode` 的设备一半：不看主机上的长度，形状只由行数与 ``used`` 定。
@@ -315,17 +222,17 @@ class FusedDecoder:
         """
         rows = len(tokens)
         slots = torch.arange(rows, device=self.device)
-        bias = self._bias(positions, used) if ragged else None
+        bias = self.bias(positions, used) if ragged else None
         # 各层的视图一次取齐：逐层取下标每层多六次调用
         store = self.cache.store[:, :rows]
         keys = store[:, :, : self.kv_heads, :used].unbind()
         values = store[:, :, self.kv_heads :, :used].unbind()
         written = store.unbind() if ragged else store[:, :, :, used - 1].unbind()
         x = F.embedding(tokens, self.embedding)
-        rope = self._rope(positions)
-        with self._precision():
+        rope = self.rope(positions)
+        with self.precision():
             for layer, key, value, target in zip(self.layers, keys, values, written):
-                q, kv = self._project(layer, x, rope)
+                q, kv = self.project(layer, x, rope)
                 if ragged:
                     target[slots, :, positions] = kv
                 else:  # 各行写在同一个位置，一次普通的拷贝就行
@@ -333,7 +240,7 @@ class FusedDecoder:
                 # 共用一个键值头的查询头当作几个查询：[B, kv, 组, D]，不展开 K、V
                 q = q.view(rows, self.kv_heads, -1, self.head_dim)
                 out = F.scaled_dot_product_attention(q, key, value, attn_mask=bias)
-                x = self._finish(layer, x, out)
+                x = self.finish(layer, x, out)
             return self.head(self.norm(x, self.dtype))
 
     def open(self, slot: int, length: int, alone: bool = False) -> None:
@@ -375,7 +282,7 @@ class FusedDecoder:
 
     # ---------------------------------------------------------------- 一层的各步，x [N, H]
 
-    def _project(self, layer: _Layer, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def project(self, layer: Layer, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """→ q ``[N, heads, D]``、并排的 k 与 v ``[N, 2·kv_heads, D]``，q、k 已旋转。"""
         qkv = layer.qkv(layer.input_norm(x, self.dtype)).view(len(x), -1, self.head_dim)
         qk = rotated = qkv[:, : self.heads + self.kv_heads]
@@ -386,7 +293,7 @@ class FusedDecoder:
         torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, -1), sin, out=rotated)
         return qkv[:, : self.heads], qkv[:, self.heads :]
 
-    def _finish(self, layer: _Layer, x: Tensor, out: Tensor) -> Tensor:
+    def finish(self, layer: Layer, x: Tensor, out: Tensor) -> Tensor:
         """注意力的输出 → 这一层的输出。"""
         x = layer.out.add_to(x, out.reshape(len(x), -1))
         y = layer.post_norm(x, self.dtype)
@@ -395,7 +302,7 @@ class FusedDecoder:
         gate, up = layer.gate_up(y).chunk(2, dim=-1)
         return layer.down.add_to(x, F.silu(gate).mul_(up))
 
-    def _bias(self, positions: Tensor, used: int) -> Tensor:
+    def bias(self, positions: Tensor, used: int) -> Tensor:
         """``[B, 1, 1, used]``：各行自己长度之后的键为 -inf。"""
         hidden = torch.arange(used, device=self.device) > positions[:, None]
         bias = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device)
@@ -410,7 +317,7 @@ class FusedDecoder:
         if len(self._cos) <= self.cache.capacity and len(self._cos) <= length:
             self._cos, self._sin = self._rope_table(max(self.cache.capacity, length) + 1)
 
-    def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         return self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
 
     def _rope_table(self, length: int) -> tuple[Tensor, Tensor]:
@@ -423,7 +330,7 @@ class FusedDecoder:
         half = self.head_dim // 2
         return cos[0], torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1)
 
-    def _precision(self):
+    def precision(self):
         """混合专家的权重不在这里合并，精度不同时交给自动混合精度；其余情况关掉外面的。"""
         mixed = self.layers[0].experts is not None and self.dtype != self.embedding.dtype
         return torch.autocast(self.device.type, dtype=self.dtype if mixed else None, enabled=mixed)
