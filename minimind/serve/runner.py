@@ -16,7 +16,6 @@ import gc
 import logging
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
@@ -28,6 +27,7 @@ from minimind.inference.admission import default_chunk
 from minimind.inference.engine import Engine, LogitsHook
 from minimind.inference.engine import Sequence as Sample
 from minimind.inference.sampling import SamplingParams
+from minimind.serve.recovery import Vacant, deferred, let_go
 from minimind.serve.scoring import prompt_scores
 from minimind.serve.tickets import (
     EngineDown,
@@ -44,46 +44,6 @@ log = logging.getLogger("minimind.serve")
 
 # 一步最多多少秒：正常的一步在一秒之内，慢机器上也只有几秒；卡住的计算打断不了，只能认作坏了
 STEP_SECONDS = 120.0
-
-
-class Vacant:
-    """旧引擎已经放掉、新的还没建起来时占着位置的：没有在写的，也不认得谁。"""
-
-    has_unfinished = False
-    running: tuple[Sample, ...] = ()
-    prompt_tokens = (0, 0)
-
-    def cancel(self, request_id: int, index: int | None = None) -> None:
-        """没有可停的。"""
-
-
-def let_go(error: BaseException) -> None:
-    """放开错误里各层栈帧的局部变量（引擎、KV、激活都在里面）；哪个文件哪一行还在。"""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
-
-
-def deferred(work: Callable[[], Any]) -> tuple[Callable[[], None], Future]:
-    """把一件事变成（在别处执行的函数，取结果的期物）；等的人先走了就不做。"""
-    future: Future = Future()
-
-    def run() -> None:
-        if not future.set_running_or_notify_cancel():
-            return
-        try:
-            done, value = future.set_result, work()
-        except BaseException as error:
-            done, value = (
-                future.set_exception,
-                error if isinstance(error, Exception) else EngineDown(repr(error)),
-            )
-        with contextlib.suppress(InvalidStateError):  # 卡得太久，等的人已经得到错误了
-            done(value)
-
-    return run, future
 
 
 class EngineRunner:
