@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -31,6 +32,9 @@ BATCH_TOKENS_DEVICE = 8192
 # 卡上太少填不满
 CHUNK = {"cpu": 256}
 CHUNK_DEVICE = 2048
+
+# 提示读到多深时一步只读一半：CPU 上一个位置的注意力在这里约等于其余的计算，别人等的时间才不会越来越长
+DEEP = 4096
 
 # 一步最多往队里看多少个请求
 LOOK_AHEAD = 64
@@ -84,6 +88,8 @@ class Admission:
         for request in self.queue:
             gone += [sequence for sequence in request.waiting if chosen(sequence)]
             request.waiting = [sequence for sequence in request.waiting if not chosen(sequence)]
+            if not request.waiting and request.kept is None and request.read:
+                self.decoder.free([self.max_slots - 1])
         self.queue = deque(request for request in self.queue if request.waiting)
         return gone
 
@@ -109,7 +115,10 @@ class Admission:
         if fresh:
             prompts = [piece.request.prompt_ids[piece.start : piece.stop] for piece in fresh]
             starts, slots = [piece.start for piece in fresh], [piece.slot for piece in fresh]
-            logits = list(self.decoder.prefill(prompts, slots, starts))
+            scoring = {i: piece for i, piece in enumerate(fresh) if piece.request.score is not None}
+            watch = {i: partial(piece.request.note, piece.start) for i, piece in scoring.items()}
+            extra = {"watch": watch} if watch else {}
+            logits = list(self.decoder.prefill(prompts, slots, starts, **extra))
             self.computed += sum(map(len, prompts))
         admitted, lines = Admitted([], []), []
         for piece in pieces:
@@ -132,18 +141,18 @@ class Admission:
             length, need = len(request.prompt_ids), self._need(request)
             if need and budget <= 0:
                 break
-            room = need
-            if need > budget:
+            room, depth = need, length - need
+            if need > self._bearable(budget, depth):
                 if not self.chunk and pieces:
                     break
                 if limit < self.max_slots:  # 已有一个读到一半，这一个要等它
                     position += 1
                     continue
                 if self.chunk:
-                    room = self._share(position, budget)
+                    room = self._bearable(self._share(position, budget), depth)
             start, reused = self._begin(request)
             stop = min(length, start + room)
-            budget -= stop - start
+            budget -= (stop - start) * (DEEP + start) // DEEP if self.chunk else stop - start
             if stop < length:
                 pieces.append(_Piece(request, start, stop, self.max_slots - 1, 0, reused))
                 limit, position = self.max_slots - 1, position + 1
@@ -162,20 +171,28 @@ class Admission:
         if request.kept is not None:
             return 0
         known = request.read
-        if not known and self.prefixes is not None and request.shareable:
+        if not known and self._reusable(request):
             known = self.prefixes.reach(request.prompt_ids[:-1])
         return len(request.prompt_ids) - known
+
+    def _reusable(self, request: Request) -> bool:
+        """能不能从前缀库抄。"""
+        return self.prefixes is not None and request.shareable and request.score is None
 
     def _share(self, position: int, budget: int) -> int:
         """读不完的长提示这一步读多少：后面有半步就读得完的，让一半给它们。"""
         behind = islice(self.queue, position + 1, LOOK_AHEAD)
         return budget - budget // 2 if any(self._need(one) <= budget // 2 for one in behind) else budget
 
+    def _bearable(self, budget: int, depth: int) -> int:
+        """已经读了 ``depth`` 个的提示这一步至多再读几个：读得越深，每个位置要看的键越多。"""
+        return -(-budget * DEEP // (DEEP + depth)) if self.chunk else budget
+
     def _begin(self, request: Request) -> tuple[int, Tensor | None]:
         """从第几个位置读起，与从前缀库抄来的开头。"""
         if request.kept is not None:
             return len(request.prompt_ids), None
-        if request.read or self.prefixes is None or not request.shareable:
+        if request.read or not self._reusable(request):
             return request.read, None
         start, reused = self.prefixes.match(request.prompt_ids[:-1])  # 至少算一个，要它的 logits
         request.cached = start
@@ -185,6 +202,9 @@ class Admission:
     def _place(self, piece: _Piece) -> None:
         """``start`` 之前的 KV 到位：另存的、前缀库的，或上一步读了一半的。"""
         request, slot = piece.request, piece.slot
+        if not request.read or request.kept is not None:
+            whole = len(request.prompt_ids)
+            self.decoder.open(slot, whole, alone=piece.stop < whole)
         if request.kept is not None:
             self.decoder.restore(request.kept[0], [slot])
         elif piece.reused is not None:
@@ -205,7 +225,7 @@ class Admission:
         if request.waiting and request.kept is None:
             request.kept = self.decoder.keep(piece.slot, length), logits.clone()
         for sequence in taken:
-            sequence.cached = request.cached
+            sequence.cached, sequence.scored = request.cached, request.scored
             hook = request.hook() if request.hook else None
             row = Row(sequence, request.params, request.limit, hook, request.top_logprobs, request.shareable)
             admitted.rows.append(row)

@@ -39,7 +39,9 @@ class ModelArguments(Arguments):
     inference_rope_scaling: int = arg(0, "用 YaRN 把上下文外推到训练长度之外", (0, 1))
     device: str = arg("auto", "设备：auto、cpu、cuda:0、npu:0、mps", pattern=DEVICE)
     dtype: str = arg(
-        "auto", "计算精度；auto：CPU 用 float32，显卡用半精度", ("auto", "float32", "bfloat16", "float16")
+        "auto",
+        "计算精度；auto：CPU 用 float32，显卡用半精度。同一种子同一答案只有 float32 保证",
+        ("auto", "float32", "bfloat16", "float16"),
     )
     quantize: str = arg(
         "none", "int8：权重存成 8 位，只在 CPU 上，省内存、单路更快，答案略有出入", ("none", "int8")

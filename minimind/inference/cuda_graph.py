@@ -70,7 +70,10 @@ class _Graph:
 class GraphedDecode:
     """:meth:`FusedDecoder.decode` 的录制版，参数与结果相同。
 
-    补的行也会写缓存：它们写在各自槽位的最后一个位置，容量总多留一个，所以谁也用不到那里。
+    补的行也会写缓存：它们写在末尾多出的那一列（:class:`SlotKVCache`），读提示与解码都用不到那里。
+    补的行的槽位里可能是读到一半的提示，所以不能写在它的任何一个位置上，包括最后一个。
+
+    一建好就把解码器换成 :class:`SlotKVCache`，形状才由行数与长度定；要在还没有人写的时候建。
 
     Args:
         decoder: :class:`minimind.inference.decoder.FusedDecoder`，稠密模型（混合专家按路由分组，形状不定，录不了）。
@@ -80,18 +83,25 @@ class GraphedDecode:
 
     def __init__(self, decoder: Any, max_slots: int, recorder: Callable[..., Any] | None = None):
         self.decoder, self.max_slots = decoder, max_slots
+        decoder.use_slots()
+        self._given = recorder
         self.recorder = recorder or CudaRecorder(decoder.device)
         self.graphs: dict[tuple[int, int], _Graph] = {}
         self.capacity = 0
 
     def clear(self) -> None:
-        """权重或缓存换了地方：全部作废。"""
-        self.graphs.clear()
+        """权重或缓存换了地方：全部作废。
+
+        内存池里的图一张不剩，池子就销毁了，再往里录会出错；所以换一个新池子。
+        """
+        if self.graphs:
+            self.graphs.clear()
+            self.recorder = self._given or CudaRecorder(self.decoder.device)
 
     def __call__(self, tokens: Tensor, positions: Tensor, lengths: Sequence[int]) -> Tensor:
         """见 :meth:`FusedDecoder.decode`。"""
         rows, used = len(tokens), length_bucket(max(lengths) + 1)
-        self.decoder.reserve(used + 1)
+        self.decoder.reserve(0, used)
         if self.decoder.cache.capacity != self.capacity:
             self.clear()
             self.capacity = self.decoder.cache.capacity
@@ -101,7 +111,7 @@ class GraphedDecode:
             graph = self.graphs[key] = self._record(*key)
         graph.tokens[:rows] = tokens
         graph.positions[:rows] = positions
-        graph.positions[rows:] = self.capacity - 1
+        graph.positions[rows:] = self.capacity
         graph.replay()
         return graph.out[:rows].clone()
 
@@ -109,6 +119,6 @@ class GraphedDecode:
         device = self.decoder.device
         tokens = torch.zeros(rows, dtype=torch.long, device=device)
         # 录制时跑的几遍也写在用不到的地方
-        positions = torch.full((rows,), self.capacity - 1, dtype=torch.long, device=device)
+        positions = torch.full((rows,), self.capacity, dtype=torch.long, device=device)
         replay, out = self.recorder(lambda: self.decoder.walk(tokens, positions, used, True))
         return _Graph(tokens, positions, replay, out)

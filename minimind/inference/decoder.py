@@ -7,7 +7,7 @@ GQA 不展开头，新的 K、V 就地写进各行自己的位置，注意力只
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -16,7 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind.inference.forward_decoder import ForwardDecoder
+from minimind.inference.group_decode import decode_groups
+from minimind.inference.grouped_cache import GroupedKVCache
 from minimind.inference.kv_cache import SlotKVCache
+from minimind.inference.layers import Layer, Norm
 from minimind.inference.linear import JoinedLinear
 from minimind.inference.prompt_attention import prompt_attention
 from minimind.model import MiniMindLM
@@ -50,46 +53,6 @@ def _is_plain_llama(model: nn.Module) -> bool:
     )
 
 
-class _Norm:
-    """均方根归一化，给出矩阵乘的精度。
-
-    CPU 上 ``F.rms_norm`` 拆成八个小算子，逐词元时夹在矩阵乘之间（缓存是凉的）一次约 20 µs；借范数算子只要五个，约 12 µs。
-    """
-
-    def __init__(self, module: nn.Module):
-        self.module = module
-        self.eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
-        weight = module.weight
-        self.eps_11 = torch.full((1, 1), self.eps) if weight.device.type == "cpu" else None
-
-    def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        x, weight = x.float(), self.module.weight.float()
-        if self.eps_11 is None:
-            return F.rms_norm(x, x.shape[-1:], weight, self.eps).to(dtype)
-        norm = torch.linalg.vector_norm(x, 2, -1, True)
-        scale = torch.addcmul(self.eps_11, norm, norm, value=1 / x.shape[-1]).rsqrt_()
-        return (x * scale).mul_(weight).to(dtype)
-
-
-class _Layer:
-    """一层的权重，输入相同的投影已合并。"""
-
-    def __init__(self, block: nn.Module, dtype: torch.dtype):
-        attention, mlp = block.self_attn, block.mlp
-        self.input_norm, self.post_norm = _Norm(block.input_layernorm), _Norm(block.post_attention_layernorm)
-        self.q_norm = self.k_norm = None
-        if getattr(attention, "q_norm", None) is not None:
-            self.q_norm, self.k_norm = _Norm(attention.q_norm), _Norm(attention.k_norm)
-        self.qkv = JoinedLinear([attention.q_proj, attention.k_proj, attention.v_proj], dtype)
-        self.out = JoinedLinear([attention.o_proj], dtype)
-        self.joined = [self.qkv, self.out]
-        self.experts = None if hasattr(mlp, "gate_proj") else mlp
-        if self.experts is None:
-            self.gate_up = JoinedLinear([mlp.gate_proj, mlp.up_proj], dtype)
-            self.down = JoinedLinear([mlp.down_proj], dtype)
-            self.joined += [self.gate_up, self.down]
-
-
 class FusedDecoder:
     """直接用权重解码。
 
@@ -111,18 +74,33 @@ class FusedDecoder:
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         with torch.inference_mode():
-            self.layers = [_Layer(block, self.dtype) for block in model.model.layers]
+            self.layers = [Layer(block, self.dtype) for block in model.model.layers]
             self.head = JoinedLinear([model.lm_head], self.dtype)
-        self.norm = _Norm(model.model.norm)
+        self.norm = Norm(model.model.norm)
+        self.max_slots = max_slots
+        self.cache: GroupedKVCache | SlotKVCache
+        if self.device.type == "cpu":
+            shape = (config.num_hidden_layers, self.kv_heads, self.head_dim)
+            self.cache = GroupedKVCache(*shape, dtype=self.dtype)
+        else:
+            self.use_slots()
+        self.plan: tuple[Any, Any] = (None, None)  # 见 decode_groups
+        self._cos = self._sin = torch.empty(0)
+
+    def use_slots(self) -> None:
+        """各槽位一样长的缓存，原有的内容不要了：卡上一次核算完所有的行，录制的形状也只由行数与长度定。"""
         self.cache = SlotKVCache(
-            config.num_hidden_layers,
-            max_slots,
+            self.config.num_hidden_layers,
+            self.max_slots,
             self.kv_heads,
             self.head_dim,
             dtype=self.dtype,
             device=self.device,
         )
-        self._cos = self._sin = torch.empty(0)
+
+    @property
+    def grouped(self) -> bool:
+        return isinstance(self.cache, GroupedKVCache)
 
     @property
     def static(self) -> bool:
@@ -140,40 +118,80 @@ class FusedDecoder:
                 linear.refresh()
 
     def prefill(
-        self, prompts: Sequence[Sequence[int]], slots: list[int], starts: list[int] | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        slots: list[int],
+        starts: list[int] | None = None,
+        watch: dict[int, Callable[[Tensor], None]] | None = None,
     ) -> Tensor:
-        """读一批提示，K、V 写进各自的槽位。长短不齐的提示首尾相连成一串，没有填充，注意力不出各条。
+        """读几条提示（或各自接下来的一段），K、V 写进各自的槽位；首尾相连成一串算，没有填充。
 
         Args:
-            prompts: 各条要读的 token，都不空。
-            slots: 各写进哪个槽位，互不相同。
+            prompts: 各条的 token，都不空。
+            slots: 各条住哪个槽位。
             starts: 各从第几个位置读起，之前的 K、V 已在槽位里；默认都从头读。
+            watch: 第几条 → 收下它这一段 *每个* 位置的 logits ``[T, V]`` 的函数；给提示打分用。
 
         Returns:
             每条末尾的 logits ``[P, V]``。
         """
-        starts = starts or [0] * len(prompts)
+        starts, watch = starts or [0] * len(prompts), watch or {}
         lengths = [len(prompt) for prompt in prompts]
-        self.reserve(max(start + length for start, length in zip(starts, lengths)))
+        for slot, start, length in zip(slots, starts, lengths):
+            self.reserve(slot, start + length)
         ends = list(accumulate(lengths))
         ids = torch.tensor([token for prompt in prompts for token in prompt], device=self.device)
         spans = [torch.arange(start, start + length) for start, length in zip(starts, lengths)]
         positions = torch.cat(spans).to(self.device)
-        rows = torch.tensor(slots).repeat_interleave(torch.tensor(lengths)).to(self.device)
-        last = torch.tensor(ends, device=self.device) - 1
-        attend = prompt_attention(lengths, starts, slots, self.cache.keys[0])
+        # 末层之后只有这些行还用得着：各条的末尾，与要看全部位置的那几条
+        kept = [
+            (end - length if i in watch else end - 1, end)
+            for i, (end, length) in enumerate(zip(ends, lengths))
+        ]
+        wanted = torch.cat([torch.arange(*span) for span in kept]).to(self.device)
+        room = [self.cache.room(slot) for slot in slots] if self.grouped else self.cache.capacity
+        attend = prompt_attention(lengths, starts, slots, room, self.device, self.dtype)
+        write, past = self._prompt_store(slots, starts, lengths, positions)
         x = F.embedding(ids, self.embedding)
-        rope = self._rope(positions)
-        with self._precision():
+        rope = self.rope(positions)
+        with self.precision():
             for index, layer in enumerate(self.layers):
-                q, kv = self._project(layer, x, rope)
-                self.cache.store[index][rows, :, positions] = kv
+                q, kv = self.project(layer, x, rope)
+                write(index, kv)
                 k, v = kv.chunk(2, dim=1)
-                out = attend(q, k, v, self.cache.keys[index], self.cache.values[index])
-                if index == len(self.layers) - 1:  # 末层之后只有各条的末尾还用得着
-                    x, out = x[last], out[last]
-                x = self._finish(layer, x, out)
-            return self.head(self.norm(x, self.dtype))
+                out = attend(q, k, v, *past(index))
+                if index == len(self.layers) - 1:
+                    x, out = x[wanted], out[wanted]
+                x = self.finish(layer, x, out)
+            logits = self.head(self.norm(x, self.dtype))
+        parts = logits.split([stop - start for start, stop in kept])
+        for i, note in watch.items():
+            note(parts[i])
+        return torch.stack([part[-1] for part in parts]) if watch else logits
+
+    def _prompt_store(
+        self, slots: list[int], starts: list[int], lengths: list[int], positions: Tensor
+    ) -> Any:
+        """→ （写一层的 K、V，取一层的 keys、values）：按槽位取下标就是那一行 ``[kv_heads, 容量, D]``。"""
+        if not self.grouped:
+            rows = torch.tensor(slots).repeat_interleave(torch.tensor(lengths)).to(self.device)
+
+            def write(index: int, kv: Tensor) -> None:
+                self.cache.store[index][rows, :, positions] = kv
+
+            return write, lambda index: (self.cache.keys[index], self.cache.values[index])
+        stores = [self.cache.row(slot) for slot in slots]
+
+        def write_rows(index: int, kv: Tensor) -> None:
+            for store, start, piece in zip(stores, starts, kv.split(lengths)):
+                store[index, :, start : start + len(piece)] = piece.transpose(0, 1)
+
+        def past(index: int) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+            layers = [(slot, store[index]) for slot, store in zip(slots, stores)]
+            keys = {slot: layer[: self.kv_heads] for slot, layer in layers}
+            return keys, {slot: layer[self.kv_heads :] for slot, layer in layers}
+
+        return write_rows, past
 
     def decode(self, tokens: Tensor, positions: Tensor, lengths: Sequence[int]) -> Tensor:
         """前 B 个槽位各走一步。
@@ -186,8 +204,10 @@ class FusedDecoder:
         Returns:
             ``[B, V]``。
         """
+        if self.grouped:
+            return decode_groups(self, tokens, positions, lengths)
         used = max(lengths) + 1
-        self.reserve(used)
+        self.reserve(0, used)
         ragged = min(lengths) + 1 < used
         if self.device.type != "cpu":  # 卡上凑成整块，带掩码的注意力核要求对齐
             used, ragged = -(-used // SlotKVCache.GRANULE) * SlotKVCache.GRANULE, True
@@ -202,17 +222,17 @@ class FusedDecoder:
         """
         rows = len(tokens)
         slots = torch.arange(rows, device=self.device)
-        bias = self._bias(positions, used) if ragged else None
+        bias = self.bias(positions, used) if ragged else None
         # 各层的视图一次取齐：逐层取下标每层多六次调用
         store = self.cache.store[:, :rows]
         keys = store[:, :, : self.kv_heads, :used].unbind()
         values = store[:, :, self.kv_heads :, :used].unbind()
         written = store.unbind() if ragged else store[:, :, :, used - 1].unbind()
         x = F.embedding(tokens, self.embedding)
-        rope = self._rope(positions)
-        with self._precision():
+        rope = self.rope(positions)
+        with self.precision():
             for layer, key, value, target in zip(self.layers, keys, values, written):
-                q, kv = self._project(layer, x, rope)
+                q, kv = self.project(layer, x, rope)
                 if ragged:
                     target[slots, :, positions] = kv
                 else:  # 各行写在同一个位置，一次普通的拷贝就行
@@ -220,29 +240,49 @@ class FusedDecoder:
                 # 共用一个键值头的查询头当作几个查询：[B, kv, 组, D]，不展开 K、V
                 q = q.view(rows, self.kv_heads, -1, self.head_dim)
                 out = F.scaled_dot_product_attention(q, key, value, attn_mask=bias)
-                x = self._finish(layer, x, out)
+                x = self.finish(layer, x, out)
             return self.head(self.norm(x, self.dtype))
+
+    def open(self, slot: int, length: int, alone: bool = False) -> None:
+        """新来的一行要 ``length`` 个位置；``alone`` 表示提示还读不完，先不与在写的放在一起。"""
+        if self.grouped:
+            self.cache.open(slot, length, alone)
+
+    def free(self, slots: list[int]) -> None:
+        """这些槽位离场，占的地方还掉。"""
+        if self.grouped:
+            self.cache.free(slots)
 
     def copy(self, source: list[int], target: list[int], length: int) -> None:
         """``source`` 各槽位的前 ``length`` 个位置抄一份到 ``target``。"""
-        self.cache.copy(source, target, length)
+        if not self.grouped:
+            return self.cache.copy(source, target, length)
+        for a, b in zip(source, target):
+            self.cache.copy(a, b, length)
 
     def move(self, source: list[int], target: list[int], length: int) -> None:
         """``source`` 搬到 ``target``，原处作废。"""
-        self.cache.copy(source, target, length)
+        if not self.grouped:
+            return self.cache.copy(source, target, length)
+        for a, b in zip(source, target):
+            self.cache.move(a, b)
 
     def keep(self, slot: int, stop: int, start: int = 0) -> Any:
         """把一个槽位的 ``[start, stop)`` 另存一份：``[层, 2·键值头, 位置, head_dim]``。"""
-        return self.cache.store[:, slot, :, start:stop].clone()
+        row = self.cache.row(slot) if self.grouped else self.cache.store[:, slot]
+        return row[:, :, start:stop].clone()
 
     def restore(self, kept: Any, slots: list[int]) -> None:
         """:meth:`keep` 的结果写进这些槽位的开头。"""
-        self.reserve(kept.shape[2])
-        self.cache.store[:, slots, :, : kept.shape[2]] = kept.unsqueeze(1)
+        length = kept.shape[2]
+        for slot in slots:
+            self.reserve(slot, length)
+            row = self.cache.row(slot) if self.grouped else self.cache.store[:, slot]
+            row[:, :, :length] = kept
 
     # ---------------------------------------------------------------- 一层的各步，x [N, H]
 
-    def _project(self, layer: _Layer, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def project(self, layer: Layer, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """→ q ``[N, heads, D]``、并排的 k 与 v ``[N, 2·kv_heads, D]``，q、k 已旋转。"""
         qkv = layer.qkv(layer.input_norm(x, self.dtype)).view(len(x), -1, self.head_dim)
         qk = rotated = qkv[:, : self.heads + self.kv_heads]
@@ -253,7 +293,7 @@ class FusedDecoder:
         torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, -1), sin, out=rotated)
         return qkv[:, : self.heads], qkv[:, self.heads :]
 
-    def _finish(self, layer: _Layer, x: Tensor, out: Tensor) -> Tensor:
+    def finish(self, layer: Layer, x: Tensor, out: Tensor) -> Tensor:
         """注意力的输出 → 这一层的输出。"""
         x = layer.out.add_to(x, out.reshape(len(x), -1))
         y = layer.post_norm(x, self.dtype)
@@ -262,19 +302,22 @@ class FusedDecoder:
         gate, up = layer.gate_up(y).chunk(2, dim=-1)
         return layer.down.add_to(x, F.silu(gate).mul_(up))
 
-    def _bias(self, positions: Tensor, used: int) -> Tensor:
+    def bias(self, positions: Tensor, used: int) -> Tensor:
         """``[B, 1, 1, used]``：各行自己长度之后的键为 -inf。"""
         hidden = torch.arange(used, device=self.device) > positions[:, None]
         bias = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device)
         return bias.masked_fill_(hidden, float("-inf"))[:, None, None]
 
-    def reserve(self, length: int) -> None:
-        """保证缓存与位置编码够到 ``length``。"""
-        self.cache.reserve(length)
-        if len(self._cos) < self.cache.capacity:
-            self._cos, self._sin = self._rope_table(self.cache.capacity)
+    def reserve(self, slot: int, length: int) -> None:
+        """保证 ``slot`` 的缓存与位置编码够到 ``length``。"""
+        if self.grouped:
+            self.cache.reserve(slot, length)
+        else:
+            self.cache.reserve(length)
+        if len(self._cos) <= self.cache.capacity and len(self._cos) <= length:
+            self._cos, self._sin = self._rope_table(max(self.cache.capacity, length) + 1)
 
-    def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         return self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
 
     def _rope_table(self, length: int) -> tuple[Tensor, Tensor]:
@@ -287,7 +330,7 @@ class FusedDecoder:
         half = self.head_dim // 2
         return cos[0], torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1)
 
-    def _precision(self):
+    def precision(self):
         """混合专家的权重不在这里合并，精度不同时交给自动混合精度；其余情况关掉外面的。"""
         mixed = self.layers[0].experts is not None and self.dtype != self.embedding.dtype
         return torch.autocast(self.device.type, dtype=self.dtype if mixed else None, enabled=mixed)

@@ -4,7 +4,8 @@
 排队的请求随即住进空出的槽位。同一个提示要 n 个样本时，提示只算一次，KV 抄给各行。
 
 一个请求的随机数只由它自己的种子与样本序号决定（:func:`minimind.inference.sampling.uniforms`），
-与同时还有谁在跑、批有多大、先来后到都无关。
+与同时还有谁在跑、批有多大、先来后到都无关。算出的概率却会随批的大小差在舍入上：fp32 约 1e-6，同一个种子写出的就是同一段文字
+（两个候选恰好差在 1e-6 以内才会不同）；bf16、fp16 约百分之一，写不了多少个就会分岔，int8 介于两者之间，都不保证。
 
 用法::
 
@@ -104,12 +105,14 @@ class Engine:
         n: int = 1,
         hook: Callable[[], LogitsHook] | None = None,
         top_logprobs: int | None = None,
+        score: int | None = None,
     ) -> int:
         """排进队里，返回请求号；``n`` 个样本共用一次提示的计算。
 
         Args:
             hook: 给每个样本造一份干预；有干预的样本在场时每个 token 都要与主机对一次。
             top_logprobs: 每个 token 另记几个候选，0 表示只记它自己的，``None`` 不记。
+            score: 给提示的每个 token 也打分，另记几个候选；``None`` 不打。
 
         Raises:
             UserError: 提示为空或放不下。
@@ -122,7 +125,7 @@ class Engine:
         request_id, self._next_id = self._next_id, self._next_id + 1
         waiting = [Sequence(request_id, index, prompt) for index in range(n)]
         self._admission.queue.append(
-            Request(request_id, prompt, params, limit, seed, waiting, hook, top_logprobs)
+            Request(request_id, prompt, params, limit, seed, waiting, hook, top_logprobs, score=score)
         )
         return request_id
 
@@ -236,6 +239,7 @@ class Engine:
             return
         for slot in slots:
             self._admission.remember(self._rows[slot], slot)
+        self.decoder.free(slots)
         gone, count = set(slots), len(self._rows) - len(slots)
         holes = [slot for slot in slots if slot < count]
         movers = [slot for slot in range(count, len(self._rows)) if slot not in gone]

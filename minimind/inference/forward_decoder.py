@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,21 +24,34 @@ class ForwardDecoder:
         """每步都直接用模型的权重，没有要更新的。"""
 
     def prefill(
-        self, prompts: Sequence[Sequence[int]], slots: list[int], starts: list[int] | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        slots: list[int],
+        starts: list[int] | None = None,
+        watch: dict[int, Callable[[Tensor], None]] | None = None,
     ) -> Tensor:
         """见 :meth:`minimind.inference.decoder.FusedDecoder.prefill`。"""
-        pieces = zip(prompts, slots, starts or [0] * len(prompts))
-        return torch.cat(
-            [
-                self._forward(list(ids), self.caches[slot] if start else None, slot)
-                for ids, slot, start in pieces
-            ]
-        )
+        last = []
+        for i, (ids, slot, start) in enumerate(zip(prompts, slots, starts or [0] * len(prompts))):
+            logits = self._forward(list(ids), self.caches[slot] if start else None, slot)
+            if watch and i in watch:
+                watch[i](logits[0])
+            last.append(logits[:, -1])
+        return torch.cat(last)
 
     def decode(self, tokens: Tensor, positions: Tensor, lengths: Sequence[int]) -> Tensor:
         """见 :meth:`minimind.inference.decoder.FusedDecoder.decode`。"""
         ids = tokens.tolist()
-        return torch.cat([self._forward([token], self.caches[slot], slot) for slot, token in enumerate(ids)])
+        rows = [self._forward([token], self.caches[slot], slot) for slot, token in enumerate(ids)]
+        return torch.cat(rows)[:, -1]
+
+    def open(self, slot: int, length: int, alone: bool = False) -> None:
+        """缓存由模型自己长。"""
+
+    def free(self, slots: list[int]) -> None:
+        """见 :meth:`minimind.inference.decoder.FusedDecoder.free`。"""
+        for slot in slots:
+            self.caches[slot] = None
 
     def copy(self, source: list[int], target: list[int], length: int) -> None:
         for a, b in zip(source, target):
@@ -60,4 +73,4 @@ class ForwardDecoder:
 
         input_ids = torch.tensor([ids], device=self.device)
         logits, self.caches[slot] = step_with_cache(self.model, input_ids, cache)
-        return logits[:, -1]
+        return logits

@@ -98,19 +98,20 @@ class StaticKVCache:
 
 
 class SlotKVCache:
-    """每行各走各的 KV 缓存：行就是槽位，每个槽位自己有长度，由引擎记。
+    """卡上的 KV 缓存：行就是槽位，每个槽位自己有长度，由引擎记；各槽位一样长，一次核算完所有的行。
 
-    K、V 并排放在一个张量 ``store`` ``[层, 槽位, 2·H_kv, 容量, D]`` 里（前一半头是 K），一个新位置的 K、V 一次写进去；
-    ``keys``、``values`` 是它的两半，形状 ``[层, 槽位, H_kv, 容量, D]``。每个槽位从 0 起左对齐，所以新来的请求可以在别的行
-    写到一半时住进空槽位，不必等齐。没写到的位置是 0：它们会进注意力再被掩掉，若是随机的内存可能是 NaN，
-    掩掉也还是 NaN（CPU 上清零的大块内存用到才真正分配）。容量不够时翻倍，旧内容照搬；一次搬运摊到每个 token 上是常数。
+    K、V 并排放在一个张量 ``store`` ``[层, 槽位, 2·H_kv, 容量 + 1, D]`` 里（前一半头是 K），一个新位置的 K、V 一次写进去；
+    ``keys``、``values`` 是它的两半。每个槽位从 0 起左对齐，所以新来的请求可以在别的行写到一半时住进空槽位，不必等齐。
+    没写到的位置是 0：它们会进注意力再被掩掉，若是随机的内存可能是 NaN，掩掉也还是 NaN。
+    容量不够时至少长四分之一，只抄用到的。
+
+    末尾多出的一列（位置 :attr:`capacity`）谁的词元也不放：录制的解码（:mod:`minimind.inference.cuda_graph`）补的行往那里写。
 
     Args:
         num_layers, num_slots, num_kv_heads, head_dim: 尺寸。
-        capacity: 起始容量（每个槽位多少个位置）。
     """
 
-    GRANULE = 64  # 容量取它的倍数，免得只差几个位置也重新申请
+    GRANULE = 64  # 列数取它的倍数，免得只差几个位置也重新申请
 
     def __init__(
         self,
@@ -118,15 +119,14 @@ class SlotKVCache:
         num_slots: int,
         num_kv_heads: int,
         head_dim: int,
-        capacity: int = 0,
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
-        capacity = -(-capacity // self.GRANULE) * self.GRANULE
         self.num_kv_heads = num_kv_heads
-        shape = (num_layers, num_slots, 2 * num_kv_heads, capacity, head_dim)
+        shape = (num_layers, num_slots, 2 * num_kv_heads, 0, head_dim)
         self.store = torch.zeros(shape, dtype=dtype, device=device)
+        self._used = 0
 
     @property
     def keys(self) -> Tensor:
@@ -138,17 +138,18 @@ class SlotKVCache:
 
     @property
     def capacity(self) -> int:
-        return self.store.shape[3]
+        """每个槽位放得下多少个位置。"""
+        return max(0, self.store.shape[3] - 1)
 
     def reserve(self, length: int) -> None:
         """保证每个槽位放得下 ``length`` 个位置。"""
         old = self.capacity
-        if length <= old:
-            return
-        wanted = -(-max(length, 2 * old) // self.GRANULE) * self.GRANULE
-        grown = self.store.new_zeros((*self.store.shape[:3], wanted, self.store.shape[4]))
-        grown[:, :, :, :old] = self.store
-        self.store = grown
+        if length > old:
+            columns = -(-(max(length, old + old // 4) + 1) // self.GRANULE) * self.GRANULE
+            grown = self.store.new_zeros((*self.store.shape[:3], columns, self.store.shape[4]))
+            grown[:, :, :, : self._used] = self.store[:, :, :, : self._used]
+            self.store = grown
+        self._used = max(self._used, length)
 
     def copy(self, source: list[int], target: list[int], length: int) -> None:
         """把 ``source`` 各槽位的前 ``length`` 个位置抄到 ``target``（两边不相交）。"""

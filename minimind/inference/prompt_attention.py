@@ -38,10 +38,17 @@ class BlockedAttention:
     BLOCK = 64
     SHORT = 128
 
-    def __init__(self, lengths: Sequence[int], starts: Sequence[int], slots: Sequence[int], capacity: int):
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        starts: Sequence[int],
+        slots: Sequence[int],
+        capacity: int | Sequence[int],
+    ):
+        rooms = [capacity] * len(lengths) if isinstance(capacity, int) else capacity
         self.blocks = []  # （查询在串里的行，槽位，看多少个键，其中前几个不用遮，遮罩）
         begin, short = 0, []
-        for length, start, slot in zip(lengths, starts, slots):
+        for length, start, slot, room in zip(lengths, starts, slots, rooms):
             if start == 0 and length <= self.SHORT:
                 short.append((begin, begin + length))
                 edges = range(0)
@@ -50,7 +57,7 @@ class BlockedAttention:
             for edge in edges:
                 first, stop = max(edge, start), min(edge + self.BLOCK, start + length)
                 unit = self.BLOCK if stop <= 256 else 256
-                keys = min(-(-stop // unit) * unit, capacity)
+                keys = min(-(-stop // unit) * unit, room)
                 future = torch.full((stop - first, keys - first), NEG_INF).triu_(1)
                 rows = slice(begin + first - start, begin + stop - start)
                 self.blocks.append((rows, slot, keys, first, future))
@@ -69,10 +76,10 @@ class BlockedAttention:
             n = rows.stop - rows.start
             for head in range(kv_heads):
                 query = grouped_in[head, :, rows].reshape(-1, q.shape[2])
-                score = matmul_nt(query, keys[slot, head, :count]).float().unflatten(0, (-1, n))
+                score = matmul_nt(query, keys[slot][head, :count]).float().unflatten(0, (-1, n))
                 score[..., first:].add_(future)
                 prob = score.softmax(-1).flatten(0, 1).to(v.dtype)
-                one = matmul_nt(prob, values[slot, head, :count].t())
+                one = matmul_nt(prob, values[slot][head, :count].t())
                 grouped_out[head, :, rows] = one.unflatten(0, (-1, n))
         return out
 
@@ -129,7 +136,9 @@ def prompt_attention(
     lengths: Sequence[int],
     starts: Sequence[int],
     slots: Sequence[int],
-    cache: Tensor,
+    capacity: int | Sequence[int],
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> BlockedAttention | DeviceAttention:
     """一次读提示里各层共用的安排。
 
@@ -137,12 +146,13 @@ def prompt_attention(
         lengths: 各条这次读几个。
         starts: 各从第几个位置读起。
         slots: 各在哪个槽位。
-        cache: 任意一层的 ``[槽位, kv_heads, 容量, D]``，看它的设备、精度与容量。
+        capacity: 缓存里各条放得下多少个位置；一个数表示都一样。
+        device, dtype: 缓存的。
 
     Returns:
         ``f(q, k, v, keys, values)``：q ``[N, heads, D]``，k、v ``[N, kv_heads, D]`` 是首尾相连的各条，
-        keys、values 是这一层的缓存，k、v 已写进去 → ``[N, heads, D]``。
+        keys、values 是这一层的缓存（下标是槽位，卡上必须是一个张量），k、v 已写进去 → ``[N, heads, D]``。
     """
-    if cache.device.type == "cpu":
-        return BlockedAttention(lengths, starts, slots, cache.shape[2])
-    return DeviceAttention(lengths, starts, slots, cache.device, cache.dtype)
+    if device.type == "cpu":
+        return BlockedAttention(lengths, starts, slots, capacity)
+    return DeviceAttention(lengths, starts, slots, device, dtype)

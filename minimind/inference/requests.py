@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from minimind.errors import UserError
@@ -35,6 +36,7 @@ class Sequence:
         top: 要了候选时，各 token 在 *模型自己* 的分布（温度 1，惩罚与干预之前）下的对数概率，与最可能的几个
             ``(id, 对数概率)``。
         cached: 提示里有多少个 token 是从前缀库抄来的，没有重算。
+        scored: 要给提示打分时，提示第二个 token 起各自的对数概率与候选，形状同 ``top``。
     """
 
     request_id: int
@@ -45,6 +47,7 @@ class Sequence:
     finished: str | None = None
     top: list[tuple[float, tuple[tuple[int, float], ...]]] = field(default_factory=list)
     cached: int = 0
+    scored: list[tuple[float, tuple[tuple[int, float], ...]]] = field(default_factory=list)
 
 
 @dataclass
@@ -57,6 +60,8 @@ class Request:
         kept: 槽位不够 n 个时，提示的 KV 与末尾 logits 先存着。
         cached: 见 :class:`Sequence`。
         shareable: 算出的 KV 能不能给别的请求用；读了之后换过权重就不能了。
+        score: 给提示的每个 token 打分，另记几个候选；``None`` 不打。要打分的提示每个位置都得算，不从前缀库抄。
+        scored: 已经打了的。
     """
 
     id: int
@@ -71,6 +76,19 @@ class Request:
     kept: Any = None
     cached: int = 0
     shareable: bool = True
+    score: int | None = None
+    scored: list[tuple[float, tuple[tuple[int, float], ...]]] = field(default_factory=list)
+
+    def note(self, start: int, logits: Tensor) -> None:
+        """记下位置 ``start`` 起的一段 logits ``[T, V]`` 给后一个 token 的分数；提示的最后一个位置没有后一个。"""
+        targets = self.prompt_ids[start + 1 : start + 1 + len(logits)]
+        if not targets:
+            return
+        logp = logits[: len(targets)].float().log_softmax(-1)
+        index = torch.tensor(targets, device=logits.device)[:, None]
+        values, near = logp.topk(max(1, self.score), dim=-1)
+        rows = zip(logp.gather(1, index)[:, 0].tolist(), near.tolist(), values.tolist())
+        self.scored += [(own, tuple(zip(ids[: self.score], best[: self.score]))) for own, ids, best in rows]
 
 
 @dataclass

@@ -1,12 +1,12 @@
 """从 logits 到下一个 token：温度、top-k、top-p、min-p、重复惩罚，全部整批在设备上完成。
 
 先后次序与 transformers 一致（惩罚 → 温度 → top-k → top-p → min-p），同一组参数在两边含义相同。
-这里没有 ``.item()``，也不按行循环：每一步都不需要主机等设备。
+这里没有 ``.item()``，也不按参数逐组循环：各行参数都不同时也是一次算完，每一步都不需要主机等设备。
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -120,25 +120,26 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: flo
     return logits
 
 
-def _nucleus_floor(probs: Tensor, top_p: float) -> Tensor:
-    """top-p 集合里最小的概率 ``[B, 1]``。
+def _nucleus_floor(probs: Tensor, top_p: float | Tensor) -> Tensor:
+    """top-p 集合里最小的概率 ``[B, 1]``；``top_p`` 可以是各行的 ``[B, 1]``。
 
     整行排序 [1, 6400] 要 280 µs，[32, 6400] 要 11 ms；集合通常只有几十个词，CPU 上先取前 ``HEAD`` 名（11 µs 与
     1.7 ms），不够的那几行才排。两条路的累计值逐位相同，所以走哪条、同批还有谁都不影响结果。
     """
 
-    def floor_of(ranked: Tensor) -> tuple[Tensor, Tensor]:
+    def floor_of(ranked: Tensor, top_p: float | Tensor) -> tuple[Tensor, Tensor]:
         total = ranked.cumsum(dim=-1)
         # 排在它前面的累计已达 p 的才丢：保证集合刚好跨过 p，且第一名永远留下
         kept = ranked.masked_fill((total - ranked) >= top_p, 2.0)
-        return kept.amin(dim=-1, keepdim=True), total[:, -1] >= top_p
+        return kept.amin(dim=-1, keepdim=True), (total[:, -1:] >= top_p)[:, 0]
 
     if probs.device.type != "cpu" or probs.shape[-1] <= HEAD:
-        return floor_of(probs.sort(dim=-1, descending=True).values)[0]
-    floor, enough = floor_of(probs.topk(HEAD, dim=-1).values)
+        return floor_of(probs.sort(dim=-1, descending=True).values, top_p)[0]
+    floor, enough = floor_of(probs.topk(HEAD, dim=-1).values, top_p)
     if not bool(enough.all()):
         rest = (~enough).nonzero()[:, 0]
-        floor[rest] = floor_of(probs[rest].sort(dim=-1, descending=True).values)[0]
+        rest_p = top_p[rest] if isinstance(top_p, Tensor) else top_p
+        floor[rest] = floor_of(probs[rest].sort(dim=-1, descending=True).values, rest_p)[0]
     return floor
 
 
@@ -228,7 +229,7 @@ def _first_above(weight: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
 def sample_rows(
     logits: Tensor, params: Sequence[SamplingParams], uniform: Tensor | None, seen: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """每行按自己的参数抽下一个 token；参数相同的行一起算。
+    """每行按自己的参数抽下一个 token；都相同与各不相同，结果逐位一样。
 
     Args:
         logits: ``[B, V]``。
@@ -240,17 +241,61 @@ def sample_rows(
         token ``[B]`` 与行为策略的对数概率 ``[B]``：惩罚、温度与截断之后真正抽样的那个分布；贪心时按温度 1。
     """
     logits = logits.float() if logits.dtype != torch.float32 else logits
-    groups: dict[SamplingParams, list[int]] = {}
-    for row, one in enumerate(params):
-        groups.setdefault(one.rule, []).append(row)
-    if len(groups) == 1:
-        return _sample_same(logits, next(iter(groups)), uniform, seen)
-    ids = torch.empty(len(params), dtype=torch.long, device=logits.device)
-    logp = torch.empty(len(params), device=logits.device)
-    for one, rows in groups.items():
-        index = torch.tensor(rows, device=logits.device)
-        part = _sample_same(logits[index], one, uniform[index], None if seen is None else seen[index])
-        ids[index], logp[index] = part
+    rules = [one.rule for one in params]
+    if all(rule == rules[0] for rule in rules):
+        return _sample_same(logits, rules[0], uniform, seen)
+    return _sample_mixed(logits, rules, uniform, seen)
+
+
+def _sample_mixed(
+    logits: Tensor, params: Sequence[SamplingParams], uniform: Tensor | None, seen: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """各行参数不同：参数排成一列 ``[B, 1]``，每种截断只算要它的那几行，算子的个数与有多少种参数无关。"""
+
+    def column(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=logits.dtype, device=logits.device)[:, None]
+
+    if seen is not None:
+        penalty = column([one.repetition_penalty for one in params])
+        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    logits = logits / column([one.temperature or 1.0 for one in params])
+
+    def narrow(
+        values: Sequence[float],
+        active: Sequence[bool],
+        floor: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    ) -> None:
+        """要这种截断的各行：``floor`` 给出（比的是什么，下限），低于下限的设为 ``-inf``。"""
+        rows = [i for i, on in enumerate(active) if on and not params[i].greedy]
+        if rows:
+            index = torch.tensor(rows, device=logits.device)
+            part = logits[index]
+            keyed, least = floor(part, column([values[i] for i in rows]))
+            logits[index] = part.masked_fill(keyed < least, float("-inf"))
+
+    def kth(part: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        most = max(min(one.top_k, part.shape[1]) for one in params)
+        return part, part.topk(most, dim=-1).values.gather(1, k.long() - 1)
+
+    def nucleus(part: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        probs = part.softmax(-1)
+        return probs, _nucleus_floor(probs, p)
+
+    def share(part: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        probs = part.softmax(-1)
+        return probs, probs.amax(dim=-1, keepdim=True) * p
+
+    top_k = [one.top_k for one in params]
+    narrow(top_k, [0 < k < logits.shape[1] for k in top_k], kth)
+    narrow([one.top_p for one in params], [one.top_p < 1 for one in params], nucleus)
+    narrow([one.min_p for one in params], [one.min_p > 0 for one in params], share)
+    if uniform is None:  # 都贪心，只是别的参数不同
+        return draw(logits, 0.0, None)
+    ids, logp = draw(logits, 1.0, uniform)
+    cold = torch.tensor([one.greedy for one in params], device=logits.device)
+    if any(one.greedy for one in params):
+        best, best_logp = draw(logits, 0.0, None)
+        ids, logp = torch.where(cold, best, ids), torch.where(cold, best_logp, logp)
     return ids, logp
 
 

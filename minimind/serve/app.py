@@ -68,8 +68,10 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         loading = asyncio.create_task(fill_table(app, load))
+        watching = asyncio.create_task(watch_engines(app))
         yield
         await loading
+        watching.cancel()
         for runner in app.state.table.runners if app.state.table else ():
             await run_in_threadpool(runner.close)
 
@@ -104,6 +106,14 @@ async def fill_table(app: FastAPI, load: Callable[[], ModelTable]) -> None:
         if not isinstance(error, UserError):  # 使用者能修的由命令行入口说，只说一遍
             log.error("载入模型时出错", exc_info=error)
         signal.raise_signal(signal.SIGTERM)
+
+
+async def watch_engines(app: FastAPI) -> None:
+    """每半秒看一眼各个引擎：坏了的，在途的请求立刻得到错误。"""
+    while True:
+        for runner in app.state.table.runners if app.state.table else ():
+            runner.watch()
+        await asyncio.sleep(0.5)
 
 
 def table_of(app: FastAPI) -> ModelTable:
@@ -182,7 +192,7 @@ def add_tokens(app: FastAPI) -> None:
     """分词与还原，字段与 vLLM 的相同。"""
 
     @app.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+    async def tokenize(body: TokenizeRequest) -> Response:
         model = table_of(app).find(body.model)
 
         def encode() -> list[int]:
@@ -192,20 +202,25 @@ def add_tokens(app: FastAPI) -> None:
             tools = [tool.model_dump(exclude_none=True) for tool in body.tools] if body.tools else None
             return encode_messages(model, body, tools, body.thinking).ids
 
-        ids = await run_in_threadpool(encode)
-        texts = [model.vocabulary.text_of(token) for token in ids]
-        return {
-            "count": len(ids),
-            "max_model_len": model.runner.max_length,
-            "tokens": ids,
-            "token_strs": texts,
-        }
+        def reply() -> Response:
+            ids = encode()
+            texts = [model.vocabulary.text_of(token) for token in ids]
+            room = model.runner.max_length
+            return JSONResponse(
+                {"count": len(ids), "max_model_len": room, "tokens": ids, "token_strs": texts}
+            )
+
+        return await run_in_threadpool(reply)  # 几兆的文字，查词元与写成 JSON 也要半秒
 
     @app.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+    async def detokenize(body: DetokenizeRequest) -> Response:
         model = table_of(app).find(body.model)
-        check_ids(body.tokens, model)
-        return {"prompt": model.tokenizer.decode(body.tokens, skip_special_tokens=False)}
+
+        def reply() -> Response:
+            check_ids(body.tokens, model)
+            return JSONResponse({"prompt": model.tokenizer.decode(body.tokens, skip_special_tokens=False)})
+
+        return await run_in_threadpool(reply)
 
 
 def add_status(app: FastAPI, metrics: Metrics) -> None:
@@ -217,6 +232,9 @@ def add_status(app: FastAPI, metrics: Metrics) -> None:
             status = "stopping"
         else:
             status = "loading" if app.state.table is None else "ok"
+        runners = app.state.table.runners if app.state.table else ()
+        if reason := next((trouble for runner in runners if (trouble := runner.trouble)), None):
+            return JSONResponse({"status": "failed", "reason": reason}, 503)
         return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
     @app.get("/metrics")

@@ -60,6 +60,8 @@ class ServeArguments(ModelArguments):
 
 def model_table(args: ServeArguments):
     """载入底座与各个 LoRA，各建一个引擎。"""
+    import torch
+
     from minimind.inference.loading import stop_ids
     from minimind.serve.models import ModelTable, ServedModel
     from minimind.serve.runner import EngineRunner
@@ -80,7 +82,14 @@ def model_table(args: ServeArguments):
         return ServedModel(base if lora == "None" else lora, loaded, runner, None if lora == "None" else base)
 
     names = [] if args.lora_weight in ("None", "none", "") else args.lora_weight.split(",")
-    return ModelTable([open_model("None"), *(open_model(name.strip()) for name in names)])
+    table = ModelTable([open_model("None"), *(open_model(name.strip()) for name in names)])
+    dtype = next(table.default.loaded.model.parameters()).dtype
+    if args.quantize != "none" or dtype != torch.float32:
+        kind = args.quantize if args.quantize != "none" else str(dtype).removeprefix("torch.")
+        say(
+            f"留意：{kind} 的舍入随同时有几个人在写而变，同一种子未必是同一答案；要逐字相同用 --dtype float32。"
+        )
+    return table
 
 
 def check_address(host: str, port: int) -> None:

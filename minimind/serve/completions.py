@@ -16,9 +16,8 @@ from minimind.serve.metrics import Metrics
 from minimind.serve.models import ServedModel
 from minimind.serve.samples import TextSample
 from minimind.serve.schemas import CompletionRequest
-from minimind.serve.scoring import prompt_logprobs
 from minimind.serve.stops import StopMatcher
-from minimind.serve.tickets import Ticket, TokenOut
+from minimind.serve.tickets import Progress, Ticket, TokenOut
 from minimind.tokenizer import encode_plain
 
 MAX_PROMPTS = 64
@@ -46,6 +45,7 @@ class TextAnswer:
         self.only_score = request.max_tokens == 0
         asked = 16 if request.max_tokens is None else 1 if self.only_score else request.limit
         top, form = request.logprobs, None
+        score = top if request.echo else None
         if constraint := request.constraint:
             text, stops = model.grammar.constrained(constraint), sorted(model.eos_ids)
             form = lambda: FormHook([Constrained(text, stops)])  # noqa: E731
@@ -55,10 +55,11 @@ class TextAnswer:
                 prompt,
                 request.params(),
                 fit(prompt, asked, model),
-                request.samples,
+                1 if self.only_score else request.samples,
                 make_hook(request, model.eos_ids, form),
                 top,
                 request.logprobs_mode == "processed_logprobs",
+                score,
             )
             for prompt in prompts
         ]
@@ -70,9 +71,9 @@ class TextAnswer:
         return value
 
     def submit(self, settings: Settings) -> list[Ticket]:
-        """排进引擎；后面的排不进时，前面的也取消。"""
+        """排进引擎；后面的排不进时，前面的也取消。只要提示的文字时不必排。"""
         tickets: list[Ticket] = []
-        if self.only_score:
+        if self.only_score and self.jobs[0].score is None:
             return tickets
         runner, total = self.model.runner, sum(job.n for job in self.jobs)
         if total > (most := runner.max_slots + runner.max_queue):
@@ -106,32 +107,27 @@ class TextAnswer:
         n = self.request.samples
         return [self._sample(index) for index in range(which * n, which * n + n)]
 
-    async def _echo(self, which: int) -> tuple[str, list[TokenOut]]:
+    def _echo(self, which: int, ticket: Ticket | None) -> tuple[str, list[TokenOut]]:
         """``echo`` 时提示的文字与（要的话）逐词元的对数概率；自己加的开头记号不算。"""
+        if not self.request.echo:
+            return "", []
         job, text = self.jobs[which], self.texts[which]
         skip = int(text is not None)
         if text is None:
             text = self.model.tokenizer.decode(job.prompt, skip_special_tokens=False)
-        if self.request.logprobs is None:
-            return text, []
-        top = self.request.logprobs
-        model = self.model.loaded.model
-        scored = await self.model.runner.call(lambda: prompt_logprobs(model, job.prompt, top))
-        return text, scored[skip:]
+        return text, ticket.scored[skip:] if ticket is not None else []
 
-    async def pieces(
-        self, which: int, samples: list[TextSample], ticket: Ticket, settings: Settings, metrics: Metrics
-    ) -> AsyncIterator[tuple[TextSample, str]]:
-        """第 ``which`` 条提示的各样本：逐段给出（样本，文字）；写完时文字可以是空的。"""
-        async for progress in progress_of(self.jobs[which], ticket, settings, metrics):
-            sample = samples[progress.index]
-            if sample.finish_reason is not None:
-                continue
-            text = sample.push(progress)
-            if sample.finish_reason is not None and not progress.finished:
-                self.model.runner.cancel(ticket, progress.index)
-            if text or sample.finish_reason is not None:
-                yield sample, text
+    def _take(
+        self, progress: Progress, samples: list[TextSample], ticket: Ticket
+    ) -> tuple[TextSample, str] | None:
+        """一个进展 → （样本，新的文字）；写完时文字可以是空的，没有可给的是 ``None``。"""
+        sample = samples[progress.index]
+        if sample.finish_reason is not None:
+            return None
+        text = sample.push(progress)
+        if sample.finish_reason is not None and not progress.finished:
+            self.model.runner.cancel(ticket, progress.index)
+        return (sample, text) if text or sample.finish_reason is not None else None
 
     def _choice(self, sample: TextSample, text: str, prompt: list[TokenOut] = (), reason: str | None = None):
         choice = {"index": sample.index, "text": text, "logprobs": None, "finish_reason": reason}
@@ -142,20 +138,30 @@ class TextAnswer:
             choice["prompt_token_ids"] = self.jobs[sample.index // self.request.samples].prompt
         return choice
 
+    def _echoes(self, which: int, samples: list[TextSample], ticket: Ticket | None) -> list[dict[str, Any]]:
+        """流式时各样本开头的一段：提示与它的分数。"""
+        prefix, scored = self._echo(which, ticket)
+        reason = "length" if self.only_score else None
+        return [self._choice(sample, prefix, scored, reason) for sample in samples]
+
     async def whole(self, tickets: list[Ticket], settings: Settings, metrics: Metrics) -> dict[str, Any]:
         """一次给出的答案。"""
         samples = [self._samples(which) for which in range(len(self.jobs))]
         texts: dict[int, str] = {}
         try:
             for which, ticket in enumerate(tickets):
-                async for sample, text in self.pieces(which, samples[which], ticket, settings, metrics):
-                    texts[sample.index] = texts.get(sample.index, "") + text
+                async for progress in progress_of(self.jobs[which], ticket, settings, metrics):
+                    if self.only_score:  # 引擎总要写一个，不要它
+                        continue
+                    if piece := self._take(progress, samples[which], ticket):
+                        sample, text = piece
+                        texts[sample.index] = texts.get(sample.index, "") + text
         finally:  # 前面的半途而废时，后面的也不要了；写完的取消是空操作
             for ticket in tickets:
                 self.model.runner.cancel(ticket)
         choices = []
         for which, own in enumerate(samples):
-            prefix, scored = await self._echo(which) if self.request.echo else ("", [])
+            prefix, scored = self._echo(which, tickets[which] if tickets else None)
             for sample in own:
                 reason = "length" if self.only_score else sample.finish_reason
                 choices.append(self._choice(sample, prefix + texts.get(sample.index, ""), scored, reason))
@@ -171,15 +177,22 @@ class TextAnswer:
         written = 0
         try:
             for which in range(len(self.jobs)):
-                samples = self._samples(which)
-                prefix, scored = await self._echo(which) if self.request.echo else ("", [])
-                for sample in samples if prefix or self.only_score else ():
-                    yield line([self._choice(sample, prefix, scored, "length" if self.only_score else None)])
-                if self.only_score:
+                samples, ticket = self._samples(which), tickets[which] if tickets else None
+                told = not (self.request.echo or self.only_score)
+                if ticket is None:
+                    for choice in self._echoes(which, samples, ticket):
+                        yield line([choice])
                     continue
-                async for sample, text in self.pieces(which, samples, tickets[which], settings, metrics):
-                    yield line([self._choice(sample, text, reason=sample.finish_reason)])
-                    written += sample.written if sample.finish_reason is not None else 0
+                async for progress in progress_of(self.jobs[which], ticket, settings, metrics):
+                    for choice in () if told else self._echoes(which, samples, ticket):  # 提示的分数先到
+                        yield line([choice])
+                    told = True
+                    if self.only_score:
+                        continue
+                    if piece := self._take(progress, samples, ticket):
+                        sample, text = piece
+                        yield line([self._choice(sample, text, reason=sample.finish_reason)])
+                        written += sample.written if sample.finish_reason is not None else 0
             if self.request.include_usage:
                 yield line([], usage=usage_of(self.jobs, written))
         except ApiError as error:

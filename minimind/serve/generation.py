@@ -20,7 +20,7 @@ from minimind.inference.sampling import SamplingParams
 from minimind.serve.errors import ApiError
 from minimind.serve.metrics import Metrics
 from minimind.serve.models import ServedModel
-from minimind.serve.tickets import Progress, QueueFull, ShuttingDown, Ticket
+from minimind.serve.tickets import EngineDown, Progress, QueueFull, ShuttingDown, Ticket
 
 log = logging.getLogger("minimind.serve")
 
@@ -60,6 +60,7 @@ class Job:
     hook: Callable[[], LogitsHook] | None = None
     top_logprobs: int | None = None
     processed: bool = False
+    score: int | None = None
     start: float = field(default_factory=time.perf_counter)
     first: float | None = None
     written: int = 0
@@ -117,6 +118,7 @@ def submit(job: Job, settings: Settings) -> Ticket:
             hook=job.hook,
             top_logprobs=job.top_logprobs,
             processed=job.processed,
+            score=job.score,
         )
     except QueueFull:
         raise ApiError(
@@ -124,6 +126,8 @@ def submit(job: Job, settings: Settings) -> Ticket:
         ) from None
     except ShuttingDown:
         raise stopping(settings) from None
+    except EngineDown as error:
+        raise engine_error(error) from None
 
 
 def stopping(settings: Settings) -> ApiError:
@@ -178,6 +182,8 @@ def engine_error(error: Exception) -> ApiError:
         return error
     if isinstance(error, UserError):
         return ApiError(400, str(error))
+    if isinstance(error, EngineDown):
+        return ApiError(503, "引擎坏了，服务器要重启", code="engine_down", retry_after=5)
     log.error("引擎出错", exc_info=error)
     return ApiError(500, "服务器内部错误，详情在服务器的日志里")
 

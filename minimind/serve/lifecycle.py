@@ -31,7 +31,7 @@ class GracefulServer(uvicorn.Server):
         limit: 停机最多等多少秒；到了还没写完的就不要了。
 
     Attributes:
-        forced: 没有等在写的写完就退出了。
+        forced: 没有等在写的写完就退出了，或是引擎坏了。
     """
 
     def __init__(self, config: uvicorn.Config, app: FastAPI, limit: float):
@@ -72,6 +72,11 @@ class GracefulServer(uvicorn.Server):
         if not self._announced and self.app.state.table is not None:
             self._announced = True
             say(f"服务在 {self.address} ，接口在 /v1；Ctrl-C 停止。")
+        if not self.forced and (trouble := next((t for r in self._runners if (t := r.trouble)), None)):
+            log.critical("%s；服务退出", trouble)
+            self._deadline = time.monotonic()
+            self.app.state.stopping = True
+            self._give_up()
         if self._deadline is not None:
             left = self._deadline - time.monotonic()
             if left <= 0 and not self.forced:
@@ -102,4 +107,5 @@ class GracefulServer(uvicorn.Server):
         self.forced = True
         self.config.timeout_graceful_shutdown = 1
         for runner in self._runners:
+            runner.watch()  # 坏了的，在途的得到的是这个错
             runner.abandon()

@@ -2,15 +2,23 @@
 
 torch 的计算不能放在事件循环里（一步几毫秒到几十毫秒，期间谁也得不到响应），所以引擎在自己的线程里不停地 ``step``；
 两边只通过命令队列与 ``call_soon_threadsafe`` 说话。客户端走了就取消，槽位在下一步之前空出来。
+
+哪一处出错（取消、一步、干预、送词元）都一样收场：在途的请求立刻得到这个错误，旧引擎放掉，建一个新的，别的请求不受牵连。
+建不起来，或一步过了 ``step_seconds`` 还没走完，就是 :attr:`EngineRunner.trouble`：``/health`` 答 503，
+``minimind serve`` 随之退出（退出码 1），由看着它的人重启。
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
+import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
 from torch import nn
@@ -19,22 +27,23 @@ from minimind.inference.admission import default_chunk
 from minimind.inference.engine import Engine, LogitsHook
 from minimind.inference.engine import Sequence as Sample
 from minimind.inference.sampling import SamplingParams
-from minimind.serve.tickets import Mailbox, Progress, QueueFull, ShuttingDown, Ticket, TokenOut, post
+from minimind.serve.recovery import Vacant, deferred, let_go
+from minimind.serve.scoring import prompt_scores
+from minimind.serve.tickets import (
+    EngineDown,
+    Mailbox,
+    Progress,
+    QueueFull,
+    ShuttingDown,
+    Ticket,
+    TokenOut,
+    post,
+)
 
+log = logging.getLogger("minimind.serve")
 
-def deferred(work: Callable[[], Any]) -> tuple[Callable[[], None], Future]:
-    """把一件事变成（在别处执行的函数，取结果的期物）；等的人先走了就不做。"""
-    future: Future = Future()
-
-    def run() -> None:
-        if not future.set_running_or_notify_cancel():
-            return
-        try:
-            future.set_result(work())
-        except Exception as error:
-            future.set_exception(error)
-
-    return run, future
+# 一步最多多少秒：正常的一步在一秒之内，慢机器上也只有几秒；卡住的计算打断不了，只能认作坏了
+STEP_SECONDS = 120.0
 
 
 class EngineRunner:
@@ -48,6 +57,8 @@ class EngineRunner:
         prefill_chunk: 一步最多读多少个提示位置；0 由设备定。
         prefix_cache_tokens: 前缀库最多存多少个位置；0 不用。
         cuda_graphs: 卡上把一步解码录成图。
+        step_seconds: 一步过了这么久还没走完就当它卡住了。
+        clock: 看一步走了多久的钟，秒。
     """
 
     def __init__(
@@ -61,6 +72,8 @@ class EngineRunner:
         prefill_chunk: int = 0,
         prefix_cache_tokens: int = 16384,
         cuda_graphs: bool = False,
+        step_seconds: float = STEP_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
     ):
         self.model, self.max_slots, self.max_queue = model, max_slots, max_queue
         self._new_engine = lambda: Engine(
@@ -72,10 +85,16 @@ class EngineRunner:
             prefix_cache_tokens=prefix_cache_tokens,
             cuda_graphs=cuda_graphs,
         )
-        self.engine = self._new_engine()
+        self.engine: Engine | Vacant = self._new_engine()
         self.max_length = self.engine.max_length
+        self.step_seconds, self._clock = step_seconds, clock
+        self._began: float | None = None  # 这一轮从什么时候开始；闲着是 None
+        self._stuck = False
+        self._failure: str | None = None
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
+        self._open: dict[int, Ticket] = {}  # 提交了还没写完的，按 id()；排着的、引擎里的都在
+        self._promised: set[Future] = set()  # 答应了还没做的事
         self._tickets: dict[int, Ticket] = {}
         self._when_idle: list[Callable[[], None]] = []  # 等空闲时做的事
         self._held: list[Ticket] = []  # 有这样的事时，新来的先等着
@@ -96,6 +115,7 @@ class EngineRunner:
         hook: Callable[[], LogitsHook] | None = None,
         top_logprobs: int | None = None,
         processed: bool = False,
+        score: int | None = None,
     ) -> Ticket:
         """排进队里。
 
@@ -103,20 +123,25 @@ class EngineRunner:
             hook: 每个样本一份的干预（约束、偏置、惩罚）。
             top_logprobs: 每个词元要几个候选；``None`` 表示连它自己的对数概率也不要。
             processed: 词元自己的对数概率按抽样时的分布报（温度、惩罚、截断之后），候选的不变。
+            score: 给提示的每个词元也打分，要几个候选；打分与别的请求一样分块、排队。
 
         Raises:
             QueueFull: 排满了。
             ShuttingDown: 正在停机。
+            EngineDown: 引擎坏了。
         """
         events = Mailbox(asyncio.get_running_loop())
-        ticket = Ticket(list(prompt), params, limit, n, hook, top_logprobs, events, processed)
+        ticket = Ticket(list(prompt), params, limit, n, hook, top_logprobs, events, processed, score)
         ticket.sent, ticket.open = [0] * n, n
         with self._wake:
             if self._refusing or self._closing:
                 raise ShuttingDown
+            if trouble := self.trouble:
+                raise EngineDown(trouble)
             if self.in_flight + n > self.max_slots + self.max_queue:
                 raise QueueFull
             self.in_flight += n
+            self._open[id(ticket)] = ticket
             self._commands.append(lambda: self._start(ticket))
             self._wake.notify()
         return ticket
@@ -126,19 +151,27 @@ class EngineRunner:
         self._command(lambda: self._cancel(ticket, index))
 
     async def call(self, work: Callable[[], Any]) -> Any:
-        """在引擎线程里做一件事（例如给一段提示逐词元打分），不与 ``step`` 抢计算。"""
+        """在引擎线程里做一件事，不与 ``step`` 抢计算。"""
         run, result = deferred(work)
-        self._command(run)
-        return await asyncio.wrap_future(result)
+        return await self._promise(run, result)
 
     async def when_idle(self, work: Callable[[], Any]) -> Any:
         """等在写的写完，在引擎线程里做一件事（例如换权重），其间新来的等着。"""
         run, result = deferred(work)
-        self._command(lambda: self._when_idle.append(run))
+        return await self._promise(lambda: self._when_idle.append(run), result)
+
+    async def _promise(self, command: Callable[[], None], result: Future) -> Any:
+        with self._wake:
+            if trouble := self.trouble:
+                raise EngineDown(trouble)
+            self._promised.add(result)
+            self._commands.append(command)
+            self._wake.notify()
+        result.add_done_callback(self._promised.discard)
         return await asyncio.wrap_future(result)
 
     def refuse(self) -> None:
-        """不再接新的；在写的照写，给提示打分之类的事也照做。"""
+        """不再接新的；在写的照写，答应了的事也照做。"""
         self._refusing = True
 
     def close(self) -> None:
@@ -146,7 +179,8 @@ class EngineRunner:
         with self._wake:
             self._closing = True
             self._wake.notify()
-        self._thread.join()
+        while self._thread.is_alive() and not self.trouble:  # 卡住的等不来；线程是守护的，不妨碍退出
+            self._thread.join(0.2)
 
     def abandon(self) -> None:
         """在写的与排队的都不要了，各得到一个 :class:`ShuttingDown`；信号处理函数里也可以叫。"""
@@ -156,6 +190,31 @@ class EngineRunner:
     def idle(self) -> bool:
         return self.in_flight == 0
 
+    @property
+    def trouble(self) -> str | None:
+        """引擎坏在哪里；好好的就是 ``None``。卡住的一步后来走完了，引擎换新，也就好了。"""
+        if self._failure is not None:
+            return self._failure
+        began = self._began
+        if self._stuck or (began is not None and self._clock() - began > self.step_seconds):
+            return f"引擎的一步过了 {self.step_seconds:g} 秒还没走完"
+        if not self._thread.is_alive() and not self._closing:
+            return "引擎线程没了"
+        return None
+
+    def watch(self) -> None:
+        """隔一会儿叫一次：坏了就让在途的请求立刻得到错误，不必等到各自的时限。"""
+        trouble = self.trouble
+        if trouble is None:
+            return
+        with self._wake:
+            if self._failure is None and not self._stuck:
+                log.error("%s", trouble)
+                self._stuck = self._thread.is_alive()
+                self._failure = None if self._stuck else trouble
+                self._wake.notify()  # 若恰好走完了，线程在等
+        self._disappoint(EngineDown(trouble))
+
     def _command(self, work: Callable[[], None]) -> None:
         with self._wake:
             self._commands.append(work)
@@ -164,25 +223,37 @@ class EngineRunner:
     # ---------------------------------------------------------------- 引擎线程一侧
 
     def _loop(self) -> None:
-        while True:
-            with self._wake:
-                self._wake.wait_for(lambda: self._commands or self._busy or self._closing)
-                commands = list(self._commands)
-                self._commands.clear()
-                if self._closing and not commands and not self._busy:
-                    return
-            for command in commands:
-                command()
+        try:
+            while self._turn():
+                pass
+        except BaseException as error:  # 收场的时候又出了错：建不起新引擎
+            self._failure = f"引擎出错之后没能重建（{type(error).__name__}: {error}）"
+            log.critical("%s", self._failure, exc_info=error)
+            let_go(error)
+            self._disappoint(EngineDown(self._failure))
+
+    def _turn(self) -> bool:
+        """做完排着的命令，再走一步；要停了返回假。"""
+        with self._wake:
+            self._began = None
+            self._wake.wait_for(lambda: self._commands or self._busy or self._closing or self._stuck)
+            if self._closing and not self._commands and not self._busy:
+                return False
+            commands, self._commands = self._commands, deque()
+            self._began = self._clock()
+        try:
+            while commands:
+                commands.popleft()()
             if self._when_idle and not self.engine.has_unfinished:
                 self._run_idle_work()
-            if not self.engine.has_unfinished:
-                continue
-            try:
-                done = self.engine.step()
-            except Exception as error:
-                self._fail(error)
-                continue
-            self._deliver(done)
+            if self.engine.has_unfinished:
+                self._deliver(self.engine.step())
+        except BaseException as error:  # 也接 SystemExit 之类：线程没了，谁都得不到答复
+            self._fail(error, commands)
+            return True
+        if self._stuck:  # 走是走完了，在途的都已经答了错误
+            self._fail(EngineDown("引擎的一步太久"), commands)
+        return True
 
     @property
     def _busy(self) -> bool:
@@ -202,6 +273,7 @@ class EngineRunner:
                 n=ticket.n,
                 hook=ticket.hook,
                 top_logprobs=ticket.top_logprobs,
+                score=ticket.score,
             )
         except Exception as error:
             self._finish(ticket, ticket.open)
@@ -233,6 +305,8 @@ class EngineRunner:
                 continue
             start, ticket.sent[sample.index] = ticket.sent[sample.index], len(sample.ids)
             tokens = [self._token(sample, at, ticket.processed) for at in range(start, len(sample.ids))]
+            if ticket.score is not None and tokens and not ticket.scored:
+                ticket.scored = prompt_scores(sample)
             if tokens or sample.finished:
                 events.append((ticket, Progress(sample.index, tokens, sample.finished, sample.cached)))
             if sample.finished:
@@ -247,21 +321,54 @@ class EngineRunner:
         return TokenOut(sample.ids[at], sample.logprobs[at] if processed else logprob, top)
 
     def _finish(self, ticket: Ticket, samples: int) -> None:
-        ticket.open -= samples
         with self._wake:
+            samples = min(samples, ticket.open)
+            ticket.open -= samples
             self.in_flight -= samples
+            if ticket.open == 0:
+                self._open.pop(id(ticket), None)
         if ticket.open == 0 and ticket.request_id is not None:
             self._tickets.pop(ticket.request_id, None)
 
-    def _fail(self, error: Exception) -> None:
-        """引擎出错：在途的请求都得到这个错误，引擎重新来过，别的请求不受牵连。"""
+    def _fail(self, error: BaseException, rest: deque[Callable[[], None]]) -> None:
+        """引擎出错：在途的请求都得到这个错误，引擎重新来过，别的请求不受牵连。
+
+        先放掉旧的再建新的：缘由是内存不够时，两个一起放不下。``rest`` 是这一轮还没做的命令，照做。
+        """
+        log.error("引擎出错，重新来过", exc_info=error)
+        let_go(error)
+        self.engine = Vacant()
+        shown = error if isinstance(error, Exception) else EngineDown(repr(error))
+        self._disappoint(shown, promises=False)
+        self._tickets.clear()
+        self._held.clear()
+        gc.collect()  # 前缀库的树是环
         self.engine = self._new_engine()
-        self._drop_all(error)
+        self._stuck = False
+        with self._wake:
+            self._commands.extendleft(reversed(rest))
 
     def _drop_all(self, error: Exception) -> None:
-        tickets = [*self._tickets.values(), *(ticket for ticket in self._held if ticket.open)]
-        for ticket in tickets:
-            if ticket.request_id is not None:
-                self.engine.cancel(ticket.request_id)
-            self._finish(ticket, ticket.open)
-        post([(ticket, error) for ticket in tickets])
+        """在途的都不要了；引擎里的也停掉。"""
+        for ticket in list(self._tickets.values()):
+            self.engine.cancel(ticket.request_id)
+        self._disappoint(error, promises=False)
+
+    def _disappoint(self, error: Exception, promises: bool = True) -> None:
+        """在途的请求都得到这个错误；``promises`` 为真时，答应了的事也是。哪个线程里都可以叫。"""
+        with self._wake:
+            tickets = list(self._open.values())
+            self._open.clear()
+            for ticket in tickets:
+                self.in_flight -= ticket.open
+                ticket.open = 0
+            promised = list(self._promised) if promises else []
+        try:
+            post([(ticket, error) for ticket in tickets])
+        except Exception as trouble:  # 一起送不成就一个一个送，不因为一个而全都等着
+            log.error("送不出错误，逐个再送", exc_info=trouble)
+            for ticket in tickets:
+                ticket.tell(error)
+        for future in promised:
+            with contextlib.suppress(InvalidStateError):  # 恰好做完了
+                future.set_exception(error)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -23,11 +24,15 @@ class ShuttingDown(Exception):
     """正在停机，不再接新的。"""
 
 
+class EngineDown(Exception):
+    """引擎坏了：卡住了，或出错之后没能重建。"""
+
+
 class TokenOut(NamedTuple):
     """写出的一个词元。
 
     Args:
-        logprob: 模型自己的分布下的对数概率（温度 1，惩罚与约束之前）；没要就是 0。
+        logprob: 模型自己的分布下的对数概率（温度 1，惩罚与约束之前）；没要就是 0，没有前文是 nan。
         top: 概率最高的几个 ``(id, 对数概率)``，没要就是空的。
     """
 
@@ -81,9 +86,16 @@ class Ticket:
     top_logprobs: int | None
     events: Mailbox
     processed: bool = False
+    score: int | None = None  # 给提示也打分，要几个候选
+    scored: list[TokenOut] = field(default_factory=list)  # 第一个进展送到时已经齐了
     request_id: int | None = None
     sent: list[int] = field(default_factory=list)
     open: int = 0  # 还没写完的样本数
+
+    def tell(self, event: Any) -> None:
+        """从别的线程送一件；事件循环已经关了就没人要了。"""
+        with suppress(RuntimeError):  # 只有循环关了才抛
+            self.events.loop.call_soon_threadsafe(self.events.put, event)
 
 
 def post(events: list[tuple[Ticket, Any]]) -> None:
@@ -100,5 +112,5 @@ def post(events: list[tuple[Ticket, Any]]) -> None:
     for one in events:
         by_loop.setdefault(one[0].events.loop, []).append(one)
     for loop, batch in by_loop.items():
-        if not loop.is_closed():  # 已经关了就不必送
+        with suppress(RuntimeError):  # 只有循环关了才抛，那就没人要了
             loop.call_soon_threadsafe(open_all, batch)

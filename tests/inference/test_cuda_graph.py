@@ -1,11 +1,13 @@
 """录制的解码：凑档、补的行与作废在 CPU 上用不录的替身测；真的录制有卡才测。"""
 
 import copy
+import weakref
 
 import pytest
 import torch
 from engine_helpers import any_model, drain, prompts_of, tiny
 
+from minimind.inference import cuda_graph
 from minimind.inference.cuda_graph import GraphedDecode, length_bucket, row_bucket
 from minimind.inference.engine import Engine
 from minimind.inference.sampling import GREEDY, SamplingParams
@@ -73,6 +75,81 @@ def test_补的行不碰读到一半的提示():
     options = {"eos_ids": (), "max_slots": 4, "prefill_chunk": 8}
     got, want = run(graphed(Engine(model, **options))), run(Engine(model, **options))
     torch.testing.assert_close(torch.tensor(got), torch.tensor(want), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("chunk", [8, 63, 64, 127, 128, 191])
+@pytest.mark.parametrize("length", [129, 193, 300])
+def test_补的行不碰读到一半的提示_读到容量边上的各种长度(length, chunk):
+    """补的行从前写在容量的最后一个位置：129 个词元的提示，对数概率差 0.136；300 个的，文字都变了。"""
+    model = tiny(max_position_embeddings=512)
+    short, long = prompts_of([4], seed=2)[0], prompts_of([length], seed=3)[0]
+
+    def run(engine):
+        for _ in range(3):
+            engine.add_request(short, GREEDY, 150)
+        while len(engine.running) != 3:
+            engine.step()
+        engine.add_request(long, GREEDY, 6)
+        done = drain(engine)[3, 0]
+        return done.ids, torch.tensor(done.logprobs)
+
+    options = {"eos_ids": (), "max_slots": 4, "prefill_chunk": chunk}
+    got, want = run(graphed(Engine(model, **options))), run(Engine(model, **options))
+    assert got[0] == want[0]
+    torch.testing.assert_close(got[1], want[1], atol=1e-5, rtol=0)
+
+
+def test_补的行写的那一列_谁也不读():
+    """那一列写成 NaN，结果也不变：掩掉的 NaN 还是 NaN，读了就看得出。"""
+    engine = graphed(Engine(tiny(), eos_ids=(), max_slots=4))
+    engine.decoder.reserve(0, 96)
+    cache = engine.decoder.cache
+    walk = engine.decoder.walk
+
+    def spy(tokens, positions, used, ragged):
+        assert used <= cache.capacity
+        return walk(tokens, positions, used, ragged)
+
+    engine.decoder.walk = spy
+    cache.store[:, :, :, cache.capacity :] = float("nan")
+    prompts = prompts_of([5, 9, 40])
+    for prompt in prompts:
+        engine.add_request(prompt, GREEDY, 8)
+    done = drain(engine)
+    plain = Engine(tiny(), eos_ids=(), max_slots=4)
+    for prompt in prompts:
+        plain.add_request(prompt, GREEDY, 8)
+    assert {k: s.ids for k, s in done.items()} == {k: s.ids for k, s in drain(plain).items()}
+    padded = [graph.positions[3:].tolist() for key, graph in engine._graphs.graphs.items() if key[0] == 4]
+    assert padded and all(one == [cache.capacity] for one in padded), "补的行确实写在那一列"
+
+
+def test_图全部作废之后_不再往销毁了的内存池里录(monkeypatch):
+    """替身照显卡的规矩：一个池子里录过的图都没了，池子就没了，再往里录是错。"""
+
+    class Recorder:
+        pools = 0
+
+        def __init__(self, device):
+            Recorder.pools += 1
+            self.graphs = None
+
+        def __call__(self, run):
+            assert self.graphs is None or len(self.graphs), "池子已经销毁"
+            replay, out = replayable(run)
+            self.graphs = weakref.WeakSet() if self.graphs is None else self.graphs
+            self.graphs.add(replay)
+            return replay, out
+
+    monkeypatch.setattr(cuda_graph, "CudaRecorder", Recorder)
+    engine = Engine(tiny(max_position_embeddings=400), eos_ids=(), max_slots=2)
+    engine._graphs = GraphedDecode(engine.decoder, 2)
+    engine.add_request(prompts_of([10])[0], GREEDY, 300)
+    drain(engine)
+    engine.refresh()
+    engine.add_request(prompts_of([10])[0], GREEDY, 5)
+    drain(engine)
+    assert Recorder.pools >= 3, "长大与换权重各换一个"
 
 
 def test_缓存长大与换了权重都重录():

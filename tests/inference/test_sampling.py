@@ -148,3 +148,59 @@ def test_温度再高一点照样抽_也没有NaN():
     params = SamplingParams(temperature=2e-5)
     ids, logp = sample_rows(logits, [params] * 8, torch.rand(8))
     assert not params.greedy and torch.equal(ids, logits.argmax(-1)) and torch.isfinite(logp).all()
+
+
+MIXED = [
+    SamplingParams(temperature=0.0),
+    SamplingParams(temperature=0.0, top_k=3, repetition_penalty=1.3),
+    SamplingParams(temperature=1.0),
+    SamplingParams(temperature=0.7, top_k=5),
+    SamplingParams(temperature=1.3, top_k=9999),
+    SamplingParams(temperature=0.9, top_p=0.5),
+    SamplingParams(temperature=0.9, top_p=0.999),  # 前 256 名不够
+    SamplingParams(temperature=1.1, min_p=0.1),
+    SamplingParams(temperature=0.8, top_k=40, top_p=0.9, min_p=0.02, repetition_penalty=1.2),
+    SamplingParams(temperature=0.8, top_p=0.9, repetition_penalty=0.8),
+]
+
+
+@pytest.mark.parametrize("vocab", [64, 6400])
+def test_各行参数不同_与各自单独算逐位相同(vocab):
+    generator = torch.Generator().manual_seed(3)
+    params = MIXED * 3
+    logits = torch.randn(len(params), vocab, generator=generator) * 2
+    uniform = torch.rand(len(params), generator=generator)
+    seen = torch.rand(len(params), vocab, generator=generator) < 0.3
+    ids, logp = sample_rows(logits, params, uniform, seen)
+    for row, one in enumerate(params):
+        only = slice(row, row + 1)
+        want_ids, want_logp = sample_rows(logits[only], [one], uniform[only], seen[only])
+        assert (ids[row], logp[row]) == (want_ids[0], want_logp[0]), one
+
+
+def test_参数有多少种_算子的个数都一样():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            Count.calls += 1
+            return func(*args, **(kwargs or {}))
+
+    def calls(kinds):
+        params = [SamplingParams(temperature=0.5 + i % kinds / 100, top_k=2 + i % kinds) for i in range(32)]
+        Count.calls = 0
+        with Count():
+            sample_rows(torch.randn(32, 6400), params, torch.rand(32))
+        return Count.calls
+
+    assert calls(2) == calls(32) < 100
+
+
+def test_都贪心而别的参数不同_不要随机数():
+    logits = torch.randn(2, 64)
+    ids, _ = sample_rows(
+        logits, [SamplingParams(temperature=0.0), SamplingParams(temperature=0.0, top_k=3)], None
+    )
+    assert ids.tolist() == logits.argmax(-1).tolist()

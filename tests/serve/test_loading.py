@@ -51,3 +51,10 @@ def test_什么错都退出_内部的错写进日志(monkeypatch, caplog, error)
     asyncio.run(fill_table(app, load))
     assert sent == [signal.SIGTERM] and app.state.failure is error and app.state.table is None
     assert ("放不下" in caplog.text) == isinstance(error, MemoryError)
+
+
+@pytest.mark.parametrize(("options", "told"), [((), False), (("--dtype", "bfloat16"), True)])
+def test_同一种子同一答案不保证的精度_启动时说一句(weights, tmp_path, options, told):
+    with ServerProcess("--save_dir", weights, *options, folder=tmp_path) as server:
+        until(lambda: "服务在" in server.output(), server.output)
+        assert ("同一种子未必是同一答案" in server.output()) == told

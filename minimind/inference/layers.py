@@ -1,0 +1,49 @@
+"""解码器里一层的权重：输入相同的投影合并，归一化直接给出矩阵乘的精度。"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minimind.inference.linear import JoinedLinear
+
+
+class Norm:
+    """均方根归一化，给出矩阵乘的精度。
+
+    CPU 上 ``F.rms_norm`` 拆成八个小算子，逐词元时夹在矩阵乘之间（缓存是凉的）一次约 20 µs；借范数算子只要五个，约 12 µs。
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self.eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
+        weight = module.weight
+        self.eps_11 = torch.full((1, 1), self.eps) if weight.device.type == "cpu" else None
+
+    def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        x, weight = x.float(), self.module.weight.float()
+        if self.eps_11 is None:
+            return F.rms_norm(x, x.shape[-1:], weight, self.eps).to(dtype)
+        norm = torch.linalg.vector_norm(x, 2, -1, True)
+        scale = torch.addcmul(self.eps_11, norm, norm, value=1 / x.shape[-1]).rsqrt_()
+        return (x * scale).mul_(weight).to(dtype)
+
+
+class Layer:
+    """一层的权重，输入相同的投影已合并。"""
+
+    def __init__(self, block: nn.Module, dtype: torch.dtype):
+        attention, mlp = block.self_attn, block.mlp
+        self.input_norm, self.post_norm = Norm(block.input_layernorm), Norm(block.post_attention_layernorm)
+        self.q_norm = self.k_norm = None
+        if getattr(attention, "q_norm", None) is not None:
+            self.q_norm, self.k_norm = Norm(attention.q_norm), Norm(attention.k_norm)
+        self.qkv = JoinedLinear([attention.q_proj, attention.k_proj, attention.v_proj], dtype)
+        self.out = JoinedLinear([attention.o_proj], dtype)
+        self.joined = [self.qkv, self.out]
+        self.experts = None if hasattr(mlp, "gate_proj") else mlp
+        if self.experts is None:
+            self.gate_up = JoinedLinear([mlp.gate_proj, mlp.up_proj], dtype)
+            self.down = JoinedLinear([mlp.down_proj], dtype)
+            self.joined += [self.gate_up, self.down]
