@@ -39,7 +39,7 @@ RECIPES: dict[str, tuple[str, list[str]]] = {
     "full_sft": ("full_sft", ["--from_weight", "none"]),
     "lora": ("lora_identity", []),
     "dpo": ("dpo", []),
-    "distillation": ("full_dist", []),
+    "distillation": ("full_dist", ["--student_hidden_size", "96", "--student_num_layers", "2"]),
     "reason": ("reason", ["--from_weight", "full_sft"]),
     "ppo": ("ppo_actor", RL),
     "grpo": ("grpo", RL),

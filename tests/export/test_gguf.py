@@ -34,8 +34,16 @@ def read(path):
 )
 @pytest.mark.compat
 def test_f32_由_transformers_打开后_logits_相同(make_source, tmp_path, ids, kind, arch):
+    from packaging.version import InvalidVersion
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import is_gguf_available
 
+    try:
+        recognised = is_gguf_available()
+    except InvalidVersion:  # transformers 5.0 在 Python 3.10 上问不出 gguf 的版本
+        recognised = False
+    if not recognised:
+        pytest.skip("这里的 transformers 认不出装着的 gguf，读不了")
     source, ours = make_source(kind)
     assert export_gguf(source, tmp_path / "m.gguf", "f32") == arch
     options = {}
