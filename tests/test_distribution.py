@@ -337,7 +337,10 @@ def fake_make(root_dir, tmp_path):
 
     def run(*arguments):
         command = ["make", "-s", f"VENV={tmp_path}", *arguments, str(tmp_path / ".installed-dev")]
-        done = subprocess.run(command, cwd=root_dir, capture_output=True, text=True)
+        # 全部测试本身就是 make test 起的：外层 make 的参数（如 LOCKED=1）不该传进来
+        env = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
+        env.pop("LOCKED", None)
+        done = subprocess.run(command, cwd=root_dir, capture_output=True, text=True, env=env)
         return done, log.read_text().splitlines()
 
     return run

@@ -86,6 +86,7 @@ def test_第二次立即离开_带走子进程(tmp_path):
     process.send_signal(signal.SIGTERM)
     while not (tmp_path / "cleaning").exists():
         time.sleep(0.01)
+    time.sleep(1)  # 隔几毫秒的算同一次（timeout 会那样发两次）
     returned, out, _ = end(process, signal.SIGINT)
     assert returned == 130
     assert_gone(int(out))
