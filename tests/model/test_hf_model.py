@@ -139,7 +139,7 @@ def test_被人拆开的绑定是错误(monkeypatch):
 def test_文件里两份共享的权重不相等是错误(tmp_path):
     make().save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
-    state = load_file(path)
+    state = {name: value.clone() for name, value in load_file(path).items()}  # 不留着文件的映射：下面要改写它
     assert HEAD not in state  # 存盘只写一份
     save_file(state | {HEAD: state[EMBEDDING] + 1}, path, metadata={"format": "pt"})
     with pytest.raises(ValueError, match="不相等"):
@@ -161,7 +161,7 @@ def test_文件里两份共享的权重不相等是错误(tmp_path):
 def test_权重文件缺了一层是错误而不是随机补上(tmp_path):
     make().save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
-    state = load_file(path)
+    state = {name: value.clone() for name, value in load_file(path).items()}
     state.pop("model.layers.1.mlp.up_proj.weight")
     save_file(state, path, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"缺 1 个，例如 model\.layers\.1\.mlp\.up_proj\.weight"):
@@ -320,7 +320,8 @@ for name in ("modeling_utils", "modeling_outputs", "cache_utils", "generation.ut
 import torch
 from minimind.inference.generate import generate_batch
 from minimind.model import MiniMindConfig, MiniMindLM
-from minimind.serve.scoring import prompt_logprobs
+from minimind.inference.engine import Engine
+from minimind.inference.sampling import SamplingParams
 
 torch.manual_seed(0)
 for extra in ({}, {"arch": "v3"}, {"use_moe": True}):
@@ -340,9 +341,13 @@ for extra in ({}, {"arch": "v3"}, {"use_moe": True}):
         for token in greedy[row].ids:
             assert model(seen).logits[0, -1].argmax() == token
             seen = torch.cat([seen, torch.tensor([[token]])], 1)
-    scored = prompt_logprobs(model, ids[0].tolist(), 2)
+    engine = Engine(model, eos_ids=())
+    engine.add_request(ids[0].tolist(), SamplingParams(temperature=0.0), 1, score=2)
+    scored = []
+    while engine.has_unfinished:
+        scored += [score for sequence in engine.step() for score in sequence.scored]
     expected = model(ids[:1]).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-    assert torch.allclose(torch.tensor([t.logprob for t in scored[1:]]), expected, atol=1e-5)
+    assert torch.allclose(torch.tensor([score[0] for score in scored]), expected, atol=1e-5)
 """
 
 
