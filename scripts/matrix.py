@@ -206,7 +206,7 @@ def page(results: dict) -> str:
     lines = [
         "# 在哪些版本上跑过",
         "",
-        "由 `make matrix` 写出，不手改。每行是一个新建的环境，跑同一组测试（`pytest -m compat`）：模型与 transformers 逐项核对、",
+        "由 `make matrix` 写出，不手改。每行是一个单独的环境，跑同一组测试（`pytest -m compat`）：模型与 transformers 逐项核对、",
         "公开版的参考向量、编译后的梯度、训练与被杀后续训、引擎与整段前向、导出再读回、服务的回显。`make demo` 与 `make test`",
         "用的是“锁定”那一行（`constraints.txt`）；`pyproject.toml` 里声明的范围就是这张表两头之间。",
         "",
