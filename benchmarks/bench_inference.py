@@ -37,7 +37,7 @@ from minimind.export.hf import export_hf
 from minimind.export.source import Source
 from minimind.inference.int8 import int8_available, quantize_int8
 from minimind.model import count_parameters
-from minimind.trainer.device import DTYPES, resolve_device, synchronize
+from minimind.runtime.device import DTYPES, resolve_device, synchronize
 
 TIE = 1e-3  # fp32 的两种算法末位不同，两个候选差得比这还小就算并列
 TEXT_ROWS = 64  # 比每字节比特数时用多少行（每行 512 个词元）

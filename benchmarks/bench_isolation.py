@@ -27,7 +27,7 @@ from minimind.inference.admission import default_chunk
 from minimind.inference.engine import Engine
 from minimind.inference.sampling import GREEDY, SamplingParams, sample_rows
 from minimind.model import MiniMindForCausalLM, preset
-from minimind.trainer.device import resolve_device, synchronize
+from minimind.runtime.device import resolve_device, synchronize
 
 
 @dataclass

@@ -24,7 +24,7 @@ from minimind.errors import guard
 from minimind.inference.engine import Engine
 from minimind.inference.sampling import GREEDY
 from minimind.model import MiniMindForCausalLM, preset
-from minimind.trainer.device import resolve_device, synchronize
+from minimind.runtime.device import resolve_device, synchronize
 
 
 @dataclass

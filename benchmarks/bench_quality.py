@@ -30,9 +30,9 @@ from minimind.console import say
 from minimind.dataset import PretrainDataset, collate_packed
 from minimind.errors import UserError, guard
 from minimind.model import MiniMindConfig, MiniMindForCausalLM, count_parameters
+from minimind.runtime.device import DTYPES, autocast_context, resolve_device, seed_all, synchronize
 from minimind.runtime.files import write_text
 from minimind.tokenizer import load_tokenizer, token_byte_lengths, tokenizer_fingerprint
-from minimind.trainer.device import DTYPES, autocast_context, resolve_device, seed_all, synchronize
 from minimind.trainer.loader import training_batches
 from minimind.trainer.loop import language_model_loss
 from minimind.trainer.optim import build_optimizer, set_learning_rate

@@ -29,14 +29,14 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from minimind.arguments import arg, parse_args
 from minimind.console import say
-from minimind.dataset.microworld import ensure_microworld
 from minimind.errors import guard
 from minimind.inference.engine import Engine
 from minimind.inference.sampling import SamplingParams
+from minimind.microworld import ensure_microworld
 from minimind.model import count_parameters, preset
 from minimind.paths import resolve_path
+from minimind.runtime.device import resolve_device, synchronize
 from minimind.tokenizer import load_tokenizer
-from minimind.trainer.device import resolve_device, synchronize
 
 # 训练里的学习率与速度无关，两边取同一个小值，权重几乎不动，步步一样长
 LEARNING_RATE = 1e-6

@@ -40,9 +40,9 @@ from minimind.errors import guard
 from minimind.inference.loading import load_for_inference
 from minimind.model import MiniMindForCausalLM, preset
 from minimind.paths import resolve_path
+from minimind.runtime.checkpoint import config_dict, save_weights, weights_path
+from minimind.runtime.device import resolve_device, synchronize
 from minimind.tokenizer import encode_chat, load_tokenizer, tokenizer_fingerprint
-from minimind.trainer.checkpoint import config_dict, save_weights, weights_path
-from minimind.trainer.device import resolve_device, synchronize
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -113,7 +113,7 @@ class Bench:
 
     def sizes(self) -> dict[str, Any]:
         """底座的尺寸，即训练参数里的那几项。"""
-        from minimind.trainer.checkpoint import read_sidecar
+        from minimind.runtime.checkpoint import read_sidecar
 
         config = read_sidecar(self._sidecars()[0].with_suffix(".pth"))["config"]
         keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
@@ -257,7 +257,7 @@ def main(argv: list[str] | None = None) -> None:
     """命令行入口。"""
     import torch
 
-    from minimind.trainer.device import resolve_device
+    from minimind.runtime.device import resolve_device
 
     args = parse_args(StageArguments, argv)
     stage = load_stage(args.stage)

@@ -56,13 +56,13 @@ from minimind.console import say
 from minimind.dataset import PretrainDataset, SFTDataset
 from minimind.errors import guard
 from minimind.model import MiniMindConfig, count_parameters, flops_per_token, preset
-from minimind.tokenizer import encode_plain_batch, load_tokenizer
-from minimind.trainer.device import (
+from minimind.runtime.device import (
     DTYPES,
     peak_flops,
     resolve_device,
     synchronize,
 )
+from minimind.tokenizer import encode_plain_batch, load_tokenizer
 
 MODES = ("ours", "pad_max", "pad_longest")
 TITLES = {

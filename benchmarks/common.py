@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from minimind.errors import UserError
+from minimind.runtime.device import peak_memory_bytes
 from minimind.runtime.files import write_text
-from minimind.trainer.device import peak_memory_bytes
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SHARED = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"

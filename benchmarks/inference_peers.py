@@ -14,9 +14,9 @@ from minimind.inference.engine import Engine
 from minimind.inference.int8 import quantize_int8
 from minimind.inference.sampling import GREEDY
 from minimind.model import MiniMindForCausalLM, preset
+from minimind.runtime.checkpoint import config_dict, save_weights, weights_path
+from minimind.runtime.device import DTYPES
 from minimind.tokenizer import load_tokenizer, tokenizer_fingerprint
-from minimind.trainer.checkpoint import config_dict, save_weights, weights_path
-from minimind.trainer.device import DTYPES
 
 
 @dataclass

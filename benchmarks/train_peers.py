@@ -14,8 +14,8 @@ from common import need_file
 from minimind.dataset import collate_packed
 from minimind.export.twin import transformers_twin
 from minimind.model import MiniMindConfig, MiniMindForCausalLM
+from minimind.runtime.device import autocast_context
 from minimind.tokenizer import encode_chat_batch, encode_plain_batch
-from minimind.trainer.device import autocast_context
 from minimind.trainer.validation import to_device
 
 Batch = dict[str, Any]

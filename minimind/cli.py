@@ -45,7 +45,7 @@ COMMANDS = {
     "tokenizer eval": Command("minimind.tokenizer.eval:main_eval", "比较分词器的压缩率", "分词器"),
     "data check": Command("minimind.dataset.check:main_check", "检查 jsonl：条数、长度分布、坏行", "数据"),
     "data download": Command("minimind.dataset.download:main_download", "下载公开数据集，可断点续传", "数据"),
-    "data make-microworld": Command("minimind.dataset.microworld:main_make", "写出内置的微世界语料", "数据"),
+    "data make-microworld": Command("minimind.microworld:main_make", "写出内置的微世界语料", "数据"),
     "serve": Command("minimind.serve.cli:main", "OpenAI 兼容的服务", "服务"),
     "export hf": Command(
         "minimind.export.cli:main_hf", "导出成 Hugging Face 目录：transformers、vLLM 直接读", "导出"

@@ -51,7 +51,7 @@ def pick_threads(call: Callable[[], None]) -> int:
     """
     import torch
 
-    from minimind.trainer.device import time_call
+    from minimind.runtime.device import time_call
 
     start, queued = time.perf_counter(), queued_seconds()
 
@@ -81,7 +81,7 @@ def probe_speed(model, dataset, rows: int, row_length: int) -> tuple[str, float]
     import torch
 
     from minimind.dataset import collate_packed
-    from minimind.trainer.device import autocast_context, choose_dtype, synchronize, time_call
+    from minimind.runtime.device import autocast_context, choose_dtype, synchronize, time_call
     from minimind.trainer.loop import language_model_loss
     from minimind.trainer.optim import build_optimizer
     from minimind.trainer.train_args import TrainArguments

@@ -3,7 +3,7 @@
 Python 的信号处理函数只在主线程的两条字节码之间执行，而编译、采样、一次大矩阵乘都可能几分钟不回来。所以另有一个
 看守线程，信号一到就由内核写进管道叫醒它（``signal.set_wakeup_fd``）：
 
-- 第一次：主线程照常处理。训练由 :class:`minimind.trainer.interrupt.StopSignal` 接手，走完这一步、存盘再走；别的命令
+- 第一次：主线程照常处理。训练由 :class:`minimind.runtime.interrupt.StopSignal` 接手，走完这一步、存盘再走；别的命令
   抛 KeyboardInterrupt 或 :class:`Terminated`，各处的 ``finally`` 收拾干净，入口说一句话。
 - :data:`PATIENCE` 秒还没走掉：看守让接手的人放弃手上的事；没有接手的人就直接结束进程。
 - 第二次：立刻结束。

@@ -18,11 +18,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "recipes")]
-
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "recipes"))
 from minimind.errors import UserError, guard
 
 VARIANTS = {"": {}, "_moe": {"use_moe": 1}, "_v3": {"arch": "v3"}}

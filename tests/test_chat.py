@@ -10,8 +10,8 @@ import torch
 
 from minimind import chat
 from minimind.model import MiniMindConfig, MiniMindForCausalLM
+from minimind.runtime.checkpoint import config_dict, save_weights, weights_path
 from minimind.tokenizer import load_tokenizer, tokenizer_fingerprint
-from minimind.trainer.checkpoint import config_dict, save_weights, weights_path
 
 
 def make_weights(save_dir, weight="full_sft", sidecar=True, recipe=None, **sizes):

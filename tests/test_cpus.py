@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minimind import cpus, pace
-from minimind.trainer import device
+from minimind.runtime import device
 
 
 def cgroup(folder, own: str, files: dict[str, str]):

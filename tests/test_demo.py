@@ -160,7 +160,7 @@ def test_强化学习三段采样的条数相同(finished):
 def test_线程数_多了反而慢就退回去(monkeypatch):
     import torch
 
-    from minimind.trainer import device
+    from minimind.runtime import device
 
     seconds = {1: 8.0, 2: 4.5, 4: 4.4}
     monkeypatch.setattr(pace, "available_cpus", lambda: 4)

@@ -11,11 +11,11 @@ from typing import Any
 
 from bench_stages import Bench, Goal, Outcome
 
-from minimind.dataset.microworld import build_tasks
-from minimind.dataset.microworld.core import HELDOUT
-from minimind.dataset.microworld.stages import Corpus
 from minimind.evaluate.microworld import Answered, accuracy, evaluate_items, prompt_items
 from minimind.inference.sampling import GREEDY, SamplingParams
+from minimind.microworld import build_tasks
+from minimind.microworld.core import HELDOUT
+from minimind.microworld.stages import Corpus
 from minimind.report.logs import read_log
 
 # 每个算法都采样 60（--steps 可改）× 128 条；GRPO 是 16 题 × 8 条，另两个是 128 题 × 1 条

@@ -10,8 +10,8 @@ from bench_stages import Bench, Goal, Outcome
 
 from minimind.dataset import DPODataset
 from minimind.dataset.jsonl import line_ranges, parse_line, read_lines
-from minimind.dataset.microworld.graders import style_of
 from minimind.evaluate.microworld import accuracy, evaluate_items
+from minimind.microworld.graders import style_of
 from minimind.recipes.dpo import DPOArguments
 from minimind.recipes.dpo import run as train_dpo
 from minimind.report.logs import read_log

@@ -12,7 +12,7 @@ from minimind.evaluate.microworld import accuracy, evaluate_items
 from minimind.model.model_lora import load_adapter, merge_lora
 from minimind.recipes.lora import LoRAArguments
 from minimind.recipes.lora import run as train_lora
-from minimind.trainer.adapters import adapter_path, read_adapter
+from minimind.runtime.adapters import adapter_path, read_adapter
 
 TITLE = "LoRA：换身份"
 FIGURE = {"title": "LoRA: new identity, tiny model", "y": "training loss", "log_y": True}

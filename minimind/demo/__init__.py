@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 def open_road(args: DemoArguments) -> Road:
     """写好语料、读出考卷。"""
-    from minimind.dataset.microworld import ensure_microworld
     from minimind.demo.exam import open_papers
     from minimind.demo.road import Road
+    from minimind.microworld import ensure_microworld
     from minimind.report.report import Report
 
     folder = resolve_path(args.out_dir) / "microworld"
@@ -51,7 +51,7 @@ def plan(road: Road, stages: dict[str, Stage], start: float) -> Clock:
     from minimind.dataset import DPODataset, PretrainDataset, SFTDataset
     from minimind.demo.base import heldout_bpb, pretrain_arguments
     from minimind.model import count_parameters
-    from minimind.trainer.device import device_name
+    from minimind.runtime.device import device_name
     from minimind.trainer.trainer_utils import init_model, model_config, start_run
 
     settings = pretrain_arguments(road)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from minimind.dataset.microworld.graders import style_of, well_formed
 from minimind.evaluate.microworld import Answered, read_items, read_prompts
+from minimind.microworld.graders import style_of, well_formed
 
 
 def pick_items(items: list[dict], kind: str, per_task: int, level: Sequence[str] = ("easy", "hard")) -> list:

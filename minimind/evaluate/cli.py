@@ -34,8 +34,8 @@ class WorldArguments(EvalArguments):
 @guard
 def main_world(argv: list[str] | None = None) -> None:
     """``minimind eval world``。"""
-    from minimind.dataset.microworld import ensure_microworld
     from minimind.evaluate.microworld import by_task, evaluate_items, read_items
+    from minimind.microworld import ensure_microworld
 
     args = parse_args(WorldArguments, argv)
     if args.data_path:

@@ -19,7 +19,6 @@ from typing import Any
 from minimind.arguments import arg, parse_args
 from minimind.console import progress
 from minimind.dataset.jsonl import DataError, line_ranges, parse_line, read_lines
-from minimind.dataset.microworld.graders import after_thinking, numbers_in
 from minimind.errors import guard
 from minimind.evaluate.common import (
     Clock,
@@ -33,6 +32,7 @@ from minimind.evaluate.common import (
     save_result,
 )
 from minimind.evaluate.generation import generate_answers
+from minimind.microworld.graders import after_thinking, numbers_in
 from minimind.ranges import MANY
 from minimind.rl.reward_rules import last_number, reference_answer
 from minimind.tokenizer import encode_chat, encode_plain

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from minimind.console import progress
-from minimind.dataset.microworld import grade
 from minimind.errors import UserError
 from minimind.inference.generate import generate_batch
 from minimind.inference.loading import stop_ids
 from minimind.inference.sampling import GREEDY, SamplingParams
+from minimind.microworld import grade
 from minimind.tokenizer import encode_chat_batch, encode_plain_batch
 
 # 回答最长多少 token：微世界的标准回答没有超过六十个的，放到 96 还能看出「停不下来」

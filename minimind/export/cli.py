@@ -148,8 +148,8 @@ def main_import(argv: list[str] | None = None) -> None:
 
 def _report_import(args: ImportArguments, target: Any, model: Any) -> None:
     """说明写到了哪里、怎么用；分词器不是随包的那个时，之后每次都要带上它。"""
+    from minimind.runtime.checkpoint import parse_stem
     from minimind.tokenizer import load_tokenizer, tokenizer_fingerprint
-    from minimind.trainer.checkpoint import parse_stem
 
     config = model.config
     name = parse_stem(target)[0]

@@ -22,8 +22,7 @@ from minimind.export.layouts import NATIVE, config_from_hf
 from minimind.export.shapes import arch_of, config_of_state, is_tied
 from minimind.model import MiniMindConfig, MiniMindLM
 from minimind.paths import file_problem, resolve_path
-from minimind.tokenizer import load_tokenizer, tokenizer_fingerprint
-from minimind.trainer.checkpoint import (
+from minimind.runtime.checkpoint import (
     atomic_write,
     check_state,
     config_dict,
@@ -33,6 +32,7 @@ from minimind.trainer.checkpoint import (
     weights_path,
     write_sidecar,
 )
+from minimind.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 # 有的实现把位置编码的表也存进文件；本项目现算
 BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|inv_freq|freqs_cos|freqs_sin|pos_cis|freqs_cis)")

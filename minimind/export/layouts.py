@@ -15,7 +15,7 @@ import torch
 from minimind.errors import UserError
 from minimind.model import MiniMindConfig
 from minimind.model.model_minimind import rope_frequencies
-from minimind.trainer.checkpoint import config_dict
+from minimind.runtime.checkpoint import config_dict
 
 NATIVE = "minimind"  # 带模型文件的目录
 ARCHITECTURES = {

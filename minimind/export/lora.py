@@ -24,9 +24,8 @@ from minimind.errors import UserError, guard
 from minimind.inference.loading import Loaded, load_for_inference
 from minimind.model.model_lora import Adapter, load_adapter
 from minimind.paths import resolve_path
-from minimind.tokenizer import tokenizer_fingerprint
-from minimind.trainer.adapters import FIX, adapter_names, adapter_path, read_adapter
-from minimind.trainer.checkpoint import (
+from minimind.runtime.adapters import FIX, adapter_names, adapter_path, read_adapter
+from minimind.runtime.checkpoint import (
     atomic_write,
     config_dict,
     file_stem,
@@ -34,6 +33,7 @@ from minimind.trainer.checkpoint import (
     save_weights,
     weights_path,
 )
+from minimind.tokenizer import tokenizer_fingerprint
 
 PEFT_PREFIX = "base_model.model."
 

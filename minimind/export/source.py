@@ -13,7 +13,7 @@ from minimind.errors import UserError
 from minimind.inference.loading import load_for_inference, stop_ids
 from minimind.model import MiniMindConfig
 from minimind.paths import file_problem, resolve_path
-from minimind.trainer.checkpoint import parse_stem, read_sidecar, read_state
+from minimind.runtime.checkpoint import parse_stem, read_sidecar, read_state
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -10,8 +10,8 @@ import torch
 
 from minimind.inference.engine import Engine, context_length, room_for_prompt
 from minimind.inference.sampling import GREEDY, SamplingParams
+from minimind.runtime.device import mix_seeds
 from minimind.tokenizer.vocabulary import vocabulary_of
-from minimind.trainer.device import mix_seeds
 
 __all__ = [
     "Completion",

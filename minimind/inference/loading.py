@@ -14,14 +14,14 @@ from minimind.errors import UserError
 from minimind.inference.int8 import quantize_int8
 from minimind.model import MiniMindConfig, count_parameters
 from minimind.paths import folder_problem, resolve_path
+from minimind.runtime.adapters import adapter_names, merge_adapters
+from minimind.runtime.checkpoint import file_stem, read_sidecar, sidecar_path
+from minimind.runtime.device import choose_dtype, device_name, resolve_device
+from minimind.runtime.weights_check import check_plain
 from minimind.tokenizer import load_tokenizer
 from minimind.tokenizer.loading import codec_of
 from minimind.tokenizer.special import IM_END
-from minimind.trainer.adapters import adapter_names, merge_adapters
-from minimind.trainer.checkpoint import file_stem, read_sidecar, sidecar_path
-from minimind.trainer.device import choose_dtype, device_name, resolve_device
 from minimind.trainer.trainer_utils import init_model
-from minimind.trainer.weights_check import check_plain
 
 # --load_from 的这几种写法都指本项目的 .pth（公共项目的默认值是 model）
 NATIVE = ("model", "./model", "../model")

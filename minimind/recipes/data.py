@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from minimind.console import say
-from minimind.dataset.microworld import ensure_microworld
 from minimind.dataset.packed import PackedDataset
 from minimind.errors import UserError
+from minimind.microworld import ensure_microworld
 from minimind.paths import file_problem, resolve_path
 
 # 公共项目发布过的文件名，排在前面的优先（它各版本的默认训练文件）

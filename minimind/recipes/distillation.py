@@ -5,7 +5,7 @@
     L = α·CE(q₁, 真词) + (1 − α)·T²·KL(p_T ‖ q_T)，   p_T = softmax(教师 logits / T)，q_T 同理
 
 求和走遍目标词元（助手说的话，与 SFT 相同），再除以它们的总数。温度 T > 1 把分布摊平，次要的词也看得见；
-乘 T² 使梯度的大小不随 T 变。``--divergence`` 可换成反向 KL 或广义 JSD，公式见 :mod:`minimind.trainer.distill_loss`。
+乘 T² 使梯度的大小不随 T 变。``--divergence`` 可换成反向 KL 或广义 JSD，公式见 :mod:`minimind.objectives.distillation`。
 
 ``--on_policy λ``：有 λ 的机会不用数据里的回答，而让学生自己答，教师在学生走到的地方教它（GKD）。
 自己的回答没有“真词”，那些批只有散度一项。
@@ -27,14 +27,14 @@ from torch import nn
 
 from minimind.arguments import arg, check, override
 from minimind.dataset import SFTDataset, collate_packed
+from minimind.objectives.distillation import DIVERGENCES, chunked_loss, distillation_loss
+from minimind.objectives.logprobs import target_mask
 from minimind.recipes.data import open_datasets
 from minimind.recipes.entry import entry, open_model
 from minimind.recipes.health import distillation_health
 from minimind.recipes.teacher import load_teacher, resolve_sizes
 from minimind.rl.own_answers import own_answers
 from minimind.rl.rollout import LocalRollout
-from minimind.trainer.distill_loss import DIVERGENCES, chunked_loss, distillation_loss
-from minimind.trainer.logprobs import target_mask
 from minimind.trainer.loop import TrainResult, train
 from minimind.trainer.reference import weights_hash
 from minimind.trainer.train_args import LAYERS, MAX_LENGTH, ON_OFF, WIDTHS, TrainArguments

@@ -8,7 +8,7 @@ r(x, y) = β·log(π(y|x) / μ(y|x)) + 与 y 无关的一项，于是“好的�
 
 π 是正在训练的策略，μ 是不动的参考模型（从同一个权重出发，所以开头 h = 0、损失 ln 2 = 0.693），y_w、y_l 是好坏
 两个回答，log π(y|x) 在整个回答（含结束符）上求 *和*。β 大则离参考模型近。另有按词元平均的 ``ipo``、
-长度归一的 ``sigmoid_norm`` 与标签平滑，公式见 :mod:`minimind.trainer.preference`；``--sft_coef`` 另加好回答的交叉熵
+长度归一的 ``sigmoid_norm`` 与标签平滑，公式见 :mod:`minimind.objectives.preference`；``--sft_coef`` 另加好回答的交叉熵
 （RPO，Pang 2024，arXiv 2404.19733，式 1），好回答自己的概率才不会跟着跌。
 
 参考模型不变，它的对数概率训练前算一遍存着（:mod:`minimind.trainer.reference`），显存里只有一个模型。
@@ -28,12 +28,12 @@ from torch import nn
 
 from minimind.arguments import arg, override
 from minimind.dataset import DPODataset
+from minimind.objectives.preference import LOSS_TYPES, preference_loss, sequence_logprobs
 from minimind.recipes.data import open_datasets
 from minimind.recipes.entry import entry, open_model
 from minimind.recipes.health import preference_health
-from minimind.trainer.device import choose_dtype
+from minimind.runtime.device import choose_dtype
 from minimind.trainer.loop import TrainResult, train
-from minimind.trainer.preference import LOSS_TYPES, preference_loss, sequence_logprobs
 from minimind.trainer.reference import PairsWithReference, cached_pair_logprobs, weights_hash
 from minimind.trainer.resuming import StartingPoint
 from minimind.trainer.train_args import ON_OFF, TrainArguments

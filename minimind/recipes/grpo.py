@@ -5,7 +5,7 @@
     A_i = (r_i − 组平均) / (组标准差 + 1e-4)
     L   = − (1/N) Σ_i Σ_t min(ρ·A_i, clip(ρ, 1 − ε, 1 + ε_high)·A_i)  +  β·k3，   ρ = π_θ / π_采样
 
-N 是这一步全部回答词元数（``--loss_type dapo``，默认）；别的归约见 :func:`minimind.rl.objectives.token_weights`。
+N 是这一步全部回答词元数（``--loss_type dapo``，默认）；别的归约见 :func:`minimind.objectives.policy.token_weights`。
 k3 = e^d − d − 1，d = logp_ref − logp，是与参考模型的 KL 的无偏估计；β 为 0（默认）时连参考模型也不载入。
 
 一次采样只更新一次，所以 ρ = 1，A 在组内和为零，打印的 loss 总在 0 附近：它不说明什么，要看奖励、离散与 KL。
@@ -20,11 +20,11 @@ from dataclasses import dataclass
 
 from minimind.arguments import arg, override
 from minimind.errors import UserError
+from minimind.objectives.policy import LOSS_TYPES, SCALES, group_advantages, zero_spread
 from minimind.recipes.entry import entry
 from minimind.recipes.rl import open_stage, train_stage
 from minimind.rl.arguments import RLArguments
 from minimind.rl.experience import Collector, Experience, global_moments, prompts_of
-from minimind.rl.objectives import LOSS_TYPES, SCALES, group_advantages, zero_spread
 from minimind.rl.policy import frozen_copy, policy_loss, response_logps
 from minimind.trainer.loop import TrainResult
 from minimind.trainer.run import Run

@@ -25,7 +25,7 @@ from minimind.paths import resolve_path
 from minimind.ranges import MANY
 from minimind.recipes.data import open_datasets
 from minimind.recipes.entry import entry, open_model
-from minimind.trainer.adapters import adapter_path, base_fingerprint
+from minimind.runtime.adapters import adapter_path, base_fingerprint
 from minimind.trainer.loop import TrainResult, language_model_loss, train
 from minimind.trainer.train_args import TrainArguments
 

@@ -22,13 +22,8 @@ from torch import Tensor, nn
 
 from minimind.arguments import arg, override
 from minimind.errors import UserError
-from minimind.ranges import MANY
-from minimind.recipes.entry import entry
-from minimind.recipes.rl import open_stage, train_stage
-from minimind.rl.actor_critic import ActorCritic, actor_of
-from minimind.rl.arguments import RLArguments
-from minimind.rl.experience import Batch, Collector, Experience, global_moments, minibatches, prompts_of
-from minimind.rl.objectives import (
+from minimind.objectives.logprobs import entropy_of, selected_logprobs
+from minimind.objectives.policy import (
     clipped_loss,
     explained_variance,
     gae,
@@ -37,9 +32,14 @@ from minimind.rl.objectives import (
     value_loss,
     whiten,
 )
+from minimind.ranges import MANY
+from minimind.recipes.entry import entry
+from minimind.recipes.rl import open_stage, train_stage
+from minimind.rl.actor_critic import ActorCritic, actor_of
+from minimind.rl.arguments import RLArguments
+from minimind.rl.experience import Batch, Collector, Experience, global_moments, minibatches, prompts_of
 from minimind.rl.policy import drift, frozen_copy, mean_drift, per_token, response_logps
-from minimind.trainer.device import mix_seeds
-from minimind.trainer.logprobs import entropy_of, selected_logprobs
+from minimind.runtime.device import mix_seeds
 from minimind.trainer.loop import LossResult, TrainResult
 from minimind.trainer.run import Run
 from minimind.trainer.step import Window

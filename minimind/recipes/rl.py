@@ -18,7 +18,7 @@ from minimind.rl.experience import score
 from minimind.rl.health import RLHealth
 from minimind.rl.rewards import Rewards, build_rewards
 from minimind.rl.rollout import LocalRollout
-from minimind.trainer.distributed import is_main_process
+from minimind.runtime.distributed import is_main_process
 from minimind.trainer.loop import LossResult, TrainResult, train
 from minimind.trainer.resuming import StartingPoint
 from minimind.trainer.sampler import epoch_order

@@ -20,12 +20,12 @@ import torch
 
 from minimind.arguments import arg, override
 from minimind.errors import UserError
+from minimind.objectives.policy import whiten
 from minimind.ranges import MANY
 from minimind.recipes.entry import entry
 from minimind.recipes.rl import open_stage, train_stage
 from minimind.rl.arguments import RLArguments
 from minimind.rl.experience import Collector, global_moments, prompts_of
-from minimind.rl.objectives import whiten
 from minimind.rl.policy import frozen_copy, policy_loss, response_logps
 from minimind.rl.rewards import Rewards
 from minimind.rl.single_stream import calibration, divergences, draw_prompts, observe, start_tracker

@@ -14,8 +14,8 @@ from minimind.console import say
 from minimind.errors import UserError
 from minimind.model import MiniMindConfig, MiniMindLM, count_parameters
 from minimind.paths import resolve_path
+from minimind.runtime.checkpoint import config_dict, load_weights, read_sidecar, read_state, weights_path
 from minimind.tokenizer import load_tokenizer, tokenizer_fingerprint
-from minimind.trainer.checkpoint import config_dict, load_weights, read_sidecar, read_state, weights_path
 from minimind.trainer.trainer_utils import model_config
 
 # 公共项目蒸馏的默认尺寸：教师 768 × 16，学生 512 × 8

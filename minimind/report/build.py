@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from minimind.dataset.microworld import TASKS
 from minimind.evaluate.microworld import Answered, accuracy, by_task
+from minimind.microworld import TASKS
 from minimind.report.report import Sample
 
 # 报告里展示多少道题；每个任务一道，按任务次序均匀地取，不挑好的

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from minimind.model import MiniMindLM
-from minimind.trainer.logprobs import TargetLogits, target_logits, target_mask
+from minimind.objectives.logprobs import TargetLogits, target_logits, target_mask
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", "cu_seqlens", "max_seqlen")
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from minimind.dataset import RLAIFDataset
+from minimind.objectives.policy import mean_and_std, moments, zero_spread
 from minimind.rl.arguments import RLArguments
-from minimind.rl.objectives import mean_and_std, moments, zero_spread
 from minimind.rl.rewards import Rewards, make_samples
 from minimind.rl.rollout import LocalRollout, Rollout, response_batch
-from minimind.trainer.device import mix_seeds
-from minimind.trainer.distributed import all_reduce_sum, barrier, gather_objects, is_main_process
+from minimind.runtime.device import mix_seeds
+from minimind.runtime.distributed import all_reduce_sum, barrier, gather_objects, is_main_process
 from minimind.trainer.run import Run
 from minimind.trainer.step import Window
 

@@ -7,9 +7,9 @@ from itertools import pairwise
 from random import Random
 from typing import Any
 
+from minimind.objectives.logprobs import IGNORE
 from minimind.rl.rollout import LocalRollout, response_batch
-from minimind.trainer.device import mix_seeds
-from minimind.trainer.logprobs import IGNORE
+from minimind.runtime.device import mix_seeds
 from minimind.trainer.run import Run
 from minimind.trainer.step import Window
 

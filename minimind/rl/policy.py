@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minimind.objectives.logprobs import entropy_of, selected_logprobs, target_logits
+from minimind.objectives.policy import grpo_loss, token_weights
 from minimind.rl.experience import Batch, Experience, global_moments
-from minimind.rl.objectives import grpo_loss, token_weights
 from minimind.rl.rollout import response_batch
-from minimind.trainer.device import autocast_context
-from minimind.trainer.logprobs import entropy_of, selected_logprobs, target_logits
+from minimind.runtime.device import autocast_context
 from minimind.trainer.loop import LossResult
 from minimind.trainer.run import Run
 from minimind.trainer.validation import to_device
@@ -41,7 +41,7 @@ def policy_loss(args: Any, loss_type: str) -> tuple[Callable, Callable]:
 
     Args:
         args: 需要 ``temperature beta epsilon epsilon_high max_gen_len``。
-        loss_type: 见 :func:`minimind.rl.objectives.token_weights`。
+        loss_type: 见 :func:`minimind.objectives.policy.token_weights`。
     """
 
     def count(batch: Batch) -> float:

@@ -29,9 +29,9 @@ from torch import nn
 
 from minimind.errors import UserError
 from minimind.rl.rollout import Rollout, decode_responses
+from minimind.runtime.checkpoint import unwrap
+from minimind.runtime.device import mix_seeds
 from minimind.runtime.files import atomic_write, write_text
-from minimind.trainer.checkpoint import unwrap
-from minimind.trainer.device import mix_seeds
 
 KINDS = ("auto", "vllm", "sglang")
 CONNECTIONS = 32  # 同时在途的提示数；服务自己会把它们拼成批

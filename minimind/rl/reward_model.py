@@ -19,8 +19,8 @@ import torch
 
 from minimind.console import say
 from minimind.dataset.jsonl import short
-from minimind.dataset.microworld.graders import ANSWER_SPAN, after_thinking
 from minimind.errors import UserError
+from minimind.microworld.graders import ANSWER_SPAN, after_thinking
 from minimind.paths import folder_problem, resolve_path
 
 if TYPE_CHECKING:

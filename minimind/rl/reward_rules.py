@@ -12,7 +12,7 @@ import re
 import unicodedata
 from typing import TYPE_CHECKING
 
-from minimind.dataset.microworld.graders import (
+from minimind.microworld.graders import (
     GRADERS,
     final_answer,
     grade,

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from minimind.inference.engine import Engine
 from minimind.inference.loading import stop_ids
 from minimind.inference.sampling import SamplingParams
-from minimind.trainer.checkpoint import unwrap
-from minimind.trainer.device import mix_seeds
+from minimind.runtime.checkpoint import unwrap
+from minimind.runtime.device import mix_seeds
 
 IGNORE = -100
 
@@ -108,7 +108,7 @@ def decode_responses(tokenizer: Any, responses: list[list[int]]) -> list[str]:
 def response_batch(rollout: Rollout, rows: slice | Sequence[int], pad_id: int = 0) -> dict[str, Any]:
     """挑出几条拼成一批：提示接回答，首尾相连排成一行，注意力不出各条。
 
-    一个填充都没有，所以 :func:`minimind.trainer.logprobs.target_logits` 给出的 ``rows`` 就是
+    一个填充都没有，所以 :func:`minimind.objectives.logprobs.target_logits` 给出的 ``rows`` 就是
     ``rows`` 里的第几条（0…R'-1）。
 
     Args:

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from minimind.console import say, track
+from minimind.objectives.policy import mean_and_std
 from minimind.rl.experience import Collector, Experience, gather_lists, global_moments
-from minimind.rl.objectives import mean_and_std
 from minimind.rl.policy import response_logps
 from minimind.rl.rollout import Rollout
 from minimind.rl.tracker import PromptTracker
-from minimind.trainer.device import mix_seeds
-from minimind.trainer.distributed import gather_objects
+from minimind.runtime.device import mix_seeds
+from minimind.runtime.distributed import gather_objects
 from minimind.trainer.run import Run
 
 

@@ -32,13 +32,13 @@ class SelftestArguments(Arguments):
 
 def all_checks(device: torch.device) -> list[Check]:
     """全部检查，按做的次序：便宜的、要紧的在前，编译最慢，放在最后。"""
+    from minimind.runtime.device import choose_dtype
     from minimind.selftest.decoding import decoding_checks
     from minimind.selftest.numerics import PRECISIONS, compiled_checks, eager_checks
     from minimind.selftest.pair import pair_checks
     from minimind.selftest.speed import speed_checks
     from minimind.selftest.toys import in_one_thread
     from minimind.selftest.training import training_checks
-    from minimind.trainer.device import choose_dtype
 
     dtype = choose_dtype("auto", device)
     default = next(name for name, precision in PRECISIONS.items() if precision.dtype == dtype)
@@ -59,9 +59,9 @@ def all_checks(device: torch.device) -> list[Check]:
 def main(argv: list[str] | None = None) -> int:
     """查一遍，打印表与结论，写 JSON；有一项不对返回 1。"""
     args = parse_args(SelftestArguments, argv, prog="minimind selftest")
+    from minimind.runtime.device import prepare_device, resolve_device
     from minimind.selftest.rows import FAILED, PASSED, run_checks
     from minimind.selftest.show import environment, print_table, progress_line, verdict, write_json
-    from minimind.trainer.device import prepare_device, resolve_device
 
     device = resolve_device(args.device)
     prepare_device(device)

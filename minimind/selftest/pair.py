@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 
 import minimind
+from minimind.runtime import distributed
+from minimind.runtime.checkpoint import load_file
+from minimind.runtime.device import backend_for, module_of, prepare_device, resolve_device
 from minimind.selftest.rows import Check, Measure, NotApplicable, Outcome
 from minimind.selftest.toys import matmul_precision
 from minimind.selftest.training import difference, started, toy_train
-from minimind.trainer import distributed
-from minimind.trainer.checkpoint import load_file
-from minimind.trainer.device import backend_for, module_of, prepare_device, resolve_device
 
 # 与训练走过的路比。两个进程分着加，次序不同，舍入就不同：CPU 上六步之后约 1e-5；少归约一次就是一成以上
 LIMIT = 2e-3

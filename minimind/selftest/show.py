@@ -20,9 +20,9 @@ from rich.table import Table
 
 import minimind
 from minimind.cpus import available_cpus
+from minimind.runtime.checkpoint import atomic_write
+from minimind.runtime.device import device_name, module_of
 from minimind.selftest.rows import FAILED, PASSED, SKIPPED, UNTESTED, Row
-from minimind.trainer.checkpoint import atomic_write
-from minimind.trainer.device import device_name, module_of
 
 STYLES = {PASSED: "green", FAILED: "bold red", SKIPPED: "dim", UNTESTED: "yellow"}
 FILE_WIDTH = 144  # 存进文件、贴进报告时的宽度；在终端里随终端

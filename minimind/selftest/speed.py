@@ -13,16 +13,16 @@ from minimind.inference.engine import Engine
 from minimind.inference.sampling import SamplingParams
 from minimind.model import MiniMindForCausalLM, count_parameters, flops_per_token, preset
 from minimind.pace import pick_threads
-from minimind.selftest.numerics import PRECISIONS
-from minimind.selftest.rows import Check, Measure, Outcome
-from minimind.selftest.toys import packed_row
-from minimind.trainer.device import (
+from minimind.runtime.device import (
     autocast_context,
     make_scaler,
     peak_flops,
     peak_memory_bytes,
     synchronize,
 )
+from minimind.selftest.numerics import PRECISIONS
+from minimind.selftest.rows import Check, Measure, Outcome
+from minimind.selftest.toys import packed_row
 from minimind.trainer.loop import language_model_loss
 from minimind.trainer.optim import build_optimizer
 from minimind.trainer.train_args import TrainArguments

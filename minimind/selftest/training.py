@@ -14,10 +14,10 @@ from torch import Tensor
 
 from minimind.console import console
 from minimind.dataset import collate_packed
+from minimind.runtime.checkpoint import load_file, load_weights, read_sidecar, resume_path, save_weights
 from minimind.selftest.numerics import PRECISIONS, nan_is_worst
 from minimind.selftest.rows import Check, Measure, Outcome
 from minimind.selftest.toys import HIDDEN, matmul_precision, on_device, packed_row, toy_model
-from minimind.trainer.checkpoint import load_file, load_weights, read_sidecar, resume_path, save_weights
 from minimind.trainer.loop import language_model_loss, train
 from minimind.trainer.optim import NEWTON_SCHULZ, RMS_MATCH, build_optimizer, set_learning_rate
 from minimind.trainer.train_args import TrainArguments

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minimind.console import say
-from minimind.trainer import checkpoint
+from minimind.runtime import checkpoint
 
 if TYPE_CHECKING:
     from minimind.trainer.run import Run

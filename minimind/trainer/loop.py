@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 from minimind.console import format_duration, say
 from minimind.console import progress as progress_bar
+from minimind.runtime.checkpoint import write_sidecar
+from minimind.runtime.device import peak_memory_bytes, preserved_rng
+from minimind.runtime.distributed import any_process, barrier, is_main_process
 from minimind.runtime.fair_share import fair_share
-from minimind.trainer.checkpoint import write_sidecar
+from minimind.runtime.interrupt import StopSignal
 from minimind.trainer.compiling import compile_and_check
-from minimind.trainer.device import peak_memory_bytes, preserved_rng
-from minimind.trainer.distributed import any_process, barrier, is_main_process
 from minimind.trainer.history import keep_best
-from minimind.trainer.interrupt import StopSignal
 from minimind.trainer.loader import Batch, training_batches
 from minimind.trainer.meter import events_left
 from minimind.trainer.optim import set_learning_rate

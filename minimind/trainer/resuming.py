@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from minimind.arguments import declared
 from minimind.console import say
 from minimind.errors import UserError
-from minimind.trainer import checkpoint, distributed
+from minimind.runtime import checkpoint, distributed
 
 if TYPE_CHECKING:
     from minimind.trainer.run import Run

@@ -16,9 +16,10 @@ from minimind.console import say
 from minimind.errors import UserError
 from minimind.model import MiniMindConfig, count_parameters, flops_per_token
 from minimind.paths import resolve_path
+from minimind.runtime import checkpoint, device, distributed
 from minimind.runtime.fair_share import fair_share
 from minimind.tokenizer import token_byte_lengths, tokenizer_fingerprint
-from minimind.trainer import checkpoint, device, distributed, history, resuming
+from minimind.trainer import history, resuming
 from minimind.trainer.compiling import CompiledBlocks, maybe_compile
 from minimind.trainer.meter import Meter
 from minimind.trainer.optim import build_optimizer
@@ -360,7 +361,7 @@ class Run:
         return self
 
     def __exit__(self, *exc_info) -> None:
-        """松开 DDP：它要在进程组解散之前析构，见 :func:`minimind.trainer.distributed.shutdown_distributed`。"""
+        """松开 DDP：它要在进程组解散之前析构，见 :func:`minimind.runtime.distributed.shutdown_distributed`。"""
         self.wrapped = None
 
     def close(self) -> None:

@@ -13,9 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from minimind.console import say
 from minimind.errors import UserError
-from minimind.trainer.device import autocast_context
-from minimind.trainer.distributed import all_reduce_sum, gather_objects, on_main
-from minimind.trainer.interrupt import StopSignal
+from minimind.runtime.device import autocast_context
+from minimind.runtime.distributed import all_reduce_sum, gather_objects, on_main
+from minimind.runtime.interrupt import StopSignal
 from minimind.trainer.loader import Batch
 from minimind.trainer.run import Run
 from minimind.trainer.validation import to_device

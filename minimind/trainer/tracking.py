@@ -11,7 +11,7 @@ from typing import Any
 
 from minimind.console import say
 from minimind.errors import UserError
-from minimind.trainer.checkpoint import atomic_write
+from minimind.runtime.checkpoint import atomic_write
 
 
 class RunLog:

@@ -11,9 +11,7 @@ from minimind.console import say
 from minimind.errors import UserError
 from minimind.model import MiniMindConfig, MiniMindLM, preset
 from minimind.paths import resolve_path
-from minimind.runtime.files import check_writable
-from minimind.tokenizer import load_tokenizer, tokenizer_fingerprint
-from minimind.trainer.checkpoint import (
+from minimind.runtime.checkpoint import (
     check_same_config,
     config_dict,
     file_stem,
@@ -22,8 +20,8 @@ from minimind.trainer.checkpoint import (
     read_sidecar,
     weights_path,
 )
-from minimind.trainer.device import is_npu_available, prepare_device, resolve_device, seed_all
-from minimind.trainer.distributed import (
+from minimind.runtime.device import is_npu_available, prepare_device, resolve_device, seed_all
+from minimind.runtime.distributed import (
     broadcast_object,
     broadcast_state,
     init_distributed_mode,
@@ -31,6 +29,8 @@ from minimind.trainer.distributed import (
     on_main,
     shutdown_distributed,
 )
+from minimind.runtime.files import check_writable
+from minimind.tokenizer import load_tokenizer, tokenizer_fingerprint
 from minimind.trainer.sampler import SkipBatchSampler, epoch_order
 from minimind.trainer.schedule import lr_at
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minimind.trainer.device import autocast_context, preserved_rng
-from minimind.trainer.distributed import all_reduce_sum, gather_objects, rank, world_size
+from minimind.runtime.device import autocast_context, preserved_rng
+from minimind.runtime.distributed import all_reduce_sum, gather_objects, rank, world_size
 from minimind.trainer.sampler import epoch_order
 
 

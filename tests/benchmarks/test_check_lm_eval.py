@@ -14,8 +14,8 @@ pytest.importorskip("psutil")
 
 from minimind.evaluate.choice_data import Question
 from minimind.model import MiniMindConfig, MiniMindForCausalLM
+from minimind.runtime.checkpoint import config_dict, save_weights, weights_path
 from minimind.tokenizer import load_tokenizer, tokenizer_fingerprint
-from minimind.trainer.checkpoint import config_dict, save_weights, weights_path
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 

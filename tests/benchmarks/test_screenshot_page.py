@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from minimind.model import MiniMindConfig, MiniMindForCausalLM
-from minimind.trainer.checkpoint import config_dict, save_weights, weights_path
+from minimind.runtime.checkpoint import config_dict, save_weights, weights_path
 
 
 @pytest.fixture

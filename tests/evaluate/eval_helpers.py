@@ -8,7 +8,7 @@ import torch
 
 from minimind.export.twin import transformers_twin
 from minimind.model import MiniMindConfig, MiniMindForCausalLM
-from minimind.trainer.checkpoint import config_dict, save_weights, weights_path
+from minimind.runtime.checkpoint import config_dict, save_weights, weights_path
 
 
 def make_pair(context: int = 512):

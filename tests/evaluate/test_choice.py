@@ -200,7 +200,7 @@ def test_抽题可复现_次序不变():
 @pytest.fixture
 def out(tmp_path):
     """一个放着小权重的目录。"""
-    from minimind.trainer.checkpoint import config_dict, save_weights, weights_path
+    from minimind.runtime.checkpoint import config_dict, save_weights, weights_path
 
     model, _ = make_pair()
     for weight in ("pretrain", "full_sft"):

@@ -8,8 +8,8 @@ from eval_helpers import make_pair
 from minimind.evaluate import cli
 from minimind.evaluate.generation import generate_answers
 from minimind.inference.generate import stream_tokens
+from minimind.runtime.checkpoint import config_dict, save_weights, weights_path
 from minimind.tokenizer import encode_pretrain, load_tokenizer
-from minimind.trainer.checkpoint import config_dict, save_weights, weights_path
 
 ITEMS = [
     {"task": "add", "level": "easy", "kind": "chat", "prompt": "1+1=？", "messages": [{"role": "user", "content": "1+1=？"}], "answer": "2", "grader": "numeric"},

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from minimind.dataset.microworld import ensure_microworld
 from minimind.errors import UserError
 from minimind.evaluate.microworld import Answered, accuracy, by_task, encode_items, evaluate_items, read_items
 from minimind.inference.sampling import SamplingParams
+from minimind.microworld import ensure_microworld
 from minimind.model import MiniMindConfig
 from minimind.tokenizer import load_tokenizer
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from minimind.model import MiniMindConfig, MiniMindForCausalLM
+from minimind.runtime.checkpoint import config_dict, save_weights, weights_path
 from minimind.tokenizer import load_tokenizer, tokenizer_fingerprint
-from minimind.trainer.checkpoint import config_dict, save_weights, weights_path
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 KINDS = {

@@ -16,7 +16,7 @@ from minimind.export.hf import export_hf
 from minimind.export.importing import import_model
 from minimind.inference.loading import load_for_inference
 from minimind.model import MiniMindConfig, MiniMindForCausalLM
-from minimind.trainer.checkpoint import check_same_config, config_dict, read_sidecar
+from minimind.runtime.checkpoint import check_same_config, config_dict, read_sidecar
 from minimind.trainer.trainer_utils import STRUCTURE
 
 

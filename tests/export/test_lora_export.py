@@ -11,7 +11,7 @@ from minimind.export.twin import transformers_twin
 from minimind.inference.loading import load_for_inference
 from minimind.model import MiniMindConfig, MiniMindForCausalLM
 from minimind.model.model_lora import apply_lora, load_adapter, lora_layers, lora_state_dict, parse_adapter
-from minimind.trainer.checkpoint import config_dict, save_weights, weights_path
+from minimind.runtime.checkpoint import config_dict, save_weights, weights_path
 
 IDS = torch.arange(3, 27).view(2, 12)
 

@@ -13,8 +13,8 @@ from minimind.inference.linear import JoinedLinear
 from minimind.inference.loading import load_for_inference
 from minimind.inference.sampling import GREEDY, SamplingParams
 from minimind.model import MiniMindConfig, MiniMindForCausalLM
+from minimind.runtime.checkpoint import config_dict, save_weights, weights_path
 from minimind.tokenizer import load_tokenizer, tokenizer_fingerprint
-from minimind.trainer.checkpoint import config_dict, save_weights, weights_path
 
 pytestmark = pytest.mark.skipif(not int8_available(), reason="这台机器没有精确的 int8 矩阵乘")
 

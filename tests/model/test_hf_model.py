@@ -40,7 +40,7 @@ PACKAGE = Path(minimind.__file__).parent
 ALLOWED = {
     "model/hf.py": {"AutoModelForCausalLM", "DynamicCache", "GenerationMixin", "PreTrainedModel"},
     "model/model_minimind.py": {"AutoConfig", "PretrainedConfig"},
-    "trainer/checkpoint.py": {"PretrainedConfig"},
+    "runtime/checkpoint.py": {"PretrainedConfig"},
     "selftest/show.py": {"transformers"},
 }
 LOADERS = {"AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification",

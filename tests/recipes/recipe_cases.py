@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from minimind.dataset.microworld import make_microworld
+from minimind.microworld import make_microworld
 from minimind.model import MiniMindConfig, MiniMindForCausalLM
+from minimind.runtime.checkpoint import config_dict, load_file, save_weights, weights_path
 from minimind.tokenizer import load_tokenizer, tokenizer_fingerprint
-from minimind.trainer.checkpoint import config_dict, load_file, save_weights, weights_path
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2}
 COMMON = {

@@ -10,14 +10,14 @@ import torch
 from minimind.dataset import SFTDataset, collate_packed
 from minimind.errors import UserError
 from minimind.model import MiniMindConfig, MiniMindForCausalLM
+from minimind.objectives.distillation import distillation_loss
+from minimind.objectives.logprobs import target_logits
 from minimind.recipes import distillation
 from minimind.recipes.distillation import DistillationArguments, distill_loss
 from minimind.recipes.health import distillation_health
 from minimind.rl.own_answers import last_prompts
+from minimind.runtime.checkpoint import config_dict, load_file, save_weights, weights_path
 from minimind.tokenizer import load_tokenizer, tokenizer_fingerprint
-from minimind.trainer.checkpoint import config_dict, load_file, save_weights, weights_path
-from minimind.trainer.distill_loss import distillation_loss
-from minimind.trainer.logprobs import target_logits
 
 SMALL = {
     "student_hidden_size": 32,

@@ -13,9 +13,9 @@ from minimind.errors import UserError
 from minimind.model import MiniMindConfig, MiniMindForCausalLM
 from minimind.recipes import dpo
 from minimind.recipes.health import preference_health
+from minimind.runtime.checkpoint import config_dict, load_file, save_weights, weights_path
 from minimind.tokenizer import load_tokenizer
 from minimind.trainer import reference
-from minimind.trainer.checkpoint import config_dict, load_file, save_weights, weights_path
 
 SMALL = {
     "hidden_size": 64,

@@ -12,9 +12,9 @@ from minimind.errors import UserError
 from minimind.inference.loading import load_for_inference
 from minimind.model.model_lora import apply_lora, lora_layers, lora_state_dict
 from minimind.recipes import lora
-from minimind.trainer import device
-from minimind.trainer.adapters import base_fingerprint, merge_adapters, read_adapter
-from minimind.trainer.checkpoint import config_dict, save_weights, weights_path
+from minimind.runtime import device
+from minimind.runtime.adapters import base_fingerprint, merge_adapters, read_adapter
+from minimind.runtime.checkpoint import config_dict, save_weights, weights_path
 
 SMALL = {
     "hidden_size": 64,

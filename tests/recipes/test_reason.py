@@ -11,8 +11,8 @@ from minimind.dataset import SFTDataset, collate_packed
 from minimind.errors import UserError
 from minimind.model import MiniMindConfig, MiniMindForCausalLM
 from minimind.recipes import reason
+from minimind.runtime import device
 from minimind.tokenizer import load_tokenizer
-from minimind.trainer import device
 from minimind.trainer.loop import language_model_loss
 from minimind.trainer.validation import count_targets
 

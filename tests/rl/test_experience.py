@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from minimind.model import MiniMindConfig, MiniMindForCausalLM
+from minimind.objectives.policy import LOSS_TYPES
 from minimind.rl.experience import Experience
-from minimind.rl.objectives import LOSS_TYPES
 from minimind.rl.policy import drift, mean_drift, policy_loss, response_logps
 from minimind.rl.rollout import LocalRollout
 from minimind.tokenizer import load_tokenizer

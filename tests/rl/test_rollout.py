@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from minimind.model import MiniMindConfig, MiniMindForCausalLM
+from minimind.objectives.logprobs import selected_logprobs, target_logits
 from minimind.rl.rollout import LocalRollout, response_batch
 from minimind.tokenizer import load_tokenizer
-from minimind.trainer.logprobs import selected_logprobs, target_logits
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from minimind import pace
+from minimind.runtime import device
 from minimind.runtime import fair_share as module
 from minimind.runtime.fair_share import FairShare, queued_seconds, vacant_seconds
-from minimind.trainer import device
 
 
 class Machine:

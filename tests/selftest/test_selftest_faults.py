@@ -12,9 +12,10 @@ from minimind import selftest
 from minimind.inference.cuda_graph import GraphedDecode
 from minimind.inference.engine import Engine
 from minimind.model import model_minimind
+from minimind.runtime import checkpoint, device
 from minimind.selftest import decoding, numerics, pair, toys, training
 from minimind.selftest.rows import FAILED, PASSED, run_check
-from minimind.trainer import checkpoint, device, optim, run
+from minimind.trainer import optim, run
 
 CPU = torch.device("cpu")
 EAGER = {f"前向反向 {row}" for row in ("v2 打包 fp32", "v2 左填充 fp32", "v2 打包 bf16", "MoE 打包 fp32")}

@@ -13,8 +13,8 @@ import torch
 from waiting import free_port, is_up, until
 
 from minimind.model import MiniMindConfig, MiniMindForCausalLM
+from minimind.runtime.checkpoint import config_dict, save_weights, weights_path
 from minimind.tokenizer import load_tokenizer, tokenizer_fingerprint
-from minimind.trainer.checkpoint import config_dict, save_weights, weights_path
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2}

@@ -62,7 +62,7 @@ def test_服务排满了_远处采样等一等再来(tmp_path):
 
 def test_GRPO两步_远程采样与本进程采样相同(tmp_path, monkeypatch):
     """同样的两步训练：每步的采样与训练的损失都要对上，说明每步送去的权重真的换上了。"""
-    from minimind.dataset.microworld import ensure_microworld
+    from minimind.microworld import ensure_microworld
     from minimind.recipes import grpo
 
     monkeypatch.setenv("MINIMIND_CACHE", str(tmp_path / "cache"))

@@ -12,8 +12,8 @@ from minimind.inference.generate import generate_batch
 from minimind.inference.loading import load_for_inference, stop_ids
 from minimind.model import MiniMindConfig, MiniMindForCausalLM
 from minimind.model.model_lora import apply_lora, lora_layers, lora_state_dict
+from minimind.runtime.checkpoint import config_dict, save_weights, weights_path
 from minimind.tokenizer import encode_chat, load_tokenizer, tokenizer_fingerprint
-from minimind.trainer.checkpoint import config_dict, save_weights, weights_path
 
 HELLO = [{"role": "user", "content": "从前有座山，山里有座庙"}]
 LORAS = ("lora_a", "lora_b")

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minimind.dataset.microworld.tasks import tools as learned
 from minimind.errors import UserError
 from minimind.inference.tool_calls import read_call
+from minimind.microworld.tasks import tools as learned
 from minimind.tools import EXAMPLE_TOOLS, Tool, Toolbox, ToolError
 from minimind.tools.clock import read_clock
 from minimind.tools.glossary import look_up

@@ -8,8 +8,8 @@ import math
 
 from trainer_helpers import assert_same_weights, saved_model, toy_train
 
+from minimind.runtime.checkpoint import load_file
 from minimind.trainer import history
-from minimind.trainer.checkpoint import load_file
 
 SETTINGS = {"epochs": 3, "accumulation_steps": 3, "save_interval": 2, "keep_checkpoints": 2}
 

@@ -14,8 +14,8 @@ from minimind.model import MiniMindConfig, MiniMindForCausalLM, count_parameters
 from minimind.model.model_minimind import rope_frequencies
 from minimind.recipes.entry import open_model
 from minimind.rl.arguments import RLArguments
+from minimind.runtime.checkpoint import config_dict, save_weights, weights_path
 from minimind.tokenizer import load_tokenizer, tokenizer_fingerprint
-from minimind.trainer.checkpoint import config_dict, save_weights, weights_path
 from minimind.trainer.loop import language_model_loss
 from minimind.trainer.trainer_utils import init_model, model_config, start_run
 

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from trainer_helpers import ToyRows, assert_same_weights, saved_model, stack, tiny_args, tiny_model, toy_train
 
 from minimind.errors import UserError
+from minimind.runtime.checkpoint import load_file
 from minimind.trainer import loop
-from minimind.trainer.checkpoint import load_file
 from minimind.trainer.loop import language_model_loss, train
 from minimind.trainer.optim import build_optimizer, set_learning_rate
 from minimind.trainer.sampler import epoch_order

@@ -8,7 +8,7 @@ import pytest
 import torch
 from trainer_helpers import ToyRows, assert_same_weights, saved_model, stack, tiny_args, tiny_model, toy_train
 
-from minimind.trainer.checkpoint import load_file
+from minimind.runtime.checkpoint import load_file
 from minimind.trainer.loop import language_model_loss, train
 
 

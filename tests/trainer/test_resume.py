@@ -24,7 +24,7 @@ from trainer_helpers import (
 
 from minimind.errors import UserError
 from minimind.runtime import files
-from minimind.trainer.checkpoint import load_file
+from minimind.runtime.checkpoint import load_file
 from minimind.trainer.loop import language_model_loss, train
 
 # 有 dropout、有短窗口、跨轮、记录区间跨存盘点、验证与存盘错开：哪样状态没存好都会露馅

@@ -14,9 +14,10 @@ import torch
 
 from minimind.errors import guard
 from minimind.model import MiniMindConfig, MiniMindForCausalLM
-from minimind.trainer import device, loop
-from minimind.trainer.checkpoint import load_file
-from minimind.trainer.distributed import init_distributed_mode, shutdown_distributed
+from minimind.runtime import device
+from minimind.runtime.checkpoint import load_file
+from minimind.runtime.distributed import init_distributed_mode, shutdown_distributed
+from minimind.trainer import loop
 from minimind.trainer.loop import TrainResult, language_model_loss, train
 from minimind.trainer.train_args import TrainArguments
 

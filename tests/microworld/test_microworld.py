@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from minimind.dataset.microworld import TASKS, build_tasks, ensure_microworld, grade, make_microworld
-from minimind.dataset.microworld.core import HELDOUT, TRAIN, stream
-from minimind.dataset.microworld.graders import normalize, strip_frame, style_of
-from minimind.dataset.microworld.make import main_make
-from minimind.dataset.microworld.stages import Corpus
-from minimind.dataset.microworld.tasks.base import FactTask
-from minimind.dataset.microworld.world import KINDS
 from minimind.dataset.schema import validate_dpo, validate_pretrain, validate_rl, validate_sft
 from minimind.errors import UserError
+from minimind.microworld import TASKS, build_tasks, ensure_microworld, grade, make_microworld
+from minimind.microworld.core import HELDOUT, TRAIN, stream
+from minimind.microworld.graders import normalize, strip_frame, style_of
+from minimind.microworld.make import main_make
+from minimind.microworld.stages import Corpus
+from minimind.microworld.tasks.base import FactTask
+from minimind.microworld.world import KINDS
 
 SCALE = 0.2
 TRAIN_FILES = ("pretrain", "sft", "lora_identity", "dpo", "reason", "reason_direct", "rl")
@@ -62,7 +62,7 @@ def items(folder) -> list[dict]:
 
 
 def test_两次运行逐字节相同_与散列种子无关(tmp_path):
-    code = "import sys; from minimind.dataset.microworld import make_microworld; make_microworld(sys.argv[1], 0.05)"
+    code = "import sys; from minimind.microworld import make_microworld; make_microworld(sys.argv[1], 0.05)"
     contents = []
     for hash_seed in ("1", "2"):
         out = tmp_path / hash_seed
@@ -314,7 +314,7 @@ def test_几个进程同时要同一份语料_只有一个写_文件不再被改
     """torchrun 的各进程：慢的一个不能把别人正在分词的文件换掉。"""
     target = tmp_path / "world"
     script = f"""
-from minimind.dataset.microworld import make
+from minimind.microworld import make
 original = make._write_all
 def counted(*args):
     print("写")

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from minimind import signals
-from minimind.trainer import distributed
+from minimind.runtime import distributed
 
 # 主进程等各进程交随机数状态，其余进程等主进程存完，都至多这么多秒
 AGREE_SECONDS, SAVE_SECONDS = 4.0, 20.0

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from minimind.errors import UserError
-from minimind.trainer import device as dev
-from minimind.trainer import distributed
+from minimind.runtime import device as dev
+from minimind.runtime import distributed
 
 
 @pytest.fixture
@@ -152,8 +152,8 @@ torch._register_device_module("npu", npu)
 sys.modules["torch_npu"] = types.ModuleType("torch_npu")
 
 from minimind.errors import UserError
-from minimind.trainer import device as dev
-from minimind.trainer import distributed
+from minimind.runtime import device as dev
+from minimind.runtime import distributed
 """
 
 

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minimind.dataset.microworld import TASKS, grade
-from minimind.dataset.microworld.core import HELDOUT, TRAIN, stream
-from minimind.dataset.microworld.graders import GRADERS, normalize, numbers_in, style_of, well_formed
-from minimind.dataset.microworld.phrasing import GRUMPY_FRAMES, POLITE_FRAMES
-from minimind.dataset.microworld.stages import chat_item, dress, stylable
+from minimind.microworld import TASKS, grade
+from minimind.microworld.core import HELDOUT, TRAIN, stream
+from minimind.microworld.graders import GRADERS, normalize, numbers_in, style_of, well_formed
+from minimind.microworld.phrasing import GRUMPY_FRAMES, POLITE_FRAMES
+from minimind.microworld.stages import chat_item, dress, stylable
 
 ASKING = [task for task in TASKS.values() if task.share.evaluate]
 numbers = st.integers(-9999, 9999)

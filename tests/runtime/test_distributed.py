@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import trainer_helpers
 from trainer_helpers import (
     ToyRows,
     assert_same_weights,
@@ -22,8 +23,8 @@ from trainer_helpers import (
     train,
 )
 
-from minimind.trainer import distributed
-from minimind.trainer.checkpoint import unwrap
+from minimind.runtime import distributed
+from minimind.runtime.checkpoint import unwrap
 
 STEPS = 20
 
@@ -142,9 +143,9 @@ def test_torchrun之下可用(tmp_path):
     script = tmp_path / "job.py"
     script.write_text(
         "import sys\n"
-        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        f"sys.path.insert(0, {str(Path(trainer_helpers.__file__).parent)!r})\n"
         "from trainer_helpers import toy_train\n"
-        "from minimind.trainer.distributed import init_distributed_mode, shutdown_distributed\n"
+        "from minimind.runtime.distributed import init_distributed_mode, shutdown_distributed\n"
         "init_distributed_mode('cpu')\n"
         f"toy_train({str(tmp_path)!r}, max_steps=3)\n"
         "shutdown_distributed()\n"

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimind.trainer.logprobs import selected_logprobs, sequence_sums, target_logits, target_mask
+from minimind.objectives.logprobs import selected_logprobs, sequence_sums, target_logits, target_mask
 
 LOSS_TYPES = ("sigmoid", "sigmoid_norm", "ipo")
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from minimind.rl import objectives as obj
+from minimind.objectives import policy as obj
 
 
 def close(a, b, atol=1e-6):

@@ -10,7 +10,7 @@ import torch
 from trainer_helpers import tiny_model
 
 from minimind.dataset import collate_dpo
-from minimind.trainer.preference import preference_loss, sequence_logprobs
+from minimind.objectives.preference import preference_loss, sequence_logprobs
 
 
 def test_手算的值():

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from minimind.errors import UserError
-from minimind.trainer.device import backend_for, resolve_device
+from minimind.runtime.device import backend_for, resolve_device
 
 T = TypeVar("T")
 
@@ -28,7 +28,7 @@ def init_distributed_mode(device: str = "auto") -> int:
     NPU 用 hccl，CUDA 用 nccl，其余用 gloo。
 
     Args:
-        device: ``--device`` 的值；``auto`` 时按 :func:`minimind.trainer.device.resolve_device` 的次序找。
+        device: ``--device`` 的值；``auto`` 时按 :func:`minimind.runtime.device.resolve_device` 的次序找。
 
     Returns:
         本机内的进程序号 ``local_rank``（单进程为 0）。

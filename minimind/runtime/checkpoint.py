@@ -16,8 +16,8 @@ from transformers import PretrainedConfig
 from minimind.errors import UserError
 from minimind.paths import resolve_path
 from minimind.runtime import files
-from minimind.trainer.distributed import world_size
-from minimind.trainer.weights_check import check_plain, check_tied
+from minimind.runtime.distributed import world_size
+from minimind.runtime.weights_check import check_plain, check_tied
 
 FORMAT_VERSION = 1
 # 包装层（compile、DDP）加在键名前的前缀；存档里不许有，读旧文件时去掉

@@ -7,7 +7,7 @@ import torch
 
 from minimind.dataset import collate_dpo
 from minimind.model import MiniMindConfig, MiniMindForCausalLM
-from minimind.trainer.logprobs import entropy_of, selected_logprobs, sequence_sums, target_logits
+from minimind.objectives.logprobs import entropy_of, selected_logprobs, sequence_sums, target_logits
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from minimind.console import say
 from minimind.errors import UserError
 from minimind.model.model_lora import MARK, Adapter, merge_adapter, parse_adapter
 from minimind.paths import file_problem, resolve_path
-from minimind.trainer.checkpoint import read_sidecar, read_state, weights_path
+from minimind.runtime.checkpoint import read_sidecar, read_state, weights_path
 
 FOLDER = "lora"
 FIX = "让 --hidden_size、--num_hidden_layers、--use_moe、--arch 与训练这个 LoRA 时一致"

@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from trainer_helpers import in_processes, tiny_config, tiny_model, toy_train
 
 from minimind.errors import UserError
-from minimind.trainer import checkpoint
-from minimind.trainer.checkpoint import (
+from minimind.runtime import checkpoint
+from minimind.runtime.checkpoint import (
     atomic_write,
     half_state_dict,
     lm_checkpoint,

@@ -8,8 +8,8 @@ from trainer_helpers import tiny_model
 
 from minimind.errors import UserError
 from minimind.model.model_lora import apply_lora, load_adapter
-from minimind.trainer.adapters import read_adapter
-from minimind.trainer.checkpoint import load_weights, read_sidecar, save_weights
+from minimind.runtime.adapters import read_adapter
+from minimind.runtime.checkpoint import load_weights, read_sidecar, save_weights
 
 KEY = "model.layers.1.mlp.up_proj.weight"
 

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import trainer_helpers
 from test_resume import SETTINGS, assert_as_if_uninterrupted, uninterrupted  # noqa: F401  夹具
 from trainer_helpers import (
     ToyRows,
@@ -28,9 +29,10 @@ from trainer_helpers import (
 
 from minimind import signals
 from minimind.errors import UserError
+from minimind.runtime import distributed
+from minimind.runtime.checkpoint import config_dict, load_file, save_weights, weights_path
 from minimind.runtime.files import check_writable
-from minimind.trainer import distributed, loop
-from minimind.trainer.checkpoint import config_dict, load_file, save_weights, weights_path
+from minimind.trainer import loop
 from minimind.trainer.reference import weights_hash
 from minimind.trainer.trainer_utils import init_model, model_config, start_run
 
@@ -248,7 +250,7 @@ JOB = """import os, sys
 sys.path[:0] = [{helpers!r}]
 from pathlib import Path
 from minimind.errors import guard
-from minimind.trainer import distributed
+from minimind.runtime import distributed
 
 
 @guard
@@ -275,7 +277,7 @@ def main():
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_torchrun_收到信号_各进程存盘离开_不等它来杀(tmp_path, signum, code):
-    (tmp_path / "job.py").write_text(JOB.format(helpers=str(Path(__file__).parent)))
+    (tmp_path / "job.py").write_text(JOB.format(helpers=str(Path(trainer_helpers.__file__).parent)))
     (tmp_path / "start.py").write_text("from minimind.launch import launch\nlaunch('job:main')\n")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "start.py"]
     process = subprocess.Popen(

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minimind.trainer.distill_loss import DIVERGENCES, chunked_loss, distillation_loss, divergence
+from minimind.objectives.distillation import DIVERGENCES, chunked_loss, distillation_loss, divergence
 
 
 def logits_of(*probabilities: float) -> torch.Tensor:
