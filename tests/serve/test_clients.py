@@ -1,12 +1,15 @@
-"""别的客户端：LangChain 照常用；照着接口说明乱填的请求不会让服务器出 5xx，也不漏槽位。"""
+"""别的客户端：LangChain、instructor 照常用；照着接口说明乱填的请求不会让服务器出 5xx，也不漏槽位。"""
 
 from __future__ import annotations
 
 import json
 import random
+from enum import Enum
+from typing import Literal
 
 import httpx
 import pytest
+from pydantic import BaseModel, Field
 
 
 def test_LangChain_问答_流式_工具(live):
@@ -38,6 +41,74 @@ def test_LangChain_问答_流式_工具(live):
     forced = connect(60).bind_tools([schema], tool_choice="weather").invoke("北京天气")
     (call,) = forced.tool_calls
     assert call["name"] == "weather" and call["args"]["city"] in ("北京", "上海")
+
+
+class Kind(str, Enum):
+    HOME = "home"
+    WORK = "work"
+
+
+class Street(BaseModel):
+    name: str = Field(max_length=4)
+    number: int = Field(ge=0, le=99)
+
+
+class Address(BaseModel):
+    street: Street
+    kind: Kind
+
+
+class Person(BaseModel):
+    """两层嵌套，字段不按字母排；长短都有界，随机的模型也写得完。"""
+
+    title: Literal["先生", "女士"]
+    age: int = Field(ge=0, le=120)
+    addresses: list[Address] = Field(min_length=1, max_length=2)
+
+
+ORDER = ["title", "age", "addresses"]
+ASK = [{"role": "user", "content": "介绍一个人"}]
+
+
+def openai_client(chat_server):
+    return pytest.importorskip("openai").OpenAI(base_url=f"{chat_server.url}/v1", api_key="any", max_retries=0)
+
+
+def test_openai_嵌套的模型_按声明的次序_答复与工具都解析得出(chat_server):
+    pytest.importorskip("xgrammar")
+    openai, client = pytest.importorskip("openai"), openai_client(chat_server)
+    common = {"model": "minimind", "messages": ASK, "max_tokens": 400}
+    whole = client.chat.completions.parse(**common, response_format=Person).choices[0].message
+    assert isinstance(whole.parsed, Person) and list(json.loads(whole.content)) == ORDER
+    with client.chat.completions.stream(**common, response_format=Person) as stream:
+        for _ in stream:
+            pass
+        assert isinstance(stream.get_final_completion().choices[0].message.parsed, Person)
+    tool = openai.pydantic_function_tool(Person)
+    forced = client.chat.completions.parse(**common, tools=[tool], tool_choice="required")
+    (call,) = forced.choices[0].message.tool_calls
+    assert isinstance(call.function.parsed_arguments, Person)
+    assert list(json.loads(call.function.arguments)) == ORDER
+
+
+@pytest.mark.parametrize("mode", ["TOOLS", "TOOLS_STRICT", "JSON_SCHEMA"])
+def test_instructor_嵌套的模型(chat_server, mode):
+    pytest.importorskip("xgrammar")
+    instructor = pytest.importorskip("instructor")
+    client = instructor.from_openai(openai_client(chat_server), mode=instructor.Mode[mode])
+    answer = client.chat.completions.create(
+        model="minimind", messages=ASK, response_model=Person, max_tokens=400, max_retries=0
+    )
+    assert isinstance(answer, Person)
+
+
+@pytest.mark.parametrize("method", ["json_schema", "function_calling"])
+def test_LangChain_结构化的答复_嵌套的模型(chat_server, method):
+    pytest.importorskip("xgrammar")
+    model = pytest.importorskip("langchain_openai").ChatOpenAI(
+        base_url=f"{chat_server.url}/v1", api_key="any", model="minimind", max_tokens=400, max_retries=0
+    )
+    assert isinstance(model.with_structured_output(Person, method=method).invoke("介绍一个人"), Person)
 
 
 @pytest.fixture(scope="module")
