@@ -267,7 +267,7 @@ def log_interval(run: Run, epoch: int, lr: float) -> dict[str, Any]:
     state.interval.clear()
 
     metrics = "".join(f" {k} {v:.4f}" for k, v in extras.items())
-    loss = f"{run.train_loss:.4f}" if sums.get("count") else "无（这一段没有可学的目标）"
+    loss = "无（这一段没有可学的目标）" if math.isnan(run.train_loss) else f"{run.train_loss:.4f}"
     say(
         f"第 {epoch + 1}/{args.epochs} 轮 {state.step}/{progress.total_steps} 步 loss {loss}{metrics}"
         f" lr {lr:.2e} {speed:,.0f} 词元/秒"

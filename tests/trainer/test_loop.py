@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -245,6 +246,15 @@ def test_验证不影响训练(tmp_path):
 def test_空数据报错(tmp_path):
     with pytest.raises(UserError, match="空的"):
         train(tiny_args(tmp_path), tiny_model(), None, ToyRows(0), language_model_loss, collate=stack)
+
+
+def test_终端里打印的就是日志里写下的(tmp_path, capsys):
+    """人看的是那一行：损失、学习率与附加的指标都要和 JSON 里的相同，一段一段都是。"""
+    lines = read_lines(toy_train(tmp_path, log_interval=2, max_steps=6, save_interval=0))
+    printed = re.findall(r"步 loss (\S+) lr (\S+) ", capsys.readouterr().err)
+    trained = [line for line in lines if "loss" in line]
+    assert len(trained) == 3
+    assert printed == [(f"{line['loss']:.4f}", f"{line['lr']:.2e}") for line in trained]
 
 
 def test_全程用时早早就说_只说一次(tmp_path, capsys, monkeypatch):
