@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from minimind.model.model_minimind import (
+from minimind.model.kernels import (
     AttentionPlan,
     attention,
     matmul_nt,

@@ -2,13 +2,8 @@
 
 from typing import Any
 
-from minimind.model.model_minimind import (
-    IGNORE_INDEX,
-    MiniMindConfig,
-    MiniMindLM,
-    MiniMindOutput,
-    linear_cross_entropy,
-)
+from minimind.model.kernels import linear_cross_entropy
+from minimind.model.model_minimind import IGNORE_INDEX, MiniMindConfig, MiniMindLM, MiniMindOutput
 from minimind.model.presets import PRESETS, count_parameters, flops_per_token, preset
 
 __all__ = [

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from minimind.model.model_minimind import Linear, linear
+from minimind.model.kernels import linear
+from minimind.model.model_minimind import Linear
 
 # 注意力与前馈里的全部线性层；混合专家的每个专家（含共享专家）也用这些名字
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimind.model.model_minimind import compute_dtype, matmul_nt
+from minimind.model.kernels import compute_dtype, matmul_nt
 
 DIVERGENCES = ("forward", "reverse", "jsd")
 

@@ -215,7 +215,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
         return tflops and tflops * 1e12 * (0.5 if dtype == torch.float32 else 1.0)
     if device.type != "cpu" or dtype == torch.float16:
         return None
-    from minimind.model.model_minimind import matmul_nt  # 与训练用同一个内核；设备模块自己不背上 transformers
+    from minimind.model.kernels import matmul_nt  # 与训练用同一个内核；设备模块自己不背上 transformers
 
     n = 1024
     a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)

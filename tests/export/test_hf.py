@@ -105,7 +105,7 @@ torch.save((model(ids).logits.detach(), text), sys.argv[3])
 def test_v2_混合专家带着模型文件_没装本项目也能打开(make_source, tmp_path, ids):
     source, ours = make_source("v2_moe")
     assert export_hf(source, tmp_path / "hf", torch.float32) == "minimind"
-    assert {p.name for p in (tmp_path / "hf").glob("*.py")} == {"model_minimind.py", "hf.py"}
+    assert {p.name for p in (tmp_path / "hf").glob("*.py")} == {"model_minimind.py", "kernels.py", "hf.py"}
     here = load_for_inference(load_from=str(tmp_path / "hf"), device="cpu", dtype="float32").model
     assert type(here) is type(ours)  # 装了本项目时用自己的类，不执行目录里的代码
     torch.save(ids, tmp_path / "ids.pt")
@@ -119,7 +119,7 @@ def test_v2_混合专家带着模型文件_没装本项目也能打开(make_sour
         check=True, cwd=tmp_path / "别处", timeout=300, env=environment,
     )  # fmt: skip
     copied = {p.name for p in (tmp_path / "home" / "modules" / "transformers_modules").rglob("*.py")}
-    assert {"model_minimind.py", "hf.py"} <= copied
+    assert {"model_minimind.py", "kernels.py", "hf.py"} <= copied
     logits, text = torch.load(tmp_path / "out.pt")
     with torch.no_grad():
         expected = ours(ids).logits

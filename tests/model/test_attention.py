@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from minimind.model import MiniMindConfig, MiniMindForCausalLM, model_minimind
-from minimind.model.model_minimind import _SegmentAttentionCPU, attention, plain_attention
+from minimind.model import MiniMindConfig, MiniMindForCausalLM, kernels
+from minimind.model.kernels import _SegmentAttentionCPU, attention
+from minimind.model.model_minimind import plain_attention
 
 
 def make(seed: int = 0, **extra) -> MiniMindForCausalLM:
@@ -181,13 +182,13 @@ def test_变长内核分支用替身也不泄漏(monkeypatch, options):
         assert given.get("enable_gqa") or k.shape[1] == q.shape[1]
         return _SegmentAttentionCPU.apply(q, k, v, list(pairwise(edges_q.tolist())))
 
-    monkeypatch.setattr(model_minimind, "varlen_attn", stand_in)
-    monkeypatch.setattr(model_minimind, "_VARLEN_OPTIONS", options)
+    monkeypatch.setattr(kernels, "varlen_attn", stand_in)
+    monkeypatch.setattr(kernels, "_VARLEN_OPTIONS", options)
     model = make()
     ids, position, edges = pack([70, 90, 40, 150, 50], 2, 200)
     kw = dict(position_ids=position, cu_seqlens=edges, max_seqlen=150)
     expected = model(ids, **kw).logits
-    monkeypatch.setattr(model_minimind, "varlen_available", lambda x: True)
+    monkeypatch.setattr(kernels, "varlen_available", lambda x: True)
     torch.testing.assert_close(model(ids, **kw).logits, expected, rtol=0, atol=1e-5)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from minimind.model import MiniMindConfig, MiniMindForCausalLM
-from minimind.model.model_minimind import MoE, varlen_available
+from minimind.model import MiniMindConfig, MiniMindForCausalLM, kernels, model_minimind
+from minimind.model.kernels import varlen_available
 
 pytestmark = [
     pytest.mark.cuda,
@@ -74,8 +74,8 @@ def test_半精度打包走变长内核_改一篇不影响别篇():
 def test_bf16_混合专家用分组矩阵乘(monkeypatch):
     _, card, batch = pair(use_moe=True)
     calls = []
-    original = MoE._experts_grouped
-    monkeypatch.setattr(MoE, "_experts_grouped", lambda *a: calls.append(1) or original(*a))
+    original = kernels.grouped_swiglu
+    monkeypatch.setattr(model_minimind, "grouped_swiglu", lambda *a: calls.append(1) or original(*a))
     with torch.autocast("cuda", dtype=torch.bfloat16):
         card(**on_card(batch))
     assert len(calls) == 2

@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minimind.model import model_minimind
-from minimind.model.model_minimind import Linear, linear, linear_cross_entropy, matmul_nt
+from minimind.model import kernels
+from minimind.model.kernels import linear, linear_cross_entropy, matmul_nt
+from minimind.model.model_minimind import Linear
 
 
 @pytest.fixture(params=[True, False], ids=["oneDNN", "MKL"])
@@ -13,8 +14,8 @@ def onednn(request, monkeypatch):
     """两种内核各走一遍，不看这台机器是哪一家的处理器。"""
     if request.param and not torch.backends.mkldnn.is_available():
         pytest.skip("这份 torch 没有 oneDNN")
-    monkeypatch.setattr(model_minimind, "_onednn_is_faster", lambda: request.param)
-    monkeypatch.setattr(model_minimind, "_SMALL_MATMUL", 1)
+    monkeypatch.setattr(kernels, "_onednn_is_faster", lambda: request.param)
+    monkeypatch.setattr(kernels, "_SMALL_MATMUL", 1)
     return request.param
 
 
@@ -73,7 +74,7 @@ def test_行数各不相同时内存不涨():
 
     code = """
 import minimind, resource, torch
-from minimind.model import model_minimind as m
+from minimind.model import kernels as m
 m._onednn_is_faster, m._SMALL_MATMUL = lambda: True, 0
 torch.set_num_threads(1)
 weight = torch.randn(64, 64)

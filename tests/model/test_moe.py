@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from minimind.model import MiniMindConfig, MiniMindForCausalLM
+from minimind.model.kernels import grouped_swiglu
 from minimind.model.model_minimind import MoE
 
 
@@ -59,7 +60,7 @@ def test_分组矩阵乘与逐专家循环的值和梯度一致(empty):
     x = torch.randn(19, 64, requires_grad=True)
     grad = torch.randn(19, 64)
     weights = [x, *moe.experts.parameters()]
-    loop, grouped = moe._experts(x, count), moe._experts_grouped(x, count)
+    loop, grouped = moe._experts(x, count), grouped_swiglu(moe.experts, x, count)
     torch.testing.assert_close(grouped, loop, rtol=1e-4, atol=1e-5)
     for a, b in zip(torch.autograd.grad(grouped, weights, grad), torch.autograd.grad(loop, weights, grad)):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
@@ -80,7 +81,7 @@ def test_没有词元的专家得到零梯度而不是_None(grouped, monkeypatch
     if grouped:
         if not hasattr(F, "grouped_mm"):
             pytest.skip("torch 低于 2.10，没有 grouped_mm")
-        monkeypatch.setattr(MoE, "_experts", MoE._experts_grouped)
+        monkeypatch.setattr(MoE, "_experts", lambda moe, x, count: grouped_swiglu(moe.experts, x, count))
     torch.manual_seed(0)
     model = MiniMindForCausalLM(config(num_experts=8, num_experts_per_tok=1)).train()
     ids = torch.randint(0, 97, (1, 2))  # 两个词元，八个专家，至少六个闲着
