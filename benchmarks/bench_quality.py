@@ -34,12 +34,12 @@ from minimind.runtime.device import DTYPES, autocast_context, resolve_device, se
 from minimind.runtime.files import write_text
 from minimind.tokenizer import load_tokenizer, token_byte_lengths, tokenizer_fingerprint
 from minimind.trainer.loader import training_batches
-from minimind.trainer.loop import language_model_loss
 from minimind.trainer.optim import build_optimizer, set_learning_rate
-from minimind.trainer.schedule import lr_at
+from minimind.trainer.progress import lr_at
+from minimind.trainer.recipe import count_targets, language_model_loss
 from minimind.trainer.train_args import TrainArguments
 from minimind.trainer.trainer_utils import model_config
-from minimind.trainer.validation import count_targets, to_device, validate
+from minimind.trainer.validation import to_device, validate
 
 MICRO_ROWS = 16  # 一次前向的行数：整批一次做与分两次做，CPU 上一样快，内存减半
 
@@ -177,8 +177,7 @@ def train_once(
     steps = max(1, round(args.steps * recipe.budget))
     micro_rows = min(MICRO_ROWS, args.batch_size)
     batches = training_batches(
-        train_ds, collate_packed, seed=seed, epochs=10**6, batch_size=micro_rows, rank=0, world_size=1,
-        start=(0, 0), num_workers=0, pin_memory=False,
+        train_ds, collate_packed, seed=seed, epochs=10**6, batch_size=micro_rows, device=device, num_workers=0
     )  # fmt: skip
     every = max(1, args.steps // args.eval_points)
     curve: list[dict[str, float]] = []
@@ -203,7 +202,7 @@ def train_once(
         loss_value = 0.0
         for batch in window:
             with autocast_context(device, dtype):
-                loss_sum, _, _ = language_model_loss(model, to_device(batch, device))
+                loss_sum, _ = language_model_loss(model, to_device(batch, device))
             (loss_sum / total).backward()
             loss_value += float(loss_sum.detach()) / total
         torch.nn.utils.clip_grad_norm_(model.parameters(), train_args.grad_clip)

@@ -82,8 +82,8 @@ def probe_speed(model, dataset, rows: int, row_length: int) -> tuple[str, float]
 
     from minimind.dataset import collate_packed
     from minimind.runtime.device import autocast_context, choose_dtype, synchronize, time_call
-    from minimind.trainer.loop import language_model_loss
     from minimind.trainer.optim import build_optimizer
+    from minimind.trainer.recipe import count_targets, language_model_loss
     from minimind.trainer.train_args import TrainArguments
     from minimind.trainer.validation import to_device
 
@@ -94,8 +94,8 @@ def probe_speed(model, dataset, rows: int, row_length: int) -> tuple[str, float]
 
     def step(dtype: torch.dtype, batch: dict, optimizer=None) -> None:
         with autocast_context(device, dtype):
-            loss, count, _ = language_model_loss(model, batch)
-        (loss / count).backward()
+            loss, _ = language_model_loss(model, batch)
+        (loss / count_targets(batch)).backward()
         if optimizer is not None:
             optimizer.step()
         model.zero_grad(set_to_none=True)

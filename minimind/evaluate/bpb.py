@@ -14,15 +14,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from minimind.console import progress
 from minimind.dataset import PretrainDataset, SFTDataset, collate_packed
 from minimind.dataset.schema import detect_kind
 from minimind.errors import UserError
 from minimind.tokenizer import token_byte_lengths
-from minimind.trainer.loop import language_model_loss
-from minimind.trainer.validation import count_bytes, count_targets, validate
+from minimind.trainer.recipe import LossResult, count_targets, language_model_loss
+from minimind.trainer.validation import count_bytes, validate
 
 
 def bits_per_byte(
@@ -125,11 +124,11 @@ def _measure(
     return {"bpb": result["val_bpb"], "loss": result["val_loss"], **counted}
 
 
-def packed_loss(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]]:
+def packed_loss(model: torch.nn.Module, batch: dict[str, Any]) -> LossResult:
     """别家结构在打包的批上的损失：它们不认 ``cu_seqlens``，就把“注意力不出文档”写成 4 维掩码。
 
     Returns:
-        目标词元上的负对数似然之和、目标数、空的 metrics；与 ``language_model_loss`` 同形。
+        目标词元上的负对数似然之和与空的 metrics；与 ``language_model_loss`` 同形。
     """
     ids, labels = batch["input_ids"], batch["labels"]
     places = torch.arange(ids.numel(), device=ids.device)
@@ -142,4 +141,4 @@ def packed_loss(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[Tensor, 
     ).logits
     targets = labels[:, 1:].flatten()
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, reduction="sum", ignore_index=-100)
-    return loss, (targets != -100).sum(), {}
+    return loss, {}

@@ -11,6 +11,7 @@ from minimind.dataset.packed import PackedDataset
 from minimind.errors import UserError
 from minimind.microworld import ensure_microworld
 from minimind.paths import file_problem, resolve_path
+from minimind.trainer.recipe import Data
 
 # 公共项目发布过的文件名，排在前面的优先（它各版本的默认训练文件）
 USUAL_FILES = {
@@ -68,10 +69,8 @@ def training_files(
     return world / f"{kind}.jsonl", validation or world / f"{kind}_heldout.jsonl"
 
 
-def open_datasets(
-    cls: type, args: Any, tokenizer: Any, stage: str | None = None, **options: Any
-) -> tuple[Any, Any]:
-    """按参数打开 ``(训练集, 验证集)``；不验证（``--val_ratio 0``）或数据太少划不出时，验证集为 ``None``。
+def open_datasets(cls: type, args: Any, tokenizer: Any, stage: str | None = None, **options: Any) -> Data:
+    """按参数打开训练集与验证集；不验证（``--val_ratio 0``）或数据太少划不出时，验证集为 ``None``。
 
     打包的数据填充太多时换更长的行，``args.batch_size`` 随之变小，每批的位置数不变。
 
@@ -99,7 +98,7 @@ def open_datasets(
     say_lost(train_ds, "训练集")
     if val_ds is not None:
         say_lost(val_ds, "验证集")
-    return train_ds, val_ds
+    return Data(train_ds, val_ds)
 
 
 def say_lost(dataset: Any, name: str) -> None:

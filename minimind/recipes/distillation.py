@@ -36,6 +36,7 @@ from minimind.recipes.teacher import load_teacher, resolve_sizes
 from minimind.rl.own_answers import own_answers
 from minimind.rl.rollout import LocalRollout
 from minimind.trainer.loop import TrainResult, train
+from minimind.trainer.recipe import LossResult, Recipe
 from minimind.trainer.reference import weights_hash
 from minimind.trainer.train_args import LAYERS, MAX_LENGTH, ON_OFF, WIDTHS, TrainArguments
 
@@ -89,8 +90,10 @@ class DistillationArguments(TrainArguments):
         super().__post_init__()
 
 
-def distill_loss(model: nn.Module, batch: dict[str, Any], args: DistillationArguments, student, teacher):
-    """训练循环要的 ``(损失和, 目标数, metrics)``。
+def distill_loss(
+    model: nn.Module, batch: dict[str, Any], args: DistillationArguments, student, teacher
+) -> LossResult:
+    """训练循环要的 ``(损失和, metrics)``，分母是目标数。
 
     Args:
         model: 学生，或它的 DDP 包装；``student`` 是没包装的，取输出头用。
@@ -116,34 +119,29 @@ def distill_loss(model: nn.Module, batch: dict[str, Any], args: DistillationArgu
     loss, parts = chunked_loss(
         out.hidden_states[mask], student.lm_head.weight, guide, teacher.lm_head.weight, targets, loss_of
     )
-    count = len(targets)
     if own:  # 自己的回答上交叉熵就是熵，与数据上的不能放在一起平均；这一项留着，各进程归约的项数才相同
         parts["ce"] = (0.0, 0)
-    return loss + out.aux_loss * count, count, parts
+    return loss + out.aux_loss * len(targets), parts
 
 
 def run(args: DistillationArguments) -> TrainResult:
     """按参数训练一次；返回权重位置与最后的指标。"""
     student, tokenizer = open_model(args)
     teacher = load_teacher(args, student.config, student.device)
-    train_ds, val_ds = open_datasets(SFTDataset, args, tokenizer)
+    data = open_datasets(SFTDataset, args, tokenizer)
     prepare = None
     if args.on_policy:
         rollout = LocalRollout(student, tokenizer, max_new_tokens=args.max_gen_len)
         prepare = partial(own_answers, share=args.on_policy, seed=args.seed, rollout=rollout)
-    return train(
-        args,
-        student,
-        tokenizer,
-        train_ds,
+    recipe = Recipe(
+        "distillation",
         partial(distill_loss, args=args, student=student, teacher=teacher),
-        collate=collate_packed,
-        val_ds=val_ds,
-        recipe="distillation",
+        collate_packed,
         prepare=prepare,
         health=distillation_health,
         identity={"教师": weights_hash(teacher)},
     )
+    return train(args, recipe, student, tokenizer, data)
 
 
 main = entry(DistillationArguments, run)

@@ -34,8 +34,9 @@ from minimind.recipes.entry import entry, open_model
 from minimind.recipes.health import preference_health
 from minimind.runtime.device import choose_dtype
 from minimind.trainer.loop import TrainResult, train
+from minimind.trainer.recipe import Data, LossResult, Recipe
 from minimind.trainer.reference import PairsWithReference, cached_pair_logprobs, weights_hash
-from minimind.trainer.resuming import StartingPoint
+from minimind.trainer.resume import StartingPoint
 from minimind.trainer.train_args import ON_OFF, TrainArguments
 
 
@@ -71,8 +72,10 @@ class DPOArguments(TrainArguments):
     LEARNING_RATE_TIMES_WIDTH = 0.01
 
 
-def dpo_loss(model: nn.Module, batch: dict[str, Any], args: DPOArguments, reference: nn.Module | None = None):
-    """训练循环要的 ``(损失和, 对数, metrics)``；``reference`` 为 ``None`` 时用批里带着的参考值。"""
+def dpo_loss(
+    model: nn.Module, batch: dict[str, Any], args: DPOArguments, reference: nn.Module | None = None
+) -> LossResult:
+    """训练循环要的 ``(损失和, metrics)``，分母是对数；``reference`` 为 ``None`` 时用批里带着的参考值。"""
     policy = sequence_logprobs(model, batch)
     if reference is None:
         reference_logps = batch["reference_logps"]
@@ -91,7 +94,7 @@ def dpo_loss(model: nn.Module, batch: dict[str, Any], args: DPOArguments, refere
     loss = result.losses.sum() + policy.aux_loss * pairs
     if args.sft_coef:
         loss = loss - args.sft_coef * (policy.logps / policy.lengths.clamp_min(1))[:pairs].sum()
-    return loss, pairs, result.metrics()
+    return loss, result.metrics()
 
 
 def run(args: DPOArguments) -> TrainResult:
@@ -112,19 +115,19 @@ def run(args: DPOArguments) -> TrainResult:
             )
         return PairsWithReference(pairs, logps, key)
 
-    train_ds, val_ds = open_datasets(DPODataset, args, tokenizer)
-    return train(
-        args,
-        model,
-        tokenizer,
-        with_reference(train_ds, "参考模型（训练集）"),
+    data = open_datasets(DPODataset, args, tokenizer)
+    data = Data(
+        with_reference(data.train, "参考模型（训练集）"), with_reference(data.val, "参考模型（验证集）")
+    )
+    recipe = Recipe(
+        "dpo",
         partial(dpo_loss, args=args, reference=reference),
-        val_ds=with_reference(val_ds, "参考模型（验证集）"),
-        recipe="dpo",
+        data.train.collate,
         count=lambda batch: float(batch["num_pairs"]),
         health=preference_health,
         extra_state={"start": start},
     )
+    return train(args, recipe, model, tokenizer, data)
 
 
 main = entry(DPOArguments, run)

@@ -21,7 +21,8 @@ from minimind.arguments import override
 from minimind.dataset import SFTDataset, collate_packed
 from minimind.recipes.data import open_datasets
 from minimind.recipes.entry import entry, open_model
-from minimind.trainer.loop import TrainResult, language_model_loss, train
+from minimind.trainer.loop import TrainResult, train
+from minimind.trainer.recipe import Recipe, language_model_loss
 from minimind.trainer.train_args import TrainArguments
 
 
@@ -41,17 +42,9 @@ class SFTArguments(TrainArguments):
 def run(args: SFTArguments) -> TrainResult:
     """按参数训练一次；返回权重位置与最后的指标。"""
     model, tokenizer = open_model(args)
-    train_ds, val_ds = open_datasets(SFTDataset, args, tokenizer)
-    return train(
-        args,
-        model,
-        tokenizer,
-        train_ds,
-        language_model_loss,
-        collate=collate_packed,
-        val_ds=val_ds,
-        recipe="full_sft",
-    )
+    data = open_datasets(SFTDataset, args, tokenizer)
+    recipe = Recipe("full_sft", language_model_loss, collate_packed)
+    return train(args, recipe, model, tokenizer, data)
 
 
 main = entry(SFTArguments, run)

@@ -27,8 +27,8 @@ from minimind.rl.arguments import RLArguments
 from minimind.rl.experience import Collector, Experience, global_moments, prompts_of
 from minimind.rl.policy import frozen_copy, policy_loss, response_logps
 from minimind.trainer.loop import TrainResult
+from minimind.trainer.recipe import Recipe, Window
 from minimind.trainer.run import Run
-from minimind.trainer.step import Window
 
 
 @dataclass
@@ -76,7 +76,7 @@ def run(args: GRPOArguments) -> TrainResult:
     stage = open_stage(args, kl=args.beta)
     collector = Collector(args, stage.tokenizer, stage.train_ds, stage.rewards)
     reference = frozen_copy(stage.model) if args.beta else None
-    compute_loss, count = policy_loss(args, args.loss_type)
+    loss, count = policy_loss(args, args.loss_type)
 
     def prepare(run: Run, window: Window) -> Iterator[Window]:
         experience = collector.collect(run, prompts_of(window))
@@ -93,7 +93,8 @@ def run(args: GRPOArguments) -> TrainResult:
         run.record(kept=(len(rows), len(experience.scores)))
         yield experience.micro_batches(rows, args.rows_per_forward)
 
-    return train_stage(args, stage, compute_loss, count=count, recipe="grpo", prepare=prepare)
+    recipe = Recipe("grpo", loss, stage.train_ds.collate, count, prepare)
+    return train_stage(args, stage, recipe)
 
 
 main = entry(GRPOArguments, run)

@@ -26,7 +26,8 @@ from minimind.ranges import MANY
 from minimind.recipes.data import open_datasets
 from minimind.recipes.entry import entry, open_model
 from minimind.runtime.adapters import adapter_path, base_fingerprint
-from minimind.trainer.loop import TrainResult, language_model_loss, train
+from minimind.trainer.loop import TrainResult, train
+from minimind.trainer.recipe import Recipe, language_model_loss
 from minimind.trainer.train_args import TrainArguments
 
 
@@ -94,19 +95,15 @@ def run(args: LoRAArguments) -> TrainResult:
     if not args.data_path and resolve_path(own).is_file():
         say(f"没有给 --data_path，用 {own}。")
         args.data_path = own
-    train_ds, val_ds = open_datasets(SFTDataset, args, tokenizer, "lora_identity")
-    return train(
-        args,
-        model,
-        tokenizer,
-        train_ds,
+    data = open_datasets(SFTDataset, args, tokenizer, "lora_identity")
+    recipe = Recipe(
+        "lora",
         language_model_loss,
-        collate=collate_packed,
-        val_ds=val_ds,
-        recipe="lora",
+        collate_packed,
         weights=adapter_path(model.config, args.lora_name, args.save_dir),
         weights_of=lora_state_dict,
     )
+    return train(args, recipe, model, tokenizer, data)
 
 
 main = entry(LoRAArguments, run)

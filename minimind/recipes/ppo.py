@@ -17,8 +17,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
-from torch import Tensor, nn
+from torch import nn
 
 from minimind.arguments import arg, override
 from minimind.errors import UserError
@@ -37,13 +38,13 @@ from minimind.recipes.entry import entry
 from minimind.recipes.rl import open_stage, train_stage
 from minimind.rl.actor_critic import ActorCritic, actor_of
 from minimind.rl.arguments import RLArguments
-from minimind.rl.experience import Batch, Collector, Experience, global_moments, minibatches, prompts_of
+from minimind.rl.experience import Collector, Experience, global_moments, minibatches, prompts_of
 from minimind.rl.policy import drift, frozen_copy, mean_drift, per_token, response_logps
 from minimind.runtime.device import mix_seeds
-from minimind.trainer.loop import LossResult, TrainResult
+from minimind.runtime.distributed import rank
+from minimind.trainer.loop import TrainResult
+from minimind.trainer.recipe import Batch, LossResult, Recipe, Window
 from minimind.trainer.run import Run
-from minimind.trainer.step import Window
-from minimind.trainer.validation import count_targets
 
 
 @dataclass
@@ -108,25 +109,20 @@ def estimate(run: Run, experience: Experience, reference: nn.Module | None, args
         run.record(kl=(float(k3(logp, ref_logp).sum()), n))
 
 
-def ppo_loss(args: PPOArguments):
-    """给训练循环的 ``compute_loss``。"""
-
-    def compute_loss(model: nn.Module, batch: Batch) -> LossResult:
-        policy, values, critic_aux = model(batch)
-        logp, n = selected_logprobs(policy.logits, policy.targets, args.temperature), policy.targets.numel()
-        clip = args.clip_epsilon
-        loss, clipped = clipped_loss(logp, batch["old_logps"], batch["advantages"], clip, clip)
-        critic = value_loss(values, batch["old_values"], batch["returns"], args.value_clip).sum()
-        metrics: dict[str, Tensor] = {
-            "value_loss": critic.detach(),
-            "clip_share": clipped.sum(),
-            "approx_kl": drift(logp, batch["old_logps"]).sum(),
-            "entropy": entropy_of(policy.logits, args.temperature).sum(),
-        }
-        total = loss.sum() + args.vf_coef * critic + (policy.aux_loss + critic_aux) * n
-        return total, n, {name: (value, n) for name, value in metrics.items()}
-
-    return compute_loss
+def ppo_loss(model: nn.Module, batch: Batch, args: PPOArguments) -> LossResult:
+    """策略与价值的损失之和，分母是回答的词元数；``model`` 是 :class:`ActorCritic` 或它的包装。"""
+    policy, values, critic_aux = model(batch)
+    logp, n = selected_logprobs(policy.logits, policy.targets, args.temperature), policy.targets.numel()
+    clip = args.clip_epsilon
+    loss, clipped = clipped_loss(logp, batch["old_logps"], batch["advantages"], clip, clip)
+    critic = value_loss(values, batch["old_values"], batch["returns"], args.value_clip).sum()
+    metrics = {
+        "value_loss": critic.detach(),
+        "clip_share": clipped.sum(),
+        "approx_kl": drift(logp, batch["old_logps"]).sum(),
+        "entropy": entropy_of(policy.logits, args.temperature).sum(),
+    }
+    return loss.sum() + args.vf_coef * critic + (policy.aux_loss + critic_aux) * n, metrics
 
 
 def run(args: PPOArguments) -> TrainResult:
@@ -140,7 +136,7 @@ def run(args: PPOArguments) -> TrainResult:
         estimate(run, experience, reference, args)
         updates, stopped = 0, False
         for epoch in range(args.ppo_epochs):
-            seed = mix_seeds(args.seed, run.state.step, run.rank, epoch)
+            seed = mix_seeds(args.seed, run.state.step, rank(), epoch)
             for rows in minibatches(len(experience.scores), args.minibatches, seed):
                 if args.target_kl and updates and not stopped:
                     stopped = mean_drift(run.model.actor, experience.select(rows), run, args) > args.target_kl
@@ -150,18 +146,16 @@ def run(args: PPOArguments) -> TrainResult:
                 yield experience.micro_batches(rows, args.rows_per_forward)
         run.record(updates=(updates, 1), early_stop=(float(stopped), 1))
 
-    return train_stage(
-        args,
-        stage,
-        ppo_loss(args),
-        model=ActorCritic(stage.model),
-        policy=actor_of,
-        count=count_targets,
-        recipe="ppo",
+    critic_scale = args.critic_learning_rate / args.learning_rate if args.learning_rate else 1.0
+    recipe = Recipe(
+        "ppo",
+        partial(ppo_loss, args=args),
+        stage.train_ds.collate,
         prepare=prepare,
         weights_of=lambda model: model.actor.state_dict(),
-        lr_scales={"critic.": args.critic_learning_rate / args.learning_rate if args.learning_rate else 1.0},
+        lr_scales={"critic.": critic_scale},
     )
+    return train_stage(args, stage, recipe, model=ActorCritic(stage.model), policy=actor_of)
 
 
 main = entry(PPOArguments, run)

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from minimind.dataset import PretrainDataset, collate_packed
 from minimind.recipes.data import open_datasets
 from minimind.recipes.entry import entry, open_model
-from minimind.trainer.loop import TrainResult, language_model_loss, train
+from minimind.trainer.loop import TrainResult, train
+from minimind.trainer.recipe import Recipe, language_model_loss
 from minimind.trainer.train_args import TrainArguments
 
 
@@ -32,17 +33,9 @@ class PretrainArguments(TrainArguments):
 def run(args: PretrainArguments) -> TrainResult:
     """按参数训练一次；返回权重位置与最后的指标。"""
     model, tokenizer = open_model(args)
-    train_ds, val_ds = open_datasets(PretrainDataset, args, tokenizer)
-    return train(
-        args,
-        model,
-        tokenizer,
-        train_ds,
-        language_model_loss,
-        collate=collate_packed,
-        val_ds=val_ds,
-        recipe="pretrain",
-    )
+    data = open_datasets(PretrainDataset, args, tokenizer)
+    recipe = Recipe("pretrain", language_model_loss, collate_packed)
+    return train(args, recipe, model, tokenizer, data)
 
 
 main = entry(PretrainArguments, run)

@@ -28,7 +28,8 @@ from minimind.recipes.data import open_datasets
 from minimind.recipes.entry import entry, open_model
 from minimind.tokenizer.loading import codec_of
 from minimind.tokenizer.special import ANSWER, END_ANSWER, END_THINK, THINK
-from minimind.trainer.loop import TrainResult, language_model_loss, train
+from minimind.trainer.loop import TrainResult, train
+from minimind.trainer.recipe import Recipe, language_model_loss
 from minimind.trainer.train_args import TrainArguments
 
 REASON_TAGS = (THINK, END_THINK, ANSWER, END_ANSWER)
@@ -96,18 +97,10 @@ def run(args: ReasonArguments) -> TrainResult:
     ids = tag_ids(tokenizer)
     if len(ids) < len(REASON_TAGS):
         say("留意：这个分词器没有把 <think> 等标签都设成单个词元，缺的那些不加权。")
-    train_ds, val_ds = open_datasets(SFTDataset, args, tokenizer, "reason")
-    say(tag_words(train_ds, ids))
-    return train(
-        args,
-        model,
-        tokenizer,
-        train_ds,
-        language_model_loss,
-        collate=weighted(collate_packed, ids, args.tag_weight),
-        val_ds=val_ds,
-        recipe="reason",
-    )
+    data = open_datasets(SFTDataset, args, tokenizer, "reason")
+    say(tag_words(data.train, ids))
+    recipe = Recipe("reason", language_model_loss, weighted(collate_packed, ids, args.tag_weight))
+    return train(args, recipe, model, tokenizer, data)
 
 
 main = entry(ReasonArguments, run)

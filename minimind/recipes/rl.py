@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -19,9 +19,10 @@ from minimind.rl.health import RLHealth
 from minimind.rl.rewards import Rewards, build_rewards
 from minimind.rl.rollout import LocalRollout
 from minimind.runtime.distributed import is_main_process
-from minimind.trainer.loop import LossResult, TrainResult, train
-from minimind.trainer.resuming import StartingPoint
-from minimind.trainer.sampler import epoch_order
+from minimind.trainer.loader import epoch_order
+from minimind.trainer.loop import TrainResult, train
+from minimind.trainer.recipe import Data, Recipe
+from minimind.trainer.resume import StartingPoint
 
 
 @dataclass
@@ -45,51 +46,44 @@ def open_stage(args: RLArguments, kl: float) -> Stage:
     model, tokenizer = open_model(args)
     extra_state = {"start": StartingPoint(args, model)} if kl else {}
     thinking = {"enable_thinking": True} if args.reasoning else {}
-    train_ds, val_ds = open_datasets(RLAIFDataset, args, tokenizer, **thinking)
+    data = open_datasets(RLAIFDataset, args, tokenizer, **thinking)
     rewards = build_rewards(
         args.reward,
         reward_model_path=args.reward_model_path,
         reasoning=args.reasoning,
         device=model.device,
-        data_path=train_ds.cache.source,
+        data_path=data.train.cache.source,
         trust_remote_code=bool(args.trust_remote_code),
     )
     say(rewards.describe())
-    if warning := train_ds.reference_warning():
-        say(f"留意：{train_ds.cache.source.name} 里 {warning}。")
-    return Stage(model, tokenizer, train_ds, val_ds, rewards, extra_state)
+    if warning := data.train.reference_warning():
+        say(f"留意：{data.train.cache.source.name} 里 {warning}。")
+    return Stage(model, tokenizer, data.train, data.val, rewards, extra_state)
 
 
 def train_stage(
     args: RLArguments,
     stage: Stage,
-    compute_loss: Callable[[nn.Module, Any], LossResult],
+    recipe: Recipe,
     *,
     model: nn.Module | None = None,
     policy: Callable[[nn.Module], nn.Module] = lambda model: model,
-    extra_state: dict[str, Any] | None = None,
-    **options: Any,
 ) -> TrainResult:
     """训练到头：提示当数据，看体征，按间隔考留出题。
 
     Args:
+        recipe: 配方各自的部分，至少有 ``count`` 与 ``prepare``；三个配方相同的由这里补上。
         model: 训练的模型，默认就是策略。
         policy: 从训练的模型里取出策略。
-        extra_state: 配方自己要存进续训存档的对象。
-        options: 交给 :func:`minimind.trainer.loop.train`，至少有 ``recipe count prepare``。
     """
-    return train(
-        args,
-        model or stage.model,
-        stage.tokenizer,
-        stage.train_ds,
-        compute_loss,
+    recipe = replace(
+        recipe,
         on_eval=held_out_score(args, stage, policy),
         health=RLHealth(args.max_gen_len),
         identity={"奖励": stage.rewards.identity},
-        extra_state={**stage.extra_state, **(extra_state or {})},
-        **options,
+        extra_state={**stage.extra_state, **recipe.extra_state},
     )
+    return train(args, recipe, model or stage.model, stage.tokenizer, Data(stage.train_ds))
 
 
 def held_out_score(

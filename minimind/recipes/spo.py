@@ -31,8 +31,8 @@ from minimind.rl.rewards import Rewards
 from minimind.rl.single_stream import calibration, divergences, draw_prompts, observe, start_tracker
 from minimind.rl.tracker import PromptTracker
 from minimind.trainer.loop import TrainResult
+from minimind.trainer.recipe import Recipe, Window
 from minimind.trainer.run import Run
-from minimind.trainer.step import Window
 
 
 @dataclass
@@ -90,7 +90,7 @@ def run(args: SPOArguments) -> TrainResult:
     collector = Collector(args, stage.tokenizer, stage.train_ds, stage.rewards)
     reference = frozen_copy(stage.model) if args.beta else None
     tracker = PromptTracker(len(stage.train_ds))
-    compute_loss, count = policy_loss(args, "dapo")
+    loss, count = policy_loss(args, "dapo")
     low, high = reward_range(args, stage.rewards)
 
     def to_unit(scores: torch.Tensor) -> torch.Tensor:
@@ -110,15 +110,9 @@ def run(args: SPOArguments) -> TrainResult:
         yield experience.micro_batches(range(len(unit)), args.rows_per_forward)
         observe(tracker, experience, unit, change)  # 策略走完这一步之后
 
-    return train_stage(
-        args,
-        stage,
-        compute_loss,
-        count=count,
-        recipe="spo",
-        prepare=prepare,
-        extra_state={"tracker": tracker},
-    )
+    extra_state = {"tracker": tracker}
+    recipe = Recipe("spo", loss, stage.train_ds.collate, count, prepare, extra_state=extra_state)
+    return train_stage(args, stage, recipe)
 
 
 main = entry(SPOArguments, run)

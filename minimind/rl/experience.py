@@ -15,12 +15,10 @@ from minimind.objectives.policy import mean_and_std, moments, zero_spread
 from minimind.rl.arguments import RLArguments
 from minimind.rl.rewards import Rewards, make_samples
 from minimind.rl.rollout import LocalRollout, Rollout, response_batch
-from minimind.runtime.device import mix_seeds
-from minimind.runtime.distributed import all_reduce_sum, barrier, gather_objects, is_main_process
+from minimind.runtime.device import mix_seeds, stat_dtype
+from minimind.runtime.distributed import all_reduce_sum, barrier, gather_objects, is_main_process, rank
+from minimind.trainer.recipe import Batch, Window
 from minimind.trainer.run import Run
-from minimind.trainer.step import Window
-
-Batch = dict[str, Any]
 
 
 @dataclass
@@ -108,7 +106,7 @@ class Collector:
     def collect(self, run: Run, prompts: list[int]) -> Experience:
         """答这几个提示（训练集里的编号，可以一个也没有），打分，记下体征；每个进程都要调用。"""
         self.push_weights(run)
-        seed = mix_seeds(self.args.seed, run.state.step, run.rank)
+        seed = mix_seeds(self.args.seed, run.state.step, rank())
         experience, parts = self.sample(run, prompts, self.args.num_generations, seed)
         self._record(run, experience, parts)
         return experience
@@ -184,7 +182,7 @@ def prompts_of(window: Window) -> list[int]:
 
 def global_moments(values: Tensor, run: Run) -> Tensor:
     """各进程合起来的 :func:`moments`。"""
-    return all_reduce_sum(moments(values).to(run.device, run.stat_dtype)).cpu()
+    return all_reduce_sum(moments(values).to(run.device, stat_dtype(run.device))).cpu()
 
 
 def score(

@@ -10,8 +10,9 @@ from typing import Any
 from minimind.objectives.logprobs import IGNORE
 from minimind.rl.rollout import LocalRollout, response_batch
 from minimind.runtime.device import mix_seeds
+from minimind.runtime.distributed import rank
+from minimind.trainer.recipe import Window
 from minimind.trainer.run import Run
-from minimind.trainer.step import Window
 
 
 def last_prompts(batch: dict[str, Any]) -> list[list[int]]:
@@ -35,11 +36,11 @@ def own_answers(
     """
     replaced, own = [], 0
     for index, (ids, batch) in enumerate(window):
-        own_seed = mix_seeds(seed, run.state.step, index, run.rank)
+        own_seed = mix_seeds(seed, run.state.step, index, rank())
         prompts = last_prompts(batch) if Random(own_seed).random() < share else []
         if ids and prompts:
             answers = rollout.generate(prompts, 1, own_seed)
-            batch = {**response_batch(answers, slice(None), run.train_ds.pad_id), "on_policy": True}
+            batch = {**response_batch(answers, slice(None), run.data.train.pad_id), "on_policy": True}
             own += 1
         replaced.append((ids, batch))
     run.record(on_policy=(own, len(window)))

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from minimind.objectives.logprobs import entropy_of, selected_logprobs, target_logits
 from minimind.objectives.policy import grpo_loss, token_weights
-from minimind.rl.experience import Batch, Experience, global_moments
+from minimind.rl.experience import Experience, global_moments
 from minimind.rl.rollout import response_batch
 from minimind.runtime.device import autocast_context
-from minimind.trainer.loop import LossResult
+from minimind.trainer.recipe import Batch, LossResult
 from minimind.trainer.run import Run
 from minimind.trainer.validation import to_device
 
@@ -34,7 +34,7 @@ def drift(logp: Tensor, old_logp: Tensor) -> Tensor:
 
 
 def policy_loss(args: Any, loss_type: str) -> tuple[Callable, Callable]:
-    """给训练循环的 ``compute_loss`` 与 ``count``。
+    """配方的 ``loss`` 与 ``count``。
 
     批里要有 :meth:`minimind.rl.experience.Experience.batch` 的键，另有 ``advantages`` ``[N]``，
     ``args.beta`` 不为 0 时还有 ``ref_logps`` ``[N]``。
@@ -47,11 +47,11 @@ def policy_loss(args: Any, loss_type: str) -> tuple[Callable, Callable]:
     def count(batch: Batch) -> float:
         return token_weights(batch["lengths"], loss_type, args.max_gen_len)[1]
 
-    def compute_loss(model: nn.Module, batch: Batch) -> LossResult:
+    def loss(model: nn.Module, batch: Batch) -> LossResult:
         weights, number = token_weights(batch["lengths"], loss_type, args.max_gen_len)
         out = target_logits(model, batch)
         logp = selected_logprobs(out.logits, out.targets, args.temperature)
-        loss, sums = grpo_loss(
+        total, sums = grpo_loss(
             logp,
             batch["old_logps"],
             batch["advantages"],
@@ -65,9 +65,9 @@ def policy_loss(args: Any, loss_type: str) -> tuple[Callable, Callable]:
         sums["approx_kl"] = drift(logp, batch["old_logps"]).sum()
         sums["entropy"] = entropy_of(out.logits, args.temperature).sum()
         metrics = {name: (value, logp.numel()) for name, value in sums.items()}
-        return loss + out.aux_loss * number, number, metrics
+        return total + out.aux_loss * number, metrics
 
-    return compute_loss, count
+    return loss, count
 
 
 @torch.no_grad()

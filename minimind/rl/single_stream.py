@@ -17,7 +17,7 @@ from minimind.rl.policy import response_logps
 from minimind.rl.rollout import Rollout
 from minimind.rl.tracker import PromptTracker
 from minimind.runtime.device import mix_seeds
-from minimind.runtime.distributed import gather_objects
+from minimind.runtime.distributed import gather_objects, rank, world_size
 from minimind.trainer.run import Run
 
 
@@ -25,7 +25,7 @@ def draw_prompts(run: Run, tracker: PromptTracker, mine: int) -> list[int]:
     """按记分牌抽出全体进程这一步的提示，取自己那一份；各进程的种子相同，抽到的也相同。"""
     counts = gather_objects(mine)
     drawn = tracker.draw(sum(counts), mix_seeds(run.args.seed, run.state.step))
-    begin = sum(counts[: run.rank])
+    begin = sum(counts[: rank()])
     return drawn[begin : begin + mine]
 
 
@@ -33,7 +33,7 @@ def divergences(run: Run, tracker: PromptTracker, experience: Experience) -> dic
     """提示 → D：它上一条回答在现在与当时的策略下 |logp 之差| 的平均；没见过的不在其中。"""
     seen = [p for p in dict.fromkeys(experience.prompts) if p in tracker.previous]
     ids, logps = ([tracker.previous[p][k] for p in seen] for k in (0, 1))
-    prompts = [run.train_ds[p]["prompt_ids"].tolist() for p in seen]
+    prompts = [run.data.train[p]["prompt_ids"].tolist() for p in seen]
     past = Rollout(prompts, [x.tolist() for x in ids], logps, [False] * len(seen), [""] * len(seen), seen)
     past = Experience(past, seen, torch.zeros(len(seen)), experience.pad_id)
     change = (response_logps(run.model, past, run, run.args) - past.old_logps).abs()
@@ -64,8 +64,8 @@ def calibration(run: Run, values: Tensor, unit: Tensor) -> dict[str, tuple[float
 
 def start_tracker(run: Run, collector: Collector, tracker: PromptTracker, to_unit: Callable) -> None:
     """每个提示采样 ``--offline_samples`` 条定起点；各进程分着做。"""
-    args, mine, found = run.args, range(run.rank, len(run.train_ds), run.world_size), []
-    say(f"给 {len(run.train_ds):,} 个提示各采样 {args.offline_samples} 条，定记分牌的起点……")
+    args, mine, found = run.args, range(rank(), len(run.data.train), world_size()), []
+    say(f"给 {len(run.data.train):,} 个提示各采样 {args.offline_samples} 条，定记分牌的起点……")
     collector.push_weights(run)
     for start in track(range(0, len(mine), args.rollout_slots), "定起点", unit="批"):
         prompts = list(mine[start : start + args.rollout_slots])

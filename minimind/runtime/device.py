@@ -139,6 +139,11 @@ def reuse_threads(threads: int, say: Callable[[str], None]) -> None:
         fair_share().limit(threads)
 
 
+def stat_dtype(device: torch.device) -> torch.dtype:
+    """攒各种和用的精度：MPS 与 NPU 没有 float64。"""
+    return torch.float32 if device.type in ("mps", "npu") else torch.float64
+
+
 def synchronize(device: torch.device) -> None:
     """等设备上排队的工作做完；CPU 上无事可做。"""
     if device.type != "cpu":

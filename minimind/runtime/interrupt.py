@@ -31,9 +31,9 @@ POLL_SECONDS = 0.05
 
 
 class Savable(Protocol):
-    """能存下一份快照的东西，即 :class:`minimind.trainer.run.Run`。"""
+    """能存下一份快照的东西，即 :class:`minimind.trainer.run.Run`；``state.saved_step`` 是最近存过盘的那一步。"""
 
-    saved_step: int
+    state: Any
 
     def write(self, snapshot: dict[str, Any], rng: list[dict[str, Any]]) -> None:
         """存下快照；``rng`` 是各进程的随机数状态。"""
@@ -112,7 +112,7 @@ class StopSignal:
         if step == 0:
             return "第一步还没有走完，没有要存的。"
         rng = [self.snapshot["rng"]] if peers is None else peers.exchange(step, self.snapshot["rng"])
-        if self.run.saved_step != step and distributed.is_main_process():
+        if self.run.state.saved_step != step and distributed.is_main_process():
             self.run.write(self.snapshot, rng)
         if peers is not None:
             peers.finish(step)

@@ -17,7 +17,7 @@ from minimind.runtime.device import autocast_context, module_of
 from minimind.selftest.rows import Check, Measure, NotApplicable, Outcome
 from minimind.selftest.toys import KINDS, LAYOUTS, matmul_precision, on_device, toy_batch, toy_model
 from minimind.trainer.compiling import NO_COMPILE, CompiledBlocks
-from minimind.trainer.loop import language_model_loss
+from minimind.trainer.recipe import count_targets, language_model_loss
 from minimind.trainer.validation import to_device
 
 
@@ -78,8 +78,8 @@ def loss_and_gradients(
     """
     with matmul_precision(precision.matmul):
         with autocast_context(device, precision.dtype):
-            total, count, _ = language_model_loss(forward, to_device(batch, device))
-            loss = total / count
+            total, _ = language_model_loss(forward, to_device(batch, device))
+            loss = total / count_targets(batch)
         (loss * precision.scale).backward()
     gradients = {
         name: torch.zeros_like(p, device="cpu", dtype=torch.float64)

@@ -23,8 +23,8 @@ from minimind.runtime.device import (
 from minimind.selftest.numerics import PRECISIONS
 from minimind.selftest.rows import Check, Measure, Outcome
 from minimind.selftest.toys import packed_row
-from minimind.trainer.loop import language_model_loss
 from minimind.trainer.optim import build_optimizer
+from minimind.trainer.recipe import count_targets, language_model_loss
 from minimind.trainer.train_args import TrainArguments
 from minimind.trainer.validation import to_device
 
@@ -53,16 +53,17 @@ def training_speed(dtype: torch.dtype, device: torch.device) -> Outcome:
     model = speed_model(name, device).train()
     generator = torch.Generator().manual_seed(4)
     packed = [packed_row((length // 2, length // 2 - 8, 8), generator) for _ in range(rows)]
-    batch = to_device(collate_packed(packed), device)
+    batch = collate_packed(packed)
+    targets, batch = count_targets(batch), to_device(batch, device)
     precision = str(dtype).removeprefix("torch.")
     optimizer = build_optimizer(model, TrainArguments(), newton_schulz_dtype=precision)
     scaler = make_scaler(device, dtype)
     losses = []
 
-    def step(batch: dict[str, Any] = batch) -> None:
+    def step(batch: dict[str, Any] = batch, targets: float = targets) -> None:
         with autocast_context(device, dtype):
-            total, count, _ = language_model_loss(model, batch)
-        loss = total / count
+            total, _ = language_model_loss(model, batch)
+        loss = total / targets
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -72,7 +73,7 @@ def training_speed(dtype: torch.dtype, device: torch.device) -> Outcome:
     note = f"{name}（{count_parameters(model) / 1e6:.1f}M），{rows} × {length}"
     if device.type == "cpu":
         few = collate_packed([packed_row((48, 8, 8), generator)])
-        note += f"，{pick_threads(lambda: step(few))} 线程"
+        note += f"，{pick_threads(lambda: step(few, count_targets(few)))} 线程"
         losses.clear()
     for _ in range(WARMUP):
         step()

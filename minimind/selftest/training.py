@@ -18,8 +18,9 @@ from minimind.runtime.checkpoint import load_file, load_weights, read_sidecar, r
 from minimind.selftest.numerics import PRECISIONS, nan_is_worst
 from minimind.selftest.rows import Check, Measure, Outcome
 from minimind.selftest.toys import HIDDEN, matmul_precision, on_device, packed_row, toy_model
-from minimind.trainer.loop import language_model_loss, train
+from minimind.trainer.loop import train
 from minimind.trainer.optim import NEWTON_SCHULZ, RMS_MATCH, build_optimizer, set_learning_rate
+from minimind.trainer.recipe import Data, Recipe, language_model_loss
 from minimind.trainer.train_args import TrainArguments
 
 # ---------------------------------------------------------------- 优化器
@@ -180,7 +181,7 @@ def toy_train(
         return language_model_loss(wrapped, batch)
 
     with quiet(), contextlib.suppress(Cut):
-        train(args, model, None, ToyRows(), loss, collate=collate_packed, recipe="selftest")
+        train(args, Recipe("selftest", loss, collate_packed), model, None, Data(ToyRows()))
     return {name: value.detach().cpu() for name, value in model.state_dict().items()}
 
 

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from minimind.console import format_duration, say
 from minimind.model import flops_per_token
 from minimind.model.model_minimind import MLP, Attention, Block, MoE
 from minimind.runtime.device import autocast_context, preserved_rng
 from minimind.runtime.distributed import any_process, gather_objects
+from minimind.trainer.recipe import Batch, Window
 from minimind.trainer.validation import to_device
 
 if TYPE_CHECKING:
@@ -155,13 +157,13 @@ def maybe_compile(model: nn.Module, choice: int | str, run: Run) -> nn.Module:
 
 def worth_compiling(run: Run) -> bool:
     """``auto``：只在 CUDA 上，且剩下的训练长到值得先花时间编译。强化学习的时间在采样上，形状也多变，不编译。"""
-    if run.device.type != "cuda" or not run.probes:
+    if run.device.type != "cuda" or run.recipe.prepare is not None:
         return False
-    args, steps = run.args, run.progress.total_steps - run.state.step
+    args, steps = run.args, run.state.total_steps - run.state.step
     peak = run.numerics["peak_flops"]
     if not peak or not hasattr(run.config, "num_hidden_layers"):
         return steps >= WORTH_STEPS
-    length = getattr(run.train_ds, "row_length", args.max_seq_len)
+    length = getattr(run.data.train, "row_length", args.max_seq_len)
     flops = flops_per_token(run.config, length) * length * args.batch_size * args.accumulation_steps
     return steps * flops / (EAGER_SHARE_OF_PEAK * peak) >= WORTH_SECONDS
 
@@ -169,25 +171,24 @@ def worth_compiling(run: Run) -> bool:
 # ---------------------------------------------------------------- 核对
 
 
-def compile_and_check(run: Run, window: list, compute_loss: Callable) -> None:
+def compile_and_check(run: Run, window: Window) -> None:
     """头一个更新之前调用：编译，并与逐算子的算法核对，决定用不用；已经有了定论就立刻返回。
 
     两遍从同一个随机数状态出发，结束后状态复原，所以核对过的训练与没核对的逐位相同。dropout 在编译后用的是另一种
     随机数，核对时关掉。梯度全为 0 的微批次说明不了什么（优势全是 0 的强化学习），留到下一个更新再核对。
     各进程一起得出同一个结论。
     """
-    compiled = run.compiled
-    if compiled is None or compiled.state != "unchecked":
+    compiled = run.wrapped.module if isinstance(run.wrapped, DistributedDataParallel) else run.wrapped
+    if not isinstance(compiled, CompiledBlocks) or compiled.state != "unchecked":
         return
     with run.meter.pause("compile"), preserved_rng(run.device):
         batch = next((b for ids, b in window if ids), window[0][1])
-        batch = to_device(batch, run.device)
         with no_dropout(compiled):
-            plain = gradients(run, run.model, batch, compute_loss)
+            plain = gradients(run, run.model, batch)
         if not any_process(plain.informative, run.device):
             return
         say("正在编译（torch.compile，逐层一个图）：头一次要几秒到几十秒，不计入速度与剩余时间。")
-        reasons = gather_objects(difference(run, compiled, batch, compute_loss, plain))
+        reasons = gather_objects(difference(run, compiled, batch, plain))
     reason = next((r for r in reasons if r), None)
     if reason:
         compiled.turn_off(reason)
@@ -208,28 +209,26 @@ class Gradients:
         self.informative = self.norm > 0
 
 
-def gradients(run: Run, model: nn.Module, batch: dict[str, Any], compute_loss: Callable) -> Gradients:
+def gradients(run: Run, model: nn.Module, batch: Batch) -> Gradients:
     """不碰 ``.grad``、不惊动 DDP 地求一次梯度。"""
     named = [(name, p) for name, p in run.model.named_parameters() if p.requires_grad]
     with preserved_rng(run.device):
         with autocast_context(run.device, run.dtype):
-            loss, count, _ = compute_loss(model, batch)
+            loss, _ = run.recipe.loss(model, to_device(batch, run.device))
         scale = HALF_SCALE if run.dtype == torch.float16 else 1.0
-        loss = loss / max(float(count), 1.0)
+        loss = loss / max(run.recipe.count(batch), 1.0)
         found = torch.autograd.grad(loss * scale, [p for _, p in named], allow_unused=True)
     return Gradients(loss.detach(), {name: g for (name, _), g in zip(named, found) if g is not None})
 
 
-def difference(
-    run: Run, compiled: CompiledBlocks, batch: dict[str, Any], compute_loss: Callable, plain: Gradients
-) -> str | None:
+def difference(run: Run, compiled: CompiledBlocks, batch: Batch, plain: Gradients) -> str | None:
     """编译后的与 ``plain`` 差在哪里，说成半句话；一致为 None。编译不了也是一种差。"""
     compiled.state = "checking"
     try:
         with no_dropout(compiled):
-            ours = gradients(run, compiled, batch, compute_loss)
+            ours = gradients(run, compiled, batch)
         if has_dropout(compiled.module):  # 训练时用的是带 dropout 的图，也在这里编好
-            gradients(run, compiled, batch, compute_loss)
+            gradients(run, compiled, batch)
     except Exception as error:  # 没有 C++ 编译器、断图、内部错误……不编译也能训练，所以只说一句
         return f"编译失败（{one_line(error)}）"
     finally:

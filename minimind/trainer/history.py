@@ -25,19 +25,19 @@ METRICS = {"val_loss": 1, "val_reward": -1}
 def paths(run: Run, tag: str) -> list[tuple[Path, Path]]:
     """``(现在的文件, 留下来的名字)``：权重、旁注、续训存档；``tag`` 例如 ``step400``、``best``。"""
     weight = f"{run.args.save_weight}_{tag}"
-    weights = run.weights.with_name(f"{checkpoint.file_stem(run.config, weight)}.pth")
+    weights = run.recipe.weights.with_name(f"{checkpoint.file_stem(run.config, weight)}.pth")
     folder = run.args.checkpoint_dir
     resume = [checkpoint.resume_path(run.config, name, folder) for name in (run.args.save_weight, weight)]
-    sidecars = checkpoint.sidecar_path(run.weights), checkpoint.sidecar_path(weights)
+    sidecars = checkpoint.sidecar_path(run.recipe.weights), checkpoint.sidecar_path(weights)
     # 先旁注后权重：权重在的，旁注一定在
-    return [sidecars, (run.weights, weights), (resume[0], resume[1])]
+    return [sidecars, (run.recipe.weights, weights), (resume[0], resume[1])]
 
 
 def keep(run: Run, tag: str, resumable: bool) -> Path:
     """把刚存下的一份另存为 ``tag``，每个文件都是原子的；返回权重的位置。"""
     copies = paths(run, tag)
     for source, target in copies if resumable else copies[:2]:
-        flag = "--save_dir" if source.parent == run.weights.parent else "--checkpoint_dir"
+        flag = "--save_dir" if source.parent == run.recipe.weights.parent else "--checkpoint_dir"
         with open(source, "rb") as stream:
             checkpoint.atomic_write(
                 target, lambda file, stream=stream: shutil.copyfileobj(stream, file), flag
@@ -74,7 +74,7 @@ def is_best(evaluations: Iterable[Mapping[str, Any]], result: Mapping[str, float
 
 def keep_best(run: Run, result: Mapping[str, float]) -> None:
     """验证成绩是至今最好的，就把这一步的权重另存为 ``{save_weight}_best``（留几份存档时连续训存档一起）。"""
-    name = is_best(run.log.evaluations, result)
-    if name is not None and run.saved_step == run.state.step:
+    name = is_best(run.journal.log.evaluations, result)
+    if name is not None and run.state.saved_step == run.state.step:
         path = keep(run, "best", resumable=run.args.keep_checkpoints > 1)
         say(f"至今最好的一次（{name} {result[name]:.4f}），另存为 {path.name}。")

@@ -1,4 +1,4 @@
-"""训练走到哪里：步数、轮次、样本位置与它们之间的换算；位置按全局样本数记，与进程数无关。"""
+"""训练走到哪里、这一步多大的学习率：步数、轮次、样本位置与它们之间的换算；位置按全局样本数记，与进程数无关。"""
 
 from __future__ import annotations
 
@@ -6,7 +6,39 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from minimind.trainer.schedule import lr_at
+
+def lr_at(
+    step: float,
+    total: float,
+    *,
+    peak: float,
+    schedule: str = "wsd",
+    warmup_ratio: float = 0.02,
+    decay_ratio: float = 0.3,
+) -> float:
+    """进度 ``step / total`` 处的学习率；纯函数。
+
+    ``step`` 与 ``total`` 只看比值，单位随意：训练循环用样本数，进程数变了日程也不跳。循环取每个优化步的
+    *中点*（例如第 0 步取 0.5），于是第一步不为零、最后一步也不为零，预热与衰减的面积恰好是线性的。
+
+    Args:
+        peak: 最高学习率。
+        warmup_ratio: 线性预热占总量的比例。
+        decay_ratio: ``wsd`` 末段线性衰减占总量的比例；从头平稳到尾取 0。
+
+    Raises:
+        ValueError: 不认识的 ``schedule``。
+    """
+    progress = min(max(step / total, 0.0), 1.0) if total > 0 else 1.0
+    warm = min(1.0, progress / warmup_ratio) if warmup_ratio > 0 else 1.0
+    if schedule == "wsd":
+        shape = min(1.0, (1.0 - progress) / decay_ratio) if decay_ratio > 0 else 1.0
+    elif schedule == "cosine":
+        after_warmup = max(progress - warmup_ratio, 0.0) / max(1.0 - warmup_ratio, 1e-9)
+        shape = 0.1 + 0.45 * (1.0 + math.cos(math.pi * after_warmup))
+    else:
+        raise ValueError(f"不认识的学习率日程 {schedule!r}，可选 wsd、cosine")
+    return peak * min(warm, shape)
 
 
 @dataclass
@@ -30,46 +62,53 @@ class TrainState:
     interval: dict[str, float] = field(default_factory=dict)
 
 
-class Progress:
-    """由参数、行数与进程数推出总步数、下一窗的大小、学习率。
+class Progress(TrainState):
+    """走到哪里，加上由参数、行数与进程数推出的总步数、下一窗的大小、学习率；随训练就地更新。
 
     Args:
         args: 需要 ``epochs max_steps batch_size accumulation_steps`` 与学习率日程的参数。
         rows: 训练集的行数。
         world_size: 进程数。
-        state: 从哪里开始；随训练就地更新。
+        saved: 存档里的 :class:`TrainState`；重新训练时没有。
+
+    Attributes:
+        saved_step: 哪一步刚存过盘，-1 还没有；train_loss: 最后一个记录区间的平均损失；
+        metrics: 最后一次验证的结果。这三样另存，不随 :class:`TrainState`。
     """
 
-    def __init__(self, args: Any, rows: int, world_size: int, state: TrainState):
-        self.args, self.rows, self.state = args, rows, state
+    def __init__(self, args: Any, rows: int, world_size: int, **saved: Any):
+        super().__init__(**saved)
+        self.args, self.rows = args, rows
         self.global_batch = args.batch_size * world_size  # 一个全局微批次的样本数
         self.total_steps = self._count_steps()
+        self.saved_step = self.step if saved else -1
+        self.train_loss, self.metrics = math.nan, {}
 
     def _steps(self, samples: int) -> int:
         """这么多样本要走多少个优化步；末尾不满的窗口也算一步。"""
         return math.ceil(math.ceil(samples / self.global_batch) / self.args.accumulation_steps)
 
     def _count_steps(self) -> int:
-        epochs_left = self.args.epochs - self.state.epoch
+        epochs_left = self.args.epochs - self.epoch
         left = 0
         if epochs_left > 0:
-            left = self._steps(self.rows - self.state.samples) + (epochs_left - 1) * self._steps(self.rows)
-        total = self.state.step + left
+            left = self._steps(self.rows - self.samples) + (epochs_left - 1) * self._steps(self.rows)
+        total = self.step + left
         return min(total, self.args.max_steps) if self.args.max_steps else total
 
     def window_size(self) -> tuple[int, int]:
         """下一个优化步的（微批次数，全局样本数）；一轮的末尾可能不满。"""
-        left = self.rows - self.state.samples
+        left = self.rows - self.samples
         micro = min(self.args.accumulation_steps, math.ceil(left / self.global_batch))
         return micro, min(left, micro * self.global_batch)
 
     def learning_rate(self, samples: int) -> float:
         """即将走的这一步的学习率：按样本进度（换了进程数也不跳），由 ``--max_steps`` 截断时按步数进度。"""
-        args, state = self.args, self.state
+        args = self.args
         if args.max_steps and self.total_steps == args.max_steps:
-            position = (state.step + 0.5, args.max_steps)
+            position = (self.step + 0.5, args.max_steps)
         else:
-            done = state.epoch * self.rows + state.samples + samples / 2
+            done = self.epoch * self.rows + self.samples + samples / 2
             position = (done, args.epochs * self.rows)
         return lr_at(
             *position,
@@ -81,13 +120,12 @@ class Progress:
 
     def advance(self, samples: int) -> None:
         """一步走完：样本位置前移，到头则进入下一轮。"""
-        state = self.state
-        state.step += 1
-        state.samples += samples
-        if state.samples >= self.rows:
-            state.epoch, state.samples = state.epoch + 1, 0
+        self.step += 1
+        self.samples += samples
+        if self.samples >= self.rows:
+            self.epoch, self.samples = self.epoch + 1, 0
 
     @property
     def epoch_for_people(self) -> int:
         """从 1 数的轮次；一轮刚走完时仍说是那一轮。"""
-        return self.state.epoch + (self.state.samples > 0 or self.state.step == 0)
+        return self.epoch + (self.samples > 0 or self.step == 0)

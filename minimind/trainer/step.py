@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,31 +12,28 @@ from torch.nn.parallel import DistributedDataParallel
 
 from minimind.console import say
 from minimind.errors import UserError
-from minimind.runtime.device import autocast_context
-from minimind.runtime.distributed import all_reduce_sum, gather_objects, on_main
+from minimind.runtime.device import autocast_context, stat_dtype
+from minimind.runtime.distributed import all_reduce_sum, gather_objects, on_main, world_size
 from minimind.runtime.interrupt import StopSignal
-from minimind.trainer.loader import Batch
+from minimind.trainer.recipe import Window
 from minimind.trainer.run import Run
 from minimind.trainer.validation import to_device
 
 # 连续这么多步不是有限数就停：偶尔一步可能是坏样本，接连三步说明训练已经发散
 MAX_NONFINITE_IN_ROW = 3
 
-Window = list[tuple[list[int], Batch]]
 
-
-def forward_backward(
-    run: Run, window: Window, compute_loss: Callable, count: Callable[[Batch], float], stop: StopSignal
-) -> tuple[dict[str, float], list[Tensor]]:
+def forward_backward(run: Run, window: Window, stop: StopSignal) -> tuple[dict[str, float], list[Tensor]]:
     """一窗微批次的前向反向；梯度留在参数上，已按全局目标数归一并反缩放。
 
     Returns:
         各进程合起来的各项之和（``loss count tokens context stop`` 与 metrics，加上 ``grad_norm``），
         以及本进程每个微批次的损失和。全程只与加速卡同步一次。
     """
-    counts = [count(batch) if ids else 0.0 for ids, batch in window]
-    total = all_reduce_sum(torch.tensor(sum(counts), dtype=run.stat_dtype, device=run.device))
-    scale = (run.world_size / total.where(total > 0, 1.0)).float()
+    recipe, precision = run.recipe, stat_dtype(run.device)
+    counts = [recipe.count(batch) if ids else 0.0 for ids, batch in window]
+    total = all_reduce_sum(torch.tensor(sum(counts), dtype=precision, device=run.device))
+    scale = (world_size() / total.where(total > 0, 1.0)).float()
 
     sums: dict[str, Any] = {"loss": 0.0, "count": sum(counts)}
     sums["tokens"], sums["context"] = count_tokens(window)
@@ -48,31 +44,30 @@ def forward_backward(
         distributed = isinstance(run.wrapped, DistributedDataParallel)
         with run.wrapped.no_sync() if distributed and not last else contextlib.nullcontext():
             with autocast_context(run.device, run.dtype):
-                loss_sum, n, metrics = compute_loss(run.wrapped, to_device(batch, run.device))
+                loss_sum, metrics = recipe.loss(run.wrapped, to_device(batch, run.device))
             real = float(bool(ids))  # 凑数的批乘 0：梯度为零，但照样参加归约
             run.scaler.scale(loss_sum * scale * real).backward()
-        if run.meter.seen == 0 and ids and abs(float(n) - counts[index]) > 1e-3 * max(counts[index], 1.0):
-            raise RuntimeError(
-                f"compute_loss 返回的个数 {float(n)} 与 count(batch) 数出的 {counts[index]} 不一致"
-            )
         micro_losses.append(loss_sum.detach() * real)
         sums["loss"] = sums["loss"] + micro_losses[-1]
-        add_metrics(sums, metrics, n, real)
+        add_metrics(sums, metrics, counts[index], real)
 
     stop.committed()
     sums["stop"] = float(stop.requested)  # 搭这一次归约的车：只要有一个进程收到信号，大家走完这一步一起停
     run.scaler.unscale_(run.optimizer)  # 没启用时是空操作
     grad_norm = run.vitals.gradient_norm()
-    values = [torch.as_tensor(v, dtype=run.stat_dtype, device=run.device) for v in sums.values()]
+    # 主机上的数一次送过去，不一个个地送：每送一个都要与卡同步
+    host = torch.tensor([0.0 if isinstance(v, Tensor) else v for v in sums.values()], dtype=precision)
+    numbers = host.to(run.device).unbind()
+    values = [v.to(precision) if isinstance(v, Tensor) else n for v, n in zip(sums.values(), numbers)]
     reduced = all_reduce_sum(torch.stack(values))
-    numbers = torch.cat([reduced, grad_norm.to(reduced)[None]]).tolist()
-    return dict(zip([*sums, "grad_norm"], numbers)), micro_losses
+    totals = torch.cat([reduced, grad_norm.to(reduced)[None]]).tolist()
+    return dict(zip([*sums, "grad_norm"], totals)), micro_losses
 
 
-def add_metrics(sums: dict[str, Any], metrics: dict[str, Any], n: Any, real: float) -> None:
-    """把一个微批次的 metrics 加进 ``sums``：键 ``name/sum`` 与 ``name/count``。"""
+def add_metrics(sums: dict[str, Any], metrics: dict[str, Any], count: float, real: float) -> None:
+    """把一个微批次的 metrics 加进 ``sums``：键 ``name/sum`` 与 ``name/count``；``count`` 是损失的分母。"""
     for name, value in metrics.items():
-        total, number = value if isinstance(value, tuple) else (value, n)
+        total, number = value if isinstance(value, tuple) else (value, count)
         for key, part in ((f"{name}/sum", total), (f"{name}/count", number)):
             part = part.detach() if isinstance(part, Tensor) else part
             sums[key] = sums.get(key, 0.0) + part * real
@@ -133,14 +128,14 @@ def report_nonfinite(run: Run, window: Window, micro_losses: list[Tensor], sums:
     ]
     samples = sorted(sample for part in gather_objects(suspects) for sample in part)
     names = "、".join(map(str, samples[:16])) + (f" 等 {len(samples)} 个" if len(samples) > 16 else "")
-    if hasattr(run.train_ds, "source_lines"):
-        lines = sorted({line for sample in samples[:16] for line in run.train_ds.source_lines(sample)})
+    if hasattr(run.data.train, "source_lines"):
+        lines = sorted({line for sample in samples[:16] for line in run.data.train.source_lines(sample)})
         names += f"（源文件第 {'、'.join(map(str, lines[:16]))} 行{'等' if len(lines) > 16 else ''}）"
     what = "损失" if not math.isfinite(sums["loss"]) else "梯度范数"
     say(f"第 {step} 步的{what}不是有限数，这一步不更新权重；涉及的样本：{names}。")
     if state.nonfinite_in_row >= MAX_NONFINITE_IN_ROW:
-        rescue = f"；第 {run.saved_step} 步的存档完好，可加 --from_resume 1 从那里继续"
-        rescue = rescue if run.saved_step > 0 else ""
+        rescue = f"；第 {state.saved_step} 步的存档完好，可加 --from_resume 1 从那里继续"
+        rescue = rescue if state.saved_step > 0 else ""
         stopped = UserError(
             f"连续 {MAX_NONFINITE_IN_ROW} 步的{what}不是有限数，训练停止",
             where=f"第 {step} 步，样本 {names}",

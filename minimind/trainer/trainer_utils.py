@@ -31,8 +31,8 @@ from minimind.runtime.distributed import (
 )
 from minimind.runtime.files import check_writable
 from minimind.tokenizer import load_tokenizer, tokenizer_fingerprint
-from minimind.trainer.sampler import SkipBatchSampler, epoch_order
-from minimind.trainer.schedule import lr_at
+from minimind.trainer.loader import SkipBatchSampler, epoch_order
+from minimind.trainer.progress import lr_at
 
 __all__ = [
     "SkipBatchSampler",

@@ -9,17 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minimind.runtime.device import autocast_context, preserved_rng
+from minimind.runtime.device import autocast_context, preserved_rng, stat_dtype
 from minimind.runtime.distributed import all_reduce_sum, gather_objects, rank, world_size
-from minimind.trainer.sampler import epoch_order
-
-
-def count_targets(batch: dict[str, Any]) -> float:
-    """一个微批次里的目标词元数；有 ``loss_weights`` 时是权重之和。在 CPU 上数，不惊动加速卡。"""
-    is_target = batch["labels"][:, 1:] != -100  # 第 0 列没有前文，永远不是目标
-    if "loss_weights" in batch:
-        return float((batch["loss_weights"][:, 1:] * is_target).sum())
-    return float(is_target.sum())
+from minimind.trainer.loader import epoch_order
+from minimind.trainer.recipe import Batch, LossResult, count_targets
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -37,9 +30,10 @@ def count_bytes(batch: dict[str, Any], byte_lengths: Tensor) -> float:
 def validate(
     model: nn.Module,
     val_ds: Sequence[Any],
-    compute_loss: Callable[..., Any],
-    collate: Callable[[list[Any]], dict[str, Any]],
+    loss: Callable[[nn.Module, Batch], LossResult],
+    collate: Callable[[list[Any]], Batch],
     *,
+    count: Callable[[Batch], float] = count_targets,
     batch_size: int,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
@@ -50,10 +44,11 @@ def validate(
     """在验证集上求损失；多进程时各算一份再合起来。不改变随机数状态，结束后模型回到训练模式。
 
     每字节比特数 = Σ 负对数似然 / ln 2 / 目标文本的 UTF-8 字节数；文档结束符的代价计入分子，
-    所以它是“把这些文本连同边界编码下来”每字节要多少比特。``compute_loss`` 的 metrics 里有 ``ce`` 时用它
-    （例如蒸馏的损失不是交叉熵），否则用 ``loss_sum``；目标带权重、或损失不按词元计数（偏好对）时没有这个量。
+    所以它是“把这些文本连同边界编码下来”每字节要多少比特。``loss`` 的 metrics 里有 ``ce`` 时用它
+    （例如蒸馏的损失不是交叉熵），否则用损失本身；目标带权重、或损失不按词元计数（偏好对）时没有这个量。
 
     Args:
+        loss, collate, count: 见 :class:`minimind.trainer.recipe.Recipe`。
         byte_lengths: ``[V]`` 每个词元的字节数；``None`` 时不算每字节比特数。
         max_rows: 至多用多少行（固定的随机子集）；0 表示全部。
         should_stop: 返回 True 时立刻放弃（收到了退出信号）。
@@ -73,23 +68,24 @@ def validate(
                     sums[4] = 1
                     break
                 batch = collate([val_ds[i] for i in rows[start : start + batch_size]])
-                loss_sum, count, metrics = compute_loss(model, to_device(batch, device))
+                loss_sum, metrics = loss(model, to_device(batch, device))
+                number = count(batch)
                 sums[0] += float(loss_sum)
-                sums[1] += float(count)
+                sums[1] += number
                 for name, value in metrics.items():
-                    pair = value if isinstance(value, tuple) else (value, count)
+                    pair = value if isinstance(value, tuple) else (value, number)
                     extras[name] = [a + float(b) for a, b in zip(extras.get(name, (0.0, 0.0)), pair)]
-                if byte_lengths is not None and per_token(batch, float(count)):
+                if byte_lengths is not None and per_token(batch, number):
                     ce = metrics.get("ce", loss_sum)
                     sums[2] += float(ce[0] if isinstance(ce, tuple) else ce)
                     sums[3] += count_bytes(batch, byte_lengths)
     finally:
         model.train(was_training)
-    on_device = sums.to(device, torch.float32 if device.type in ("mps", "npu") else torch.float64)
-    loss, count, nll, n_bytes, stopped = all_reduce_sum(on_device).tolist()
+    on_device = sums.to(device, stat_dtype(device))
+    total, number, nll, n_bytes, stopped = all_reduce_sum(on_device).tolist()
     if stopped:
         return None
-    result = {"val_loss": loss / max(count, 1.0)}
+    result = {"val_loss": total / max(number, 1.0)}
     if n_bytes:
         result["val_bpb"] = nll / math.log(2) / n_bytes
     parts = gather_objects(extras)  # 行数少时有的进程一行也没分到，没有这些项

@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# 损失就是（或另记了 ce）每个目标词元的交叉熵、瞎猜时等于 ln V 的配方
-CROSS_ENTROPY_RECIPES = ("pretrain", "full_sft", "lora", "reason")
 LN_V_MARGIN = 0.01  # 高于 ln V 减这么多就算没学到：正常的训练头十步就低出不止一点
 FIRST_STEP = 10  # 至少走过这么多步才看损失
 # 连续这么多次更新梯度恰好是 0 才算毛病：从零初始化的写回投影、LoRA 的 B 让上游头一步没有梯度；
@@ -66,9 +64,11 @@ def zero_parts(streaks: Mapping[str, float], updates: float) -> list[str]:
     return found
 
 
-def learned_nothing(record: Mapping[str, Any], recipe: str, vocab_size: int, warm: bool) -> str | None:
-    """损失还在 ln V（瞎猜）：``warm`` 表示整个区间都在预热之后。"""
-    ce = record.get("ce", record["loss"] if recipe in CROSS_ENTROPY_RECIPES else math.nan)
+def learned_nothing(
+    record: Mapping[str, Any], cross_entropy: bool, vocab_size: int, warm: bool
+) -> str | None:
+    """损失还在 ln V（瞎猜）：看记下的 ``ce``，没有时 ``cross_entropy`` 的配方看损失；``warm`` 表示整个区间都在预热之后。"""
+    ce = record.get("ce", record["loss"] if cross_entropy else math.nan)
     if not warm or record["step"] < FIRST_STEP or not ce > math.log(vocab_size) - LN_V_MARGIN:
         return None
     return (
@@ -158,14 +158,20 @@ class VitalSigns:
         return total
 
     def examine(
-        self, record: Mapping[str, Any], *, recipe: str, vocab_size: int, warm: bool, updates: float,
+        self,
+        record: Mapping[str, Any],
+        *,
+        cross_entropy: bool,
+        vocab_size: int,
+        warm: bool,
+        updates: float,
         group_lrs: Iterable[float],
-    ) -> list[str]:  # fmt: skip
+    ) -> list[str]:
         """一行日志之后：新发现的毛病，各一句。
 
         Args:
             record: 这一行日志。
-            recipe: 配方的名字。
+            cross_entropy: 损失就是每个目标词元的交叉熵。
             vocab_size: 词表大小。
             warm: 整个区间都在预热之后。
             updates: 区间里正常的更新次数。
@@ -176,7 +182,7 @@ class VitalSigns:
         found = {
             "学习率": no_learning_rate(record, group_lrs),
             "空更新": empty_updates(record, updates),
-            "损失": learned_nothing(record, recipe, vocab_size, warm),
+            "损失": learned_nothing(record, cross_entropy, vocab_size, warm),
         }
         if stepped > 0:
             streaks = dict(zip(self.names, self.streaks.tolist()))

@@ -17,6 +17,7 @@ from minimind.recipes.health import distillation_health, preference_health
 from minimind.rl.experience import Collector
 from minimind.rl.health import RLHealth
 from minimind.rl.rollout import LocalRollout
+from minimind.runtime import distributed
 from minimind.trainer import loop
 
 RECIPES = list(CASES)
@@ -195,7 +196,7 @@ def save_each_rank(**kwargs) -> None:
     original = loop.finish
 
     def finish(run):
-        torch.save(run.model.state_dict(), kwargs["folder"] / f"rank{run.rank}.pt")
+        torch.save(run.model.state_dict(), kwargs["folder"] / f"rank{distributed.rank()}.pt")
         return original(run)
 
     loop.finish = finish

@@ -39,7 +39,8 @@ def test_半行多一点的对话_换长行_填充降下来_位置数不变(conv
     plain = SFTDataset(path, load_tokenizer(), max_length=64, seed=1)
     assert plain.stats["padding_share"] > 0.1
     args = args_for(path, val_ratio=0.1)
-    train_ds, val_ds = open_datasets(SFTDataset, args, load_tokenizer())
+    data = open_datasets(SFTDataset, args, load_tokenizer())
+    train_ds, val_ds = data.train, data.val
     assert args.batch_size * train_ds.row_length == 8 * 64 and train_ds.row_length > 64
     assert train_ds.stats["padding_share"] < plain.stats["padding_share"] / 2
     assert val_ds.row_length == train_ds.row_length, "验证用同一个批大小，行也要一样长"
@@ -50,15 +51,15 @@ def test_半行多一点的对话_换长行_填充降下来_位置数不变(conv
 @pytest.mark.parametrize("batch_size,row_length", [(6, 128), (7, 64)])
 def test_批大小除不尽就换小一点的倍数或不换(conversations, batch_size, row_length):
     args = args_for(conversations(300), batch_size=batch_size)
-    train_ds, _ = open_datasets(SFTDataset, args, load_tokenizer())
+    train_ds = open_datasets(SFTDataset, args, load_tokenizer()).train
     assert train_ds.row_length == row_length and args.batch_size * row_length == batch_size * 64
 
 
 def test_行太少或填充本来就少时不动(conversations):
     args = args_for(conversations(12))
-    assert open_datasets(SFTDataset, args, load_tokenizer())[0].row_length == 64
+    assert open_datasets(SFTDataset, args, load_tokenizer()).train.row_length == 64
     args = args_for(conversations(300), max_seq_len=1024, batch_size=2)
-    assert open_datasets(SFTDataset, args, load_tokenizer())[0].row_length == 1024
+    assert open_datasets(SFTDataset, args, load_tokenizer()).train.row_length == 1024
 
 
 def test_偏好数据不打包_也走同一个入口(tmp_path, monkeypatch):
@@ -67,5 +68,5 @@ def test_偏好数据不打包_也走同一个入口(tmp_path, monkeypatch):
     pair = {k: [user, {"role": "assistant", "content": v}] for k, v in (("chosen", "好"), ("rejected", "哼"))}
     path = tmp_path / "dpo.jsonl"
     path.write_text(json.dumps(pair) + "\n")
-    train_ds, val_ds = open_datasets(DPODataset, args_for(path), load_tokenizer())
-    assert len(train_ds) == 1 and val_ds is None
+    data = open_datasets(DPODataset, args_for(path), load_tokenizer())
+    assert len(data.train) == 1 and data.val is None

@@ -18,6 +18,7 @@ from minimind.recipes.health import distillation_health
 from minimind.rl.own_answers import last_prompts
 from minimind.runtime.checkpoint import config_dict, load_file, save_weights, weights_path
 from minimind.tokenizer import load_tokenizer, tokenizer_fingerprint
+from minimind.trainer.recipe import count_targets, language_model_loss
 
 SMALL = {
     "student_hidden_size": 32,
@@ -90,7 +91,7 @@ def test_批上的损失等于不分块的算法(home):
     args = DistillationArguments(**SMALL, alpha=0.3, temperature=2.0)
     rows = SFTDataset("sft.jsonl", load_tokenizer(), 64)
     batch = collate_packed([rows[0], rows[1]])
-    loss, count, parts = distill_loss(student, batch, args, student, teacher)
+    loss, parts = distill_loss(student, batch, args, student, teacher)
     loss.backward()
     got = {name: p.grad.clone() for name, p in student.named_parameters()}
     student.zero_grad()
@@ -99,7 +100,7 @@ def test_批上的损失等于不分块的算法(home):
         guide = target_logits(teacher, batch).logits
     expected, expected_parts = distillation_loss(ours.logits, guide, ours.targets, alpha=0.3, temperature=2.0)
     expected.backward()
-    assert count == len(ours.targets) == int((batch["labels"][:, 1:] != -100).sum())
+    assert count_targets(batch) == len(ours.targets) == int((batch["labels"][:, 1:] != -100).sum())
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(parts["ce"], expected_parts["ce"], rtol=1e-5, atol=1e-4)
     for name, p in student.named_parameters():
@@ -122,15 +123,13 @@ def test_混合专家与稠密可以互相教(home, teacher_moe, student_moe):
 
 
 def test_alpha为一就是普通的监督微调(home):
-    from minimind.trainer.loop import language_model_loss
-
     make_weights()
     train(max_steps=3, alpha=1.0)
     first = final_weights(home)
     original = distillation.distill_loss
     try:
         distillation.distill_loss = lambda model, batch, args, student, teacher: (
-            *language_model_loss(model, batch)[:2],
+            language_model_loss(model, batch)[0],
             {"divergence": torch.ones(())},
         )
         train(max_steps=3, alpha=1.0)

@@ -97,7 +97,7 @@ def test_估计_与逐条手算一致(actor):
         model.critic.value_weight.normal_(generator=torch.Generator().manual_seed(1))
     recorded = {}
     run = SimpleNamespace(
-        model=model, device=torch.device("cpu"), dtype=torch.float32, stat_dtype=torch.float64,
+        model=model, device=torch.device("cpu"), dtype=torch.float32,
         record=lambda **metrics: recorded.update(metrics),
     )  # fmt: skip
     rollout = LocalRollout(actor, load_tokenizer(), max_new_tokens=5).generate(

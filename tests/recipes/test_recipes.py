@@ -92,16 +92,17 @@ def test_微调的目标只有助手的话(home):
 
 
 def test_初始损失接近词表大小的对数(home):
-    from minimind.trainer.loop import language_model_loss
+    from minimind.trainer.recipe import count_targets, language_model_loss
     from minimind.trainer.trainer_utils import init_model, model_config, start_run
 
     args = pretrain.PretrainArguments(data_path="pre.jsonl", val_ratio=0, **SMALL)
     model, tokenizer = init_model(model_config(args), "none", None, args.save_dir, start_run(args))
-    train_ds, val_ds = data.open_datasets(pretrain.PretrainDataset, args, tokenizer)
-    assert val_ds is None
+    opened = data.open_datasets(pretrain.PretrainDataset, args, tokenizer)
+    assert opened.val is None
+    batch = pretrain.collate_packed([opened.train[0]])
     with torch.no_grad():
-        loss, count, _ = language_model_loss(model, pretrain.collate_packed([train_ds[0]]))
-    assert abs(loss / count - torch.log(torch.tensor(6400.0))) < 0.25
+        loss, _ = language_model_loss(model, batch)
+    assert abs(loss / count_targets(batch) - torch.log(torch.tensor(6400.0))) < 0.25
 
 
 def test_数据的来源_给的_惯用的_内置的(home, monkeypatch, capsys):

@@ -14,7 +14,7 @@ from trainer_helpers import assert_same_weights, in_processes
 
 from minimind.arguments import RESUME, declared
 from minimind.errors import UserError
-from minimind.trainer.resuming import changed, check_arguments, options_of
+from minimind.trainer.resume import changed, check_arguments, options_of
 
 pytestmark = pytest.mark.usefixtures("cache")
 RECIPES = list(CASES)

@@ -42,8 +42,8 @@ class CollateAll:
 def open_recipe(name: str, world, monkeypatch) -> tuple[Any, Any]:
     """照命令行走到训练循环之前。"""
 
-    def stop(args, model, tokenizer, train_ds, compute_loss, *, collate=None, **options):
-        raise Opened(train_ds, collate or train_ds.collate)
+    def stop(args, recipe, model, tokenizer, data):
+        raise Opened(data.train, recipe.collate)
 
     home = "rl" if name in ("ppo", "grpo", "spo") else name
     monkeypatch.setattr(importlib.import_module(f"minimind.recipes.{home}"), "train", stop)

@@ -13,6 +13,7 @@ from minimind.recipes import spo
 from minimind.recipes.spo import SPOArguments, reward_range
 from minimind.rl.rewards import build_rewards
 from minimind.rl.tracker import PromptTracker
+from minimind.runtime import distributed
 from minimind.trainer import loop
 
 ONCE = {"num_generations": 1, "log_interval": 1, "save_interval": 0, "eval_interval": 0}
@@ -71,8 +72,8 @@ def keep_tracker(**kwargs):
     original = loop.finish
 
     def finish(run):
-        state = run.extra_state["tracker"].state_dict()
-        torch.save(state, kwargs["folder"] / f"tracker{run.rank}.pt")
+        state = run.recipe.extra_state["tracker"].state_dict()
+        torch.save(state, kwargs["folder"] / f"tracker{distributed.rank()}.pt")
         return original(run)
 
     loop.finish = finish

@@ -11,14 +11,15 @@ import pytest
 import torch
 import trainer_helpers
 from trainer_helpers import (
+    Data,
     ToyRows,
     assert_same_weights,
     in_processes,
     language_model_loss,
     saved_model,
-    stack,
     tiny_args,
     tiny_model,
+    toy_recipe,
     toy_train,
     train,
 )
@@ -33,7 +34,7 @@ def train_and_keep(folder, **changes):
     """训练后每个进程都把自己内存里的权重存下来。"""
     model = tiny_model()
     args = tiny_args(folder, epochs=5, max_steps=STEPS, schedule="cosine", **changes)
-    train(args, model, None, ToyRows(21), language_model_loss, collate=stack, val_ds=ToyRows(5, 1))
+    train(args, toy_recipe(), model, None, Data(ToyRows(21), ToyRows(5, 1)))
     torch.save(model.state_dict(), Path(folder) / f"rank{distributed.rank()}.pth")
 
 
@@ -108,8 +109,8 @@ def test_各进程的随机数流不同(tmp_path):
 
 def bad_on_one_rank(folder):
     def loss(model, batch):
-        value, count, metrics = language_model_loss(model, batch)
-        return value * (float("nan") if distributed.rank() == 1 else 1.0), count, metrics
+        value, metrics = language_model_loss(model, batch)
+        return value * (float("nan") if distributed.rank() == 1 else 1.0), metrics
 
     toy_train(folder, loss=loss)
 

@@ -15,14 +15,15 @@ import pytest
 import trainer_helpers
 from test_resume import SETTINGS, assert_as_if_uninterrupted, uninterrupted  # noqa: F401  夹具
 from trainer_helpers import (
+    Data,
     ToyRows,
     assert_same_weights,
     in_processes,
     language_model_loss,
     saved_model,
-    stack,
     tiny_args,
     tiny_model,
+    toy_recipe,
     toy_train,
     train,
 )
@@ -157,7 +158,7 @@ def test_续训存档只在主进程的磁盘上_别的进程也从那一步接�
 
 def different_data(folder) -> None:
     rows = ToyRows(22 + distributed.rank())
-    train(tiny_args(folder), tiny_model(), None, rows, language_model_loss, collate=stack)
+    train(tiny_args(folder), toy_recipe(), tiny_model(), None, Data(rows))
 
 
 def test_各机器的数据不是同一份_说出是哪个进程(tmp_path):
@@ -241,7 +242,7 @@ def test_续训存档写不成时_说的是checkpoint_dir(tmp_path):
     blocked = tmp_path / "checkpoints"
     blocked.write_text("x")
     with pytest.raises(UserError, match=r"checkpoints.*--checkpoint_dir"):
-        train(args, tiny_model(), None, ToyRows(), language_model_loss, collate=stack)
+        train(args, toy_recipe(), tiny_model(), None, Data(ToyRows()))
 
 
 # ---------------------------------------------------------------- 真的 torchrun

@@ -18,6 +18,7 @@ from trainer_helpers import (
     tiny_args,
     tiny_config,
     tiny_model,
+    toy_recipe,
     toy_train,
 )
 
@@ -25,7 +26,8 @@ from minimind.arguments import parse_args
 from minimind.errors import UserError
 from minimind.trainer import compiling
 from minimind.trainer.compiling import CompiledBlocks, compare, maybe_compile, worth_compiling
-from minimind.trainer.loop import language_model_loss, train
+from minimind.trainer.loop import train
+from minimind.trainer.recipe import Data, language_model_loss
 from minimind.trainer.train_args import TrainArguments
 
 
@@ -82,7 +84,7 @@ def pack(rows):
 def packed_train(folder, model=None, **changes):
     settings = {"max_seq_len": Packed.LENGTH, "batch_size": 2, "learning_rate": 2e-3, **changes}
     args = tiny_args(folder, **settings)
-    return train(args, tiny_model(**(model or {})), None, Packed(), language_model_loss, collate=pack)
+    return train(args, toy_recipe(collate=pack), tiny_model(**(model or {})), None, Data(Packed()))
 
 
 def losses(result):
@@ -217,9 +219,9 @@ def test_梯度全为零的头一步说明不了什么_留到有梯度时再核�
     calls = {"n": 0}
 
     def silent_at_first(model, batch):
-        loss, count, metrics = language_model_loss(model, batch)
+        loss, metrics = language_model_loss(model, batch)
         calls["n"] += 1
-        return loss * float(calls["n"] > 4), count, metrics
+        return loss * float(calls["n"] > 4), metrics
 
     monkeypatch.setattr(torch, "compile", wrong("zero"))
     toy_train(tmp_path, use_compile=1, loss=silent_at_first)
@@ -247,11 +249,11 @@ def test_编译的时间不计入步时(tmp_path, monkeypatch):
 
 
 def fake_run(kind="cuda", steps=10_000, probes=True, peak=1e14):
+    recipe = toy_recipe(prepare=None if probes else lambda run, window: [window])
     args = types.SimpleNamespace(max_seq_len=512, batch_size=32, accumulation_steps=1)
     return types.SimpleNamespace(
-        device=types.SimpleNamespace(type=kind), args=args, probes=probes, numerics={"peak_flops": peak},
-        progress=types.SimpleNamespace(total_steps=steps), state=types.SimpleNamespace(step=0),
-        train_ds=ToyRows(4), config=tiny_config(hidden_size=512, num_hidden_layers=8),
+        device=types.SimpleNamespace(type=kind), args=args, recipe=recipe, numerics={"peak_flops": peak},
+        state=types.SimpleNamespace(step=0, total_steps=steps), data=Data(ToyRows(4)), config=tiny_config(hidden_size=512, num_hidden_layers=8),
     )  # fmt: skip
 
 

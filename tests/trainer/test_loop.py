@@ -9,15 +9,25 @@ import re
 import pytest
 import torch
 from torch.nn import functional as F
-from trainer_helpers import ToyRows, assert_same_weights, saved_model, stack, tiny_args, tiny_model, toy_train
+from trainer_helpers import (
+    ToyRows,
+    assert_same_weights,
+    saved_model,
+    stack,
+    tiny_args,
+    tiny_model,
+    toy_recipe,
+    toy_train,
+)
 
 from minimind.errors import UserError
 from minimind.runtime.checkpoint import load_file
-from minimind.trainer import loop
-from minimind.trainer.loop import language_model_loss, train
+from minimind.trainer import journal
+from minimind.trainer.loader import epoch_order
+from minimind.trainer.loop import train
 from minimind.trainer.optim import build_optimizer, set_learning_rate
-from minimind.trainer.sampler import epoch_order
-from minimind.trainer.schedule import lr_at
+from minimind.trainer.progress import lr_at
+from minimind.trainer.recipe import Data, language_model_loss
 
 
 def read_lines(result) -> list[dict]:
@@ -100,7 +110,7 @@ def test_没有目标的窗口不动权重也没有NaN(tmp_path, capsys):
     rows = ToyRows(4)
     rows.targets[:] = 0
     before = tiny_model().state_dict()
-    result = train(tiny_args(tmp_path), tiny_model(), None, rows, language_model_loss, collate=stack)
+    result = train(tiny_args(tmp_path), toy_recipe(), tiny_model(), None, Data(rows))
     assert_same_weights(saved_model(tmp_path), before)
     assert [line["loss"] for line in read_lines(result)] == [None, None]
     assert "不是有限数" not in capsys.readouterr().err
@@ -116,15 +126,15 @@ def test_混合专家的辅助损失按目标数加权并记录(tmp_path):
 
 
 def bad_loss(bad_calls: set[int], mode: str):
-    """第 k 次调用时给出坏损失的 compute_loss。"""
+    """第 k 次调用时给出坏损失的损失函数。"""
     calls = {"n": -1}
 
     def compute(model, batch):
-        loss, count, metrics = language_model_loss(model, batch)
+        loss, metrics = language_model_loss(model, batch)
         calls["n"] += model.training
         if calls["n"] in bad_calls:
             loss = loss * math.nan if mode == "loss" else loss + BadGradient.apply(loss)
-        return loss, count, metrics
+        return loss, metrics
 
     return compute
 
@@ -175,9 +185,9 @@ def test_float16的溢出由缩放器处理不算坏步(tmp_path, capsys):
     calls = {"n": 0}
 
     def overflow_first(model, batch):
-        loss, count, metrics = language_model_loss(model, batch)
+        loss, metrics = language_model_loss(model, batch)
         calls["n"] += 1
-        return loss * (1e5 if calls["n"] <= 4 else 1.0), count, metrics  # 前四步的梯度乘缩放系数后溢出
+        return loss * (1e5 if calls["n"] <= 4 else 1.0), metrics  # 前四步的梯度乘缩放系数后溢出
 
     result = toy_train(tmp_path, dtype="float16", loss=overflow_first)
     assert "不是有限数" not in capsys.readouterr().err
@@ -188,15 +198,6 @@ def test_float16的溢出由缩放器处理不算坏步(tmp_path, capsys):
     assert any(not torch.equal(v, initial[k]) for k, v in data["model"].items())
 
 
-def test_目标数数错了立刻报错(tmp_path):
-    def wrong(model, batch):
-        loss, count, metrics = language_model_loss(model, batch)
-        return loss, count + 5, metrics
-
-    with pytest.raises(RuntimeError, match="不一致"):
-        toy_train(tmp_path, loss=wrong)
-
-
 def test_带权重的目标按权重归一(tmp_path):
     class Weighted(ToyRows):
         def __getitem__(self, index):
@@ -204,7 +205,7 @@ def test_带权重的目标按权重归一(tmp_path):
             return {**item, "loss_weights": torch.where(item["input_ids"] > 50, 10.0, 1.0)}
 
     args = tiny_args(tmp_path, batch_size=11, learning_rate=0.0, weight_decay=0.0)
-    result = train(args, tiny_model(), None, Weighted(22), language_model_loss, collate=stack)
+    result = train(args, toy_recipe(), tiny_model(), None, Data(Weighted(22)))
     model, rows, order = tiny_model(), Weighted(22), epoch_order(22, 42, 0)
     batch = stack([rows[int(i)] for i in order[:11]])
     logp = model(batch["input_ids"]).logits[:, :-1].log_softmax(-1)
@@ -220,7 +221,7 @@ def test_验证前已存盘_验证崩了也不丢(tmp_path):
 
     args = tiny_args(tmp_path, max_steps=3)
     with pytest.raises(RuntimeError, match="评测坏了"):
-        train(args, tiny_model(), None, ToyRows(), language_model_loss, collate=stack, on_eval=explode)
+        train(args, toy_recipe(on_eval=explode), tiny_model(), None, Data(ToyRows()))
     assert (tmp_path / "out" / "toy_64.pth").is_file()
     assert saved_model(tmp_path)
 
@@ -233,10 +234,8 @@ def test_验证不影响训练(tmp_path):
         return {"score": 1.0}
 
     args = tiny_args(tmp_path / "b", eval_interval=2, epochs=2)
-    result = train(
-        args, tiny_model(dropout=0.2), None, ToyRows(), language_model_loss,
-        collate=stack, val_ds=ToyRows(5, 1), on_eval=sample,
-    )  # fmt: skip
+    recipe, data = toy_recipe(on_eval=sample), Data(ToyRows(), ToyRows(5, 1))
+    result = train(args, recipe, tiny_model(dropout=0.2), None, data)
     assert_same_weights(saved_model(tmp_path / "a"), saved_model(tmp_path / "b"))
     assert result.metrics["score"] == 1.0 and result.metrics["val_loss"] > 0
     sidecar = json.loads((tmp_path / "b" / "out" / "toy_64.json").read_text())
@@ -245,7 +244,7 @@ def test_验证不影响训练(tmp_path):
 
 def test_空数据报错(tmp_path):
     with pytest.raises(UserError, match="空的"):
-        train(tiny_args(tmp_path), tiny_model(), None, ToyRows(0), language_model_loss, collate=stack)
+        train(tiny_args(tmp_path), toy_recipe(), tiny_model(), None, Data(ToyRows(0)))
 
 
 def test_终端里打印的就是日志里写下的(tmp_path, capsys):
@@ -267,6 +266,6 @@ def test_全程用时早早就说_只说一次(tmp_path, capsys, monkeypatch):
     assert len(told) == 1 and told[0] < logged[0]
     toy_train(tmp_path / "b", **{**settings, "max_steps": 2})
     assert "本次全程约" not in capsys.readouterr().err  # 两步就完的不用说
-    monkeypatch.setattr(loop, "SLOW_SECONDS", 0.0)
+    monkeypatch.setattr(journal, "SLOW_SECONDS", 0.0)
     toy_train(tmp_path / "c", **{**settings, "max_steps": 2})
     assert capsys.readouterr().err.count("本次全程约") == 1

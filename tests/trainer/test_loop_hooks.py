@@ -6,15 +6,24 @@ import json
 
 import pytest
 import torch
-from trainer_helpers import ToyRows, assert_same_weights, saved_model, stack, tiny_args, tiny_model, toy_train
+from trainer_helpers import (
+    ToyRows,
+    assert_same_weights,
+    saved_model,
+    tiny_args,
+    tiny_model,
+    toy_recipe,
+    toy_train,
+)
 
 from minimind.runtime.checkpoint import load_file
-from minimind.trainer.loop import language_model_loss, train
+from minimind.trainer.loop import train
+from minimind.trainer.recipe import Data, count_targets, language_model_loss
 
 
 def run_with(folder, *, args=None, **hooks):
     settings = tiny_args(folder, **(args or {}))
-    return train(settings, tiny_model(), None, ToyRows(8), language_model_loss, collate=stack, **hooks)
+    return train(settings, toy_recipe(**hooks), tiny_model(), None, Data(ToyRows(8)))
 
 
 def lines(result):
@@ -61,6 +70,20 @@ def test_指标取区间平均_健康提示逐句打印(tmp_path, capfd):
     assert [line["reward"] for line in lines(result)] == [0.75, 2.25]
     output = capfd.readouterr()
     assert (output.out + output.err).count("留意：奖励没有起伏。") == 1
+
+
+def test_分母只由count给(tmp_path):
+    """数成两倍，损失与梯度都减半；指标没有自带分母的也除以它，自带的不管。"""
+
+    def loss(model, batch):
+        total, _ = language_model_loss(model, batch)
+        return total, {"ce": total.detach(), "own": (total.detach(), 1)}
+
+    options = {"max_steps": 1, "batch_size": 8}
+    once = lines(run_with(tmp_path / "a", args=options, loss=loss))[0]
+    twice = lines(run_with(tmp_path / "b", args=options, loss=loss, count=lambda b: 2 * count_targets(b)))[0]
+    for name, ratio in (("loss", 2), ("grad_norm", 2), ("ce", 2), ("own", 1)):
+        assert once[name] == pytest.approx(ratio * twice[name], rel=1e-5), name
 
 
 def test_只存指定的张量_续训存档仍是全部(tmp_path):

@@ -11,10 +11,11 @@ import pytest
 import torch
 from trainer_helpers import assert_same_weights, in_processes, load_file, saved_model, tiny_args
 
-from minimind.dataset import PretrainDataset, SFTDataset
+from minimind.dataset import PretrainDataset, SFTDataset, collate_packed
 from minimind.errors import UserError
 from minimind.tokenizer import load_tokenizer
-from minimind.trainer.loop import language_model_loss, train
+from minimind.trainer.loop import train
+from minimind.trainer.recipe import Data, Recipe, language_model_loss
 from minimind.trainer.trainer_utils import init_model, model_config
 
 TEXTS = [
@@ -59,7 +60,8 @@ def real_train(files, folder, *, kind="pretrain", die_at_call=None, rows_seen=No
             os.kill(os.getpid(), signal.SIGKILL)
         return language_model_loss(model, batch)
 
-    return train(args, model, tokenizer, train_ds, loss, val_ds=val_ds), model, val_ds
+    recipe = Recipe("pretrain", loss, collate_packed)
+    return train(args, recipe, model, tokenizer, Data(train_ds, val_ds)), model, val_ds
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "sft"])

@@ -16,16 +16,17 @@ from trainer_helpers import (
     in_processes,
     record_samples,
     saved_model,
-    stack,
     tiny_args,
     tiny_model,
+    toy_recipe,
     toy_train,
 )
 
 from minimind.errors import UserError
 from minimind.runtime import files
 from minimind.runtime.checkpoint import load_file
-from minimind.trainer.loop import language_model_loss, train
+from minimind.trainer.loop import train
+from minimind.trainer.recipe import Data, language_model_loss
 
 # 有 dropout、有短窗口、跨轮、记录区间跨存盘点、验证与存盘错开：哪样状态没存好都会露馅
 SETTINGS = {
@@ -191,10 +192,10 @@ def test_设置变了续训报错并指出哪里变了(tmp_path, changes, words)
 
 
 def test_自动选的精度写进存档_续训沿用(tmp_path, monkeypatch):
-    from minimind.trainer import run as run_module
+    from minimind.trainer import setup
 
     def choose(dtype):
-        monkeypatch.setattr(run_module.device, "choose_dtype", lambda *_: dtype)
+        monkeypatch.setattr(setup, "choose_dtype", lambda *_: dtype)
 
     choose(torch.bfloat16)
     toy_train(tmp_path, dtype="auto", max_steps=2)
@@ -220,7 +221,8 @@ def test_配方自己的状态随存档走(tmp_path):
             return language_model_loss(model, batch)
 
         args = tiny_args(tmp_path, **changes)
-        train(args, tiny_model(), None, ToyRows(), loss, collate=stack, extra_state={"tracker": counter})
+        recipe = toy_recipe(loss, extra_state={"tracker": counter})
+        train(args, recipe, tiny_model(), None, Data(ToyRows()))
 
     run(Counter(), max_steps=4)
     resumed = Counter()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minimind.trainer.sampler import SkipBatchSampler, epoch_order
+from minimind.trainer.loader import SkipBatchSampler, epoch_order
 
 
 def all_ranks(order, batch_size, world, skip):

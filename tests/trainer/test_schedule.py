@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minimind.trainer.schedule import lr_at
+from minimind.trainer.progress import lr_at
 
 
 def curve(total: int = 100, **options) -> list[float]:

@@ -11,15 +11,16 @@ from trainer_helpers import (
     ToyRows,
     assert_same_weights,
     saved_model,
-    stack,
     tiny_args,
     tiny_model,
+    toy_recipe,
     toy_train,
 )
 
 from minimind.model import MiniMindForCausalLM
 from minimind.trainer import vital_signs
-from minimind.trainer.loop import language_model_loss, train
+from minimind.trainer.loop import train
+from minimind.trainer.recipe import Data, count_targets, language_model_loss
 from minimind.trainer.vital_signs import (
     empty_updates,
     learned_nothing,
@@ -51,9 +52,8 @@ class Learnable(ToyRows):
 
 def run(folder, model=None, loss=language_model_loss, rows=None, **changes):
     settings = {"log_interval": 5, "batch_size": 2, "learning_rate": 5e-3, "warmup_ratio": 0.1, **changes}
-    return train(
-        tiny_args(folder, **settings), model or tiny_model(), None, rows or Learnable(), loss, collate=stack
-    )
+    data = Data(rows or Learnable())
+    return train(tiny_args(folder, **settings), toy_recipe(loss), model or tiny_model(), None, data)
 
 
 # ---------------------------------------------------------------- 纯函数
@@ -100,13 +100,13 @@ def test_整个部分是零说部分_单个矩阵是零说矩阵():
 
 def test_各种毛病的判断():
     stuck = {"step": 40, "loss": math.log(6400), "lr": 1e-3}
-    assert "ln 6400 = 8.7641" in learned_nothing(stuck, "pretrain", 6400, True)
-    assert learned_nothing(stuck, "pretrain", 6400, False) is None  # 还在预热
-    assert learned_nothing(stuck, "dpo", 6400, True) is None  # 损失不是交叉熵
-    assert learned_nothing({**stuck, "loss": 0.7, "ce": 8.8}, "distillation", 6400, True)
-    assert learned_nothing({**stuck, "loss": 8.9, "ce": 7.0}, "pretrain", 6400, True) is None
-    assert learned_nothing({**stuck, "loss": 8.5}, "pretrain", 6400, True) is None
-    assert learned_nothing({**stuck, "loss": math.nan}, "pretrain", 6400, True) is None
+    assert "ln 6400 = 8.7641" in learned_nothing(stuck, True, 6400, True)
+    assert learned_nothing(stuck, True, 6400, False) is None  # 还在预热
+    assert learned_nothing(stuck, False, 6400, True) is None  # 损失不是交叉熵
+    assert learned_nothing({**stuck, "loss": 0.7, "ce": 8.8}, False, 6400, True)
+    assert learned_nothing({**stuck, "loss": 8.9, "ce": 7.0}, True, 6400, True) is None
+    assert learned_nothing({**stuck, "loss": 8.5}, True, 6400, True) is None
+    assert learned_nothing({**stuck, "loss": math.nan}, True, 6400, True) is None
     assert "embed_tokens、lm_head" in no_gradient(["embed_tokens", "lm_head"], 10)
     assert no_gradient([], 10) is None
     assert nothing_moved(0.0, 1e-9) and nothing_moved(0.0, 0.0) is None and nothing_moved(0.5, 1e-9) is None
@@ -130,14 +130,27 @@ def test_好好的训练什么也不说(tmp_path, capsys, model, log_interval):
 
 
 def test_损失停在lnV说一次(tmp_path, capsys):
-    """梯度算成 0 的编译就是这个样子：30 步，六行日志，只说一次。"""
-    result = run(tmp_path, loss=lambda m, b: (language_model_loss(m, b)[0] * 0 + 4.5747 * n(b), n(b), {}))
-    said = [note for _, note in notes(result) if "ln 97 = 4.5747" in note]
+    """词嵌入全是 0，每个词的概率都是 1/V，什么也学不到：30 步，六行日志，只说一次。"""
+    model = tiny_model()
+    torch.nn.init.zeros_(model.model.embed_tokens.weight)
+    said = [
+        note for _, note in notes(run(tmp_path, model)) if "仍是 4.5747，不低于瞎猜的 ln 97 = 4.5747" in note
+    ]
     assert len(said) == 1 and capsys.readouterr().err.count("留意：预热过后") == 1
 
 
-def n(batch) -> float:
-    return float((batch["labels"][:, 1:] != -100).sum())
+def test_别的损失不与lnV比_除非记了交叉熵(tmp_path):
+    """损失只是大于 ln V 不算毛病：它不一定是交叉熵。"""
+
+    def larger(model, batch):
+        return language_model_loss(model, batch)[0] * 3, {}
+
+    def with_ce(model, batch):
+        total, _ = language_model_loss(model, batch)
+        return total * 3, {"ce": total.detach() * 0 + 4.6 * count_targets(batch)}
+
+    assert not any("ln 97" in note for _, note in notes(run(tmp_path / "a", loss=larger)))
+    assert any("ln 97" in note for _, note in notes(run(tmp_path / "b", loss=with_ce)))
 
 
 class Cut(MiniMindForCausalLM):
@@ -202,9 +215,9 @@ def test_好了又犯才再说(tmp_path):
         calls = -1
 
         def __call__(self, model, batch):
-            loss, count, metrics = language_model_loss(model, batch)
+            loss, metrics = language_model_loss(model, batch)
             Sometimes.calls += 1
-            return loss * (0.0 if sick[min(Sometimes.calls // 5, 3)] else 1.0), count, metrics
+            return loss * (0.0 if sick[min(Sometimes.calls // 5, 3)] else 1.0), metrics
 
     found = [
         step
@@ -220,9 +233,9 @@ def test_梯度恰好全是零的十步权重与优化器一位不动(tmp_path, 
     calls = {"n": 0}
 
     def loss(model, batch):
-        total, count, metrics = language_model_loss(model, batch)
+        total, metrics = language_model_loss(model, batch)
         calls["n"] += 1
-        return total * float(calls["n"] <= 5), count, metrics
+        return total * float(calls["n"] <= 5), metrics
 
     changes = {"optimizer": optimizer, "schedule": "wsd", "decay_ratio": 0.0, "warmup_ratio": 0.0}
     result = run(tmp_path / "a", loss=loss, max_steps=15, **changes)

@@ -18,7 +18,8 @@ from minimind.runtime import device
 from minimind.runtime.checkpoint import load_file
 from minimind.runtime.distributed import init_distributed_mode, shutdown_distributed
 from minimind.trainer import loop
-from minimind.trainer.loop import TrainResult, language_model_loss, train
+from minimind.trainer.loop import TrainResult, train
+from minimind.trainer.recipe import Data, Recipe, language_model_loss
 from minimind.trainer.train_args import TrainArguments
 
 torch.set_num_threads(1)  # fork 之后 OpenMP 的线程池不可用
@@ -47,6 +48,11 @@ class ToyRows:
 
 def stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def toy_recipe(loss: Callable = language_model_loss, collate: Callable = stack, **hooks: Any) -> Recipe:
+    """手造数据上的配方；``hooks`` 是 :class:`Recipe` 的其余各项。"""
+    return Recipe("pretrain", loss, collate, **hooks)
 
 
 def tiny_config(**changes) -> MiniMindConfig:
@@ -105,7 +111,7 @@ def toy_train(
     """在手造数据上训练一次；``changes`` 改命令行参数，``model`` 改模型配置。"""
     val_ds = ToyRows(val_rows, seed=1) if val_rows else None
     args = tiny_args(folder, **changes)
-    return train(args, tiny_model(**(model or {})), None, ToyRows(rows), loss, collate=stack, val_ds=val_ds)
+    return train(args, toy_recipe(loss), tiny_model(**(model or {})), None, Data(ToyRows(rows), val_ds))
 
 
 def saved_model(folder: Path | str, name: str = "toy_64") -> dict[str, torch.Tensor]:

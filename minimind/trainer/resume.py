@@ -1,4 +1,4 @@
-"""续训时参数变了怎么办：每个参数声明自己属于哪一类（:data:`minimind.arguments.RESUME`），没有声明的一律要相同。
+"""续训：什么必须与存档相同，什么由存档还原，可以换的换了又怎样。每个参数声明自己属于哪一类（:data:`minimind.arguments.RESUME`），没有声明的一律要相同。
 
 被杀之后续训与没中断过逐位相同，靠的是“结果依赖的一切，要么在存档里，要么与存档核对过”。参数按值核对；文件（数据、教师、
 奖励）按内容核对，写进存档的 ``identity``；参考模型是训练开始时的权重，那个文件可能就是这次训练正在改写的，所以它整个
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,12 @@ from minimind.arguments import declared
 from minimind.console import say
 from minimind.errors import UserError
 from minimind.runtime import checkpoint, distributed
+from minimind.tokenizer import tokenizer_fingerprint
+from minimind.trainer.progress import Progress
+from minimind.trainer.recipe import Data, Recipe
 
-if TYPE_CHECKING:
-    from minimind.trainer.run import Run
-
+# 配置里与数学无关的键
+IGNORED_CONFIG = ("dtype", "torch_dtype", "architectures", "_name_or_path", "flash_attn", "use_cache")
 SAME = "用与存档相同的参数，或去掉 --from_resume 重新训练"
 # 学习率变化超过这个比例就叫“跳”
 JUMP = 0.05
@@ -65,9 +67,9 @@ def check_arguments(saved: Mapping[str, Any], args: Any, where: str) -> None:
     checkpoint.check_same_config(old, new, where, SAME)
 
 
-def say_changes(saved: dict[str, Any], run: Run) -> None:
+def say_changes(saved: dict[str, Any], args: Any, recipe: Recipe, data: Data, state: Progress) -> None:
     """可以换的参数换了：说出由什么换成什么，以及它的后果（学习率跳到多少、总步数、每步的行数）。"""
-    args, old = run.args, saved["args"]
+    old, world_size = saved["args"], distributed.world_size()
     noted = changed(old, args, "noted")
     for name in noted:
         say(f"注意：--{name} 由 {old[name]} 改为 {getattr(args, name)}，续训按新的来。")
@@ -76,34 +78,102 @@ def say_changes(saved: dict[str, Any], run: Run) -> None:
             f"注意：--{name} 由 {old[name]} 改为 {getattr(args, name)}：算的是同一件事，舍入不同，"
             "续训与没中断时不再逐位相同。"
         )
-    if saved["world_size"] != run.world_size:
-        say(f"注意：进程数由 {saved['world_size']} 变为 {run.world_size}，从同一个样本接着训练。")
-    if saved.get("val_identity") != run.val_identity():
+    if saved["world_size"] != world_size:
+        say(f"注意：进程数由 {saved['world_size']} 变为 {world_size}，从同一个样本接着训练。")
+    if saved.get("val_identity") != val_identity(data):
         say("注意：验证集与存档的不同，前后的验证损失不能相比。")
-    if noted or saved["world_size"] != run.world_size:
-        for effect in effects(saved, run):
+    if noted or saved["world_size"] != world_size:
+        for effect in effects(saved, args, recipe, state):
             say(f"注意：{effect}。")
 
 
-def effects(saved: dict[str, Any], run: Run) -> list[str]:
+def effects(saved: dict[str, Any], args: Any, recipe: Recipe, state: Progress) -> list[str]:
     """换了参数的后果，各一句话。"""
-    progress, sentences = run.progress, []
-    if saved["total_steps"] != progress.total_steps:
-        sentences.append(f"总步数由 {saved['total_steps']:,} 变为 {progress.total_steps:,}")
-    rows = [a["batch_size"] * a["accumulation_steps"] for a in (saved["args"], options_of(run.args))]
-    rows = [rows[0] * saved["world_size"], rows[1] * run.world_size]
-    if rows[0] != rows[1]:
-        sentences.append(f"每步由 {rows[0]} 行变为 {rows[1]} 行")
-    if run.state.step and run.state.step < progress.total_steps:
-        last, following = run.state.lr, progress.learning_rate(progress.window_size()[1])
+    sentences = []
+    if saved["total_steps"] != state.total_steps:
+        sentences.append(f"总步数由 {saved['total_steps']:,} 变为 {state.total_steps:,}")
+    before = saved["args"]["batch_size"] * saved["args"]["accumulation_steps"] * saved["world_size"]
+    after = state.global_batch * args.accumulation_steps
+    if before != after:
+        sentences.append(f"每步由 {before} 行变为 {after} 行")
+    if state.step and state.step < state.total_steps:
+        last, following = state.lr, state.learning_rate(state.window_size()[1])
         pairs = {"": (1.0, 1.0)}
-        for prefix, scale in (run.lr_scales or {}).items():
+        for prefix, scale in recipe.lr_scales.items():
             pairs[f"（{prefix.rstrip('.')}）"] = ((saved["lr_scales"] or {}).get(prefix, 1.0), scale)
         for name, (before, after) in pairs.items():
             a, b = last * before, following * after
             verb = "跳到" if abs(a - b) > JUMP * max(a, b) else "接着走到"
             sentences.append(f"学习率{name}从 {a:.2e} {verb} {b:.2e}")
     return sentences
+
+
+# ---------------------------------------------------------------- 存档
+
+
+def tokenizer_hash(tokenizer: Any) -> str | None:
+    """分词器的指纹；没有分词器时为 None。"""
+    return None if tokenizer is None else tokenizer_fingerprint(tokenizer)
+
+
+def identity_of(recipe: Recipe, data: Data, tokenizer: Any) -> dict[str, Any]:
+    """结果所依赖的各种文件的身份：数据、分词器，配方另外用到的（教师、奖励）；只看内容。"""
+    return {
+        "配方": recipe.name,
+        "训练行数": len(data.train),
+        "数据指纹": getattr(data.train, "fingerprint", None),
+        "行长": getattr(data.train, "row_length", None),
+        "分词器指纹": tokenizer_hash(tokenizer),
+        **recipe.identity,
+    }
+
+
+def val_identity(data: Data) -> str | int | None:
+    """验证集的身份；换了它不影响训练，只是前后不能相比。"""
+    return None if data.val is None else getattr(data.val, "fingerprint", len(data.val))
+
+
+def load(args: Any, model: nn.Module, identity: dict[str, Any]) -> dict[str, Any]:
+    """读续训存档并核对，发给各进程（它只在主进程的磁盘上有）；没有存档是空的。
+
+    Raises:
+        UserError: 存档不全，或结构、决定结果的参数、各种文件的内容与存档的不同。
+    """
+
+    def read() -> dict[str, Any]:
+        path = checkpoint.resume_path(model.config, args.save_weight, args.checkpoint_dir)
+        saved = checkpoint.lm_checkpoint(model.config, args.save_weight, save_dir=args.checkpoint_dir)
+        if saved is None:
+            say(f"没有续训存档 {path}，从头开始。")
+            return {}
+        for key in ("config", "args", "identity", "progress", "rng", "total_steps"):
+            if key not in saved:
+                raise UserError(f"续训存档里没有 {key}", where=str(path), fix="去掉 --from_resume 重新训练")
+        config = {k: v for k, v in checkpoint.config_dict(model.config).items() if k not in IGNORED_CONFIG}
+        check_arguments(saved["args"], args, str(path))
+        checkpoint.check_same_config(saved["config"], config, str(path), SAME)
+        checkpoint.check_same_config(saved["identity"], identity, str(path), SAME)
+        return saved
+
+    return distributed.broadcast_state(distributed.on_main(read), next(model.parameters()).device)
+
+
+def restore(
+    saved: dict[str, Any], model: nn.Module, optimizer: Any, scaler: Any, state: Progress, recipe: Recipe
+) -> None:
+    """权重、优化器、缩放器与配方自己的状态还原成存档里的；``state`` 建立时已经读过进度。"""
+    model.load_state_dict(saved["model"])
+    options = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    optimizer.load_state_dict(saved["optimizer"])
+    # 存档里只取动量；各组的设置（学习率的倍数、迭代的精度）以现在的参数为准，该相同的前面已经核对过
+    for group, option in zip(optimizer.param_groups, options):
+        group.update(option)
+    if saved["scaler"] and scaler.is_enabled():
+        scaler.load_state_dict(saved["scaler"])
+    state.train_loss, state.metrics = saved["train_loss"], saved["metrics"]
+    for name, part in recipe.extra_state.items():
+        part.load_state_dict(saved["recipe_state"][name])
+    say(f"读入续训存档：已完成 {state.step} 步（{state.epoch} 轮又 {state.samples} 个样本）。")
 
 
 # ---------------------------------------------------------------- 文件的内容

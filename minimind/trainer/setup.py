@@ -1,0 +1,184 @@
+"""开训之前：核对各进程、读存档、定精度、建优化器、包装模型、定随机数，得到一个 :class:`~minimind.trainer.run.Run`。"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from minimind.console import say
+from minimind.errors import UserError
+from minimind.runtime import checkpoint, distributed
+from minimind.runtime.device import (
+    DTYPES,
+    autocast_context,
+    choose_dtype,
+    make_scaler,
+    mix_seeds,
+    peak_flops,
+    preserved_rng,
+    reuse_threads,
+    seed_all,
+    set_rng_state,
+)
+from minimind.runtime.fair_share import fair_share
+from minimind.trainer import resume
+from minimind.trainer.compiling import maybe_compile
+from minimind.trainer.journal import Journal
+from minimind.trainer.meter import Meter
+from minimind.trainer.optim import build_optimizer
+from minimind.trainer.progress import Progress
+from minimind.trainer.recipe import Data, Recipe
+from minimind.trainer.run import Run
+from minimind.trainer.validation import to_device
+from minimind.trainer.vital_signs import VitalSigns
+
+
+def set_up(args: Any, recipe: Recipe, model: nn.Module, tokenizer: Any, data: Data) -> Run:
+    """建好训练所需的一切；``args.from_resume`` 时从存档还原。参数同 :func:`minimind.trainer.loop.train`。
+
+    Raises:
+        UserError: 存档与当前设置不符，数据为空，没装记录工具……
+    """
+    if len(data.train) == 0:
+        raise UserError(
+            "训练数据是空的", where="--data_path", fix="换一个文件，或用 minimind data check 检查它"
+        )
+    if recipe.weights is None:
+        weights = checkpoint.weights_path(model.config, args.save_weight, args.save_dir)
+        recipe = replace(recipe, weights=weights)
+    device = next(model.parameters()).device
+    model.train()
+    identity = resume.identity_of(recipe, data, tokenizer)
+    check_same_everywhere(identity, model, data)
+    saved = resume.load(args, model, identity) if args.from_resume else {}
+
+    numerics = decide_numerics(args, recipe, model, data, saved.get("numerics", {}))
+    dtype = DTYPES[numerics["dtype"]]
+    optimizer = build_optimizer(
+        model, args, newton_schulz_dtype=numerics["dtype"], lr_scales=recipe.lr_scales
+    )
+    scaler = make_scaler(device, dtype)
+    state = Progress(args, len(data.train), distributed.world_size(), **saved.get("progress", {}))
+    if saved:
+        resume.restore(saved, model, optimizer, scaler, state, recipe)
+        resume.say_changes(saved, args, recipe, data, state)
+    run = Run(
+        args=args,
+        recipe=recipe,
+        data=data,
+        tokenizer=tokenizer,
+        model=model,
+        wrapped=model,
+        optimizer=optimizer,
+        scaler=scaler,
+        device=device,
+        dtype=dtype,
+        numerics=numerics,
+        state=state,
+        vitals=VitalSigns(model, saved.get("vitals")),
+        meter=Meter(eval_guess_steps=guess_evaluation(args, recipe, data, state)),
+        journal=Journal.open(args, recipe, state, saved),
+    )
+    run.wrapped = wrap(run)
+    seed(run, saved)
+    return run
+
+
+def check_same_everywhere(identity: dict[str, Any], model: nn.Module, data: Data) -> None:
+    """各机器各读各的数据文件：不是同一份，就会各训各的，或者步数不同而互相干等。
+
+    Raises:
+        UserError: 有进程的数据、分词器或模型与主进程的不同；指出是哪个进程。
+    """
+    mine = {**identity, "模型": checkpoint.config_dict(model.config), "验证集": resume.val_identity(data)}
+
+    def check(everyone: list[dict[str, Any]]) -> None:
+        for rank, other in enumerate(everyone):
+            different = [key for key in mine if mine[key] != other[key]]
+            if different:
+                what = "，".join(f"{key} {other[key]!r}（主进程 {mine[key]!r}）" for key in different)
+                raise UserError(
+                    f"与主进程的不同：{what}",
+                    where=f"进程 {rank}/{len(everyone)}",
+                    expected="每台机器上的数据文件、分词器与参数都相同",
+                    fix="把同一份文件放到每台机器上，或用 --data_path、--val_path 明确指出",
+                )
+
+    everyone = distributed.gather_objects(mine)
+    distributed.on_main(lambda: check(everyone))
+
+
+def decide_numerics(
+    args: Any, recipe: Recipe, model: nn.Module, data: Data, remembered: dict[str, Any]
+) -> dict[str, Any]:
+    """设备、精度、峰值、线程数：要现场测的只由主进程测一次、所有进程照办，并写进存档供续训沿用。
+
+    强化学习的样本只是提示，要先采样才有得训练，CPU 上就不测，用 float32（采样与训练的概率要对得上）。
+
+    Args:
+        remembered: 存档里的同一份；重新训练时是空的。
+    """
+    device = next(model.parameters()).device
+    if device.type == "cpu" and "threads" in remembered:
+        reuse_threads(remembered["threads"], say)
+    decided = None
+    if distributed.is_main_process():
+        if args.dtype == "auto" and remembered.get("device") == device.type:
+            dtype = DTYPES[remembered["dtype"]]
+        elif args.dtype == "auto" and recipe.prepare is not None and device.type == "cpu":
+            dtype = torch.float32
+        else:
+            dtype = choose_dtype(args.dtype, device, lambda dtype: probe(recipe, model, data, dtype))
+        decided = {
+            "device": device.type,
+            "dtype": str(dtype).removeprefix("torch."),
+            "peak_flops": peak_flops(device, dtype),
+            "threads": fair_share().most,
+        }
+    numerics = distributed.broadcast_object(decided)
+    for key, name in (("device", "设备"), ("dtype", "计算精度")):
+        if key in remembered and remembered[key] != numerics[key]:
+            say(f"注意：{name}由 {remembered[key]} 变为 {numerics[key]}，舍入随之不同。")
+    return numerics
+
+
+def probe(recipe: Recipe, model: nn.Module, data: Data, dtype: torch.dtype) -> None:
+    """用真模型、真数据的两行做一次前向反向，供 CPU 上比较 fp32 与 bf16。"""
+    device = next(model.parameters()).device
+    batch = recipe.collate([data.train[i] for i in range(min(2, len(data.train)))])
+    with preserved_rng(device):
+        with autocast_context(device, dtype):
+            loss, _ = recipe.loss(model, to_device(batch, device))
+        (loss / max(recipe.count(batch), 1.0)).backward()
+    model.zero_grad(set_to_none=True)
+
+
+def guess_evaluation(args: Any, recipe: Recipe, data: Data, state: Progress) -> float:
+    """还没验证过时，猜一次验证抵多少个训练步。"""
+    if data.val is None:  # 只有 on_eval：强化学习作答留出的题，与一步的采样相当
+        return 0.0 if recipe.on_eval is None else 1.0
+    rows = min(len(data.val), args.val_max_rows or len(data.val))
+    # 验证只有前向，约为训练的三分之一
+    return rows / (state.global_batch * args.accumulation_steps) / 3
+
+
+def wrap(run: Run) -> nn.Module:
+    """compile 在里、DDP 在外。"""
+    wrapped = maybe_compile(run.model, run.args.use_compile, run)
+    if not torch.distributed.is_initialized():
+        return wrapped
+    ids = [run.device.index] if run.device.type in ("cuda", "npu") else None
+    return DistributedDataParallel(wrapped, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def seed(run: Run, saved: dict[str, Any]) -> None:
+    """最后才定随机数：前面的测速不影响它。各进程的 dropout 不同；进程数变了就按步数另起一条。"""
+    rank = distributed.rank()
+    if saved and saved["world_size"] == distributed.world_size():
+        set_rng_state(saved["rng"][rank], run.device)
+    else:
+        seed_all(mix_seeds(run.args.seed, run.state.step, rank))
