@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 from minimind.arguments import parse_args
 from minimind.console import console, format_duration, say
 from minimind.demo.arguments import ROW_LENGTH, DemoArguments
+from minimind.demo.pace import Clock, probe_speed
 from minimind.errors import UserError, guard
-from minimind.pace import Clock, probe_speed
 from minimind.paths import resolve_path
 
 if TYPE_CHECKING:

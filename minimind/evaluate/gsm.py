@@ -16,6 +16,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from minimind.answers import after_thinking, last_number, numbers_in, reference_answer
 from minimind.arguments import arg, parse_args
 from minimind.console import progress
 from minimind.dataset.jsonl import DataError, line_ranges, parse_line, read_lines
@@ -32,9 +33,7 @@ from minimind.evaluate.common import (
     save_result,
 )
 from minimind.evaluate.generation import generate_answers
-from minimind.microworld.graders import after_thinking, numbers_in
 from minimind.ranges import MANY
-from minimind.rl.reward_rules import last_number, reference_answer
 from minimind.tokenizer import encode_chat, encode_plain
 
 # 写明答案的记号；取最后一处

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from minimind.console import say
+from minimind.dataset.collate import to_device
 from minimind.errors import UserError
 from minimind.model import MiniMindConfig, count_parameters, flops_per_token
 from minimind.paths import resolve_path
@@ -25,7 +26,6 @@ from minimind.trainer.meter import Meter
 from minimind.trainer.optim import build_optimizer
 from minimind.trainer.progress import Progress, TrainState
 from minimind.trainer.tracking import RunLog, Tracker, start_tracker
-from minimind.trainer.validation import to_device
 from minimind.trainer.vital_signs import VitalSigns
 
 # 配置里与数学无关的键

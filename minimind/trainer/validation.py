@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minimind.dataset.collate import to_device
 from minimind.runtime.device import autocast_context, preserved_rng
 from minimind.runtime.distributed import all_reduce_sum, gather_objects, rank, world_size
 from minimind.trainer.sampler import epoch_order
@@ -20,11 +21,6 @@ def count_targets(batch: dict[str, Any]) -> float:
     if "loss_weights" in batch:
         return float((batch["loss_weights"][:, 1:] * is_target).sum())
     return float(is_target.sum())
-
-
-def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """张量搬到设备上，其余（如 ``max_seqlen``）原样。"""
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def count_bytes(batch: dict[str, Any], byte_lengths: Tensor) -> float:
