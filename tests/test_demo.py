@@ -90,7 +90,7 @@ def test_没有终端不打开对话_开始时报预计用时(finished):
 
 
 def test_时钟_按已走完的快慢修正剩余():
-    clock = pace.Clock({"a": 10.0, "b": 20.0, "c": 30.0})
+    clock = pace.Timetable({"a": 10.0, "b": 20.0, "c": 30.0})
     assert clock.left() == 60
     clock.actual["a"] = 15.0
     assert clock.left() == pytest.approx(75)

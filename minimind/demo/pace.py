@@ -9,7 +9,7 @@ from minimind.console import format_duration, say
 
 
 @dataclass
-class Clock:
+class Timetable:
     """全程的预计用时：各步先给估计，走完一步就用实际用时换掉，并按快慢修正剩下的。"""
 
     estimates: dict[str, float]

@@ -22,8 +22,8 @@ from minimind.console import progress
 from minimind.dataset.jsonl import DataError, line_ranges, parse_line, read_lines
 from minimind.errors import guard
 from minimind.evaluate.common import (
-    Clock,
     EvalArguments,
+    Stopwatch,
     data_file,
     document_start,
     need_examples,
@@ -242,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.shots
         else []
     )
-    loaded, clock = args.load(), Clock()
+    loaded, clock = args.load(), Stopwatch()
     chat = not loaded.plain if args.chat is None else bool(args.chat)
     thinking = None if args.open_thinking is None else bool(args.open_thinking)
     prompts = [encode_problem(loaded.tokenizer, problem, examples, chat, thinking) for problem in problems]
