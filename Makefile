@@ -1,6 +1,7 @@
 # make demo   自建 .venv 并安装，然后从零训练一个会答题的小模型
 # make test   自建 .venv 并安装，然后检查格式、跑全部测试
 # make matrix 在几组依赖版本里各建一个临时环境、跑 compat 测试，写出 docs/compat.md（半小时以上，同时最多占 7 GB）
+# make map    由 import 语句画出各房间谁引用谁（写进 docs/training.md），数出文件、行数、闭包、循环与往上的引用
 # make lock   重算 constraints.txt，已有的版本不动（ARGS="--upgrade" 全部换新，ARGS="-P rich" 只换一个）
 # 可改的变量：PYTHON=python3.12   VENV=.venv   PIP_ARGS="--proxy …"   ARGS="--fast"（交给 demo 或 pytest）
 
@@ -18,11 +19,11 @@ TEST_WORKERS ?= 2
 UV = uv==0.13.9
 TORCH = torch==2.13.0
 
-.PHONY: demo test matrix lock lint format help clean
+.PHONY: demo test matrix map lock lint format help clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,5s/^# //p' Makefile
+	@sed -n '1,6s/^# //p' Makefile
 
 $(BIN)/python:
 	@command -v $(PYTHON) >/dev/null || { echo "错误：找不到 $(PYTHON)；请安装 Python 3.10 以上，或用 make PYTHON=路径 指定。" >&2; exit 2; }
@@ -65,6 +66,9 @@ test: lint
 
 matrix: $(VENV)/.installed-dev
 	$(BIN)/python scripts/matrix.py $(ARGS)
+
+map: $(VENV)/.installed
+	$(BIN)/python scripts/map.py $(ARGS)
 
 lock: | $(BIN)/python
 	$(PIP_INSTALL) $(UV)

@@ -28,6 +28,7 @@ from quality_table import show, summarize, thin
 from minimind.arguments import arg, parse_args
 from minimind.console import say
 from minimind.dataset import PretrainDataset, collate_packed
+from minimind.dataset.collate import to_device
 from minimind.errors import UserError, guard
 from minimind.model import MiniMindConfig, MiniMindForCausalLM, count_parameters
 from minimind.runtime.device import DTYPES, autocast_context, resolve_device, seed_all, synchronize
@@ -39,7 +40,7 @@ from minimind.trainer.progress import lr_at
 from minimind.trainer.recipe import count_targets, language_model_loss
 from minimind.trainer.train_args import TrainArguments
 from minimind.trainer.trainer_utils import model_config
-from minimind.trainer.validation import to_device, validate
+from minimind.trainer.validation import validate
 
 MICRO_ROWS = 16  # 一次前向的行数：整批一次做与分两次做，CPU 上一样快，内存减半
 

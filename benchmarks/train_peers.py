@@ -12,11 +12,11 @@ import torch
 from common import need_file
 
 from minimind.dataset import collate_packed
+from minimind.dataset.collate import to_device
 from minimind.export.twin import transformers_twin
 from minimind.model import MiniMindConfig, MiniMindForCausalLM
 from minimind.runtime.device import autocast_context
 from minimind.tokenizer import encode_chat_batch, encode_plain_batch
-from minimind.trainer.validation import to_device
 
 Batch = dict[str, Any]
 

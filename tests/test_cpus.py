@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from minimind import cpus, pace
+from minimind import cpus
 from minimind.runtime import device
 
 
@@ -69,7 +69,7 @@ def test_线程数不超过配额_除非使用者自己定了(threads, monkeypat
 
 
 def test_演示挑线程也不超过配额(threads, monkeypatch):
-    monkeypatch.setattr(pace, "available_cpus", lambda: 3)
+    monkeypatch.setattr(device, "available_cpus", lambda: 3)
     seconds = {1: 8.0, 2: 4.0, 3: 2.0, 4: 1.0, 8: 0.5}  # 越多越快，还是只能到 3
     monkeypatch.setattr(device, "time_call", lambda _: seconds[threads["threads"]])
-    assert pace.pick_threads(lambda: None) == 3 == threads["threads"]
+    assert device.pick_threads(lambda: None) == 3 == threads["threads"]

@@ -8,12 +8,14 @@ from dataclasses import replace
 
 import pytest
 
-from minimind import demo, pace
+from minimind import demo
+from minimind.demo import pace
 from minimind.demo.arguments import DemoArguments
 from minimind.demo.exam import pick_items
 from minimind.demo.reinforce import grpo_arguments, ppo_arguments, spo_arguments
 from minimind.demo.stages import STAGES
 from minimind.errors import UserError
+from minimind.runtime import device
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +90,7 @@ def test_没有终端不打开对话_开始时报预计用时(finished):
 
 
 def test_时钟_按已走完的快慢修正剩余():
-    clock = pace.Clock({"a": 10.0, "b": 20.0, "c": 30.0})
+    clock = pace.Timetable({"a": 10.0, "b": 20.0, "c": 30.0})
     assert clock.left() == 60
     clock.actual["a"] = 15.0
     assert clock.left() == pytest.approx(75)
@@ -160,19 +162,17 @@ def test_强化学习三段采样的条数相同(finished):
 def test_线程数_多了反而慢就退回去(monkeypatch):
     import torch
 
-    from minimind.runtime import device
-
     seconds = {1: 8.0, 2: 4.5, 4: 4.4}
-    monkeypatch.setattr(pace, "available_cpus", lambda: 4)
+    monkeypatch.setattr(device, "available_cpus", lambda: 4)
     monkeypatch.setattr(device, "time_call", lambda call: seconds[torch.get_num_threads()])
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(4)
-        assert pace.pick_threads(lambda: None) == torch.get_num_threads() == 2
+        assert device.pick_threads(lambda: None) == torch.get_num_threads() == 2
         seconds[4] = 2.5
         torch.set_num_threads(4)
-        assert pace.pick_threads(lambda: None) == 4
+        assert device.pick_threads(lambda: None) == 4
         torch.set_num_threads(1)
-        assert pace.pick_threads(lambda: None) == 1
+        assert device.pick_threads(lambda: None) == 1
     finally:
         torch.set_num_threads(before)

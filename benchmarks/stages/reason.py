@@ -8,8 +8,8 @@ from typing import Any
 
 from bench_stages import Bench, Goal, Outcome
 
+from minimind.answers import well_formed
 from minimind.evaluate.microworld import Answered, accuracy, evaluate_items
-from minimind.microworld.graders import well_formed
 from minimind.recipes.reason import ReasonArguments
 from minimind.recipes.reason import run as train_reason
 

@@ -35,6 +35,13 @@ def _boundaries(segments: Sequence[int]) -> dict[str, Any]:
     return {"cu_seqlens": torch.from_numpy(cu_seqlens), "max_seqlen": max(segments)}
 
 
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """张量搬到设备上，其余（如 ``max_seqlen``）原样。"""
+    return {
+        k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()
+    }
+
+
 def empty_batch(length: int, pad_id: int = 0) -> dict[str, Any]:
     """没有任何目标的一批 ``[1, length]``：轮到自己却没有样本的进程用它陪跑，DDP 才不会卡住。"""
     row = {

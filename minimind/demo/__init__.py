@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 from minimind.arguments import parse_args
 from minimind.console import console, format_duration, say
 from minimind.demo.arguments import ROW_LENGTH, DemoArguments
+from minimind.demo.pace import Timetable, probe_speed
 from minimind.errors import UserError, guard
-from minimind.pace import Clock, probe_speed
 from minimind.paths import resolve_path
 
 if TYPE_CHECKING:
     from minimind.demo.road import Road
-    from minimind.demo.stages import Stage
+    from minimind.demo.stages import Lesson
 
 
 def open_road(args: DemoArguments) -> Road:
@@ -40,7 +40,7 @@ def open_road(args: DemoArguments) -> Road:
     return Road(args, world, papers, Report("MiniMind 演示成绩单"))
 
 
-def plan(road: Road, stages: dict[str, Stage], start: float) -> Clock:
+def plan(road: Road, stages: dict[str, Lesson], start: float) -> Timetable:
     """测速并排出时间表；选好的线程数与精度就地生效，没训练过的模型也在这里考。
 
     Args:
@@ -79,7 +79,7 @@ def plan(road: Road, stages: dict[str, Stage], start: float) -> Clock:
     start_run(settings)  # 测速动过随机数与权重，重新开始
     if "pretrain" in stages:
         road.untrained_bpb = heldout_bpb(road, *fresh_model())
-    clock = Clock({name: stage.tokens(road) / speed for name, stage in stages.items()}, start)
+    clock = Timetable({name: stage.tokens(road) / speed for name, stage in stages.items()}, start)
     road.report.facts |= {
         "设备": f"{device_name(device)}，{road.dtype}",
         "PyTorch": torch.__version__,
@@ -110,7 +110,7 @@ def require_start(road: Road, name: str) -> None:
         )
 
 
-def walk(road: Road, name: str, stage: Stage) -> str | None:
+def walk(road: Road, name: str, stage: Lesson) -> str | None:
     """走一个阶段；出了错返回一句话，不连累别的阶段。"""
     road.title = stage.title
     metrics = len(road.report.metrics)

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from minimind.answers import well_formed
 from minimind.evaluate.microworld import Answered, read_items, read_prompts
-from minimind.microworld.graders import style_of, well_formed
+from minimind.microworld.graders import style_of
 
 
 def pick_items(items: list[dict], kind: str, per_task: int, level: Sequence[str] = ("easy", "hard")) -> list:

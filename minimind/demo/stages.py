@@ -16,7 +16,7 @@ OVERHEAD = 1.1
 
 
 @dataclass(frozen=True)
-class Stage:
+class Lesson:
     """课表的一行。
 
     Args:
@@ -69,8 +69,8 @@ ROLLOUTS = reinforce.PROMPTS * reinforce.GENERATIONS
 # 开训前、途中三次、结束后
 RL_EXAMS = ("multistep",) * 5
 
-STAGES: dict[str, Stage] = {
-    "pretrain": Stage(
+STAGES: dict[str, Lesson] = {
+    "pretrain": Lesson(
         "预训练",
         "读百科、算式和故事，学会接着往下写",
         base.run_pretrain,
@@ -78,7 +78,7 @@ STAGES: dict[str, Stage] = {
         ("cloze", "chats"),
         needs=None,
     ),
-    "sft": Stage(
+    "sft": Lesson(
         "微调",
         "学会按问答的样子回答",
         base.run_sft,
@@ -86,49 +86,49 @@ STAGES: dict[str, Stage] = {
         ("chats", "multistep"),
         needs="pretrain",
     ),
-    "lora": Stage(
+    "lora": Lesson(
         "LoRA",
         "换一个身份，只训练几十分之一大的增量",
         tuning.run_lora,
         epochs_of("lora_identity", tuning.LORA["epochs"], tuning.LORA["batch_size"]),
         ("identity", "identity", "easy"),
     ),
-    "dpo": Stage(
+    "dpo": Lesson(
         "DPO",
         "从一好一坏两个回答里学会客气",
         tuning.run_dpo,
         epochs_of("dpo", 1, tuning.DPO["batch_size"]),
         ("easy",),
     ),
-    "distill": Stage(
+    "distill": Lesson(
         "蒸馏",
         "四分之一大的学生，没有教师与有教师各学一遍",
         tuning.run_distill,
         student_tokens,
         ("easy", "easy"),
     ),
-    "reason": Stage(
+    "reason": Lesson(
         "推理",
         "先把步骤写在 <think> 里再答，与只报答案的对照",
         tuning.run_reason,
         steps_of(2 * tuning.REASON_STEPS, ROWS * ROW_LENGTH),
         ("multistep", "multistep"),
     ),
-    "ppo": Stage(
+    "ppo": Lesson(
         "PPO",
         "价值网络估计写到一半能得几分，比估计的好就多写",
         reinforce.run_ppo,
         steps_of(reinforce.RL_STEPS, ROLLOUTS, 175.0),
         RL_EXAMS,
     ),
-    "grpo": Stage(
+    "grpo": Lesson(
         "GRPO",
         "同一道题答八遍，比同组平均好的多写",
         reinforce.run_grpo,
         steps_of(reinforce.RL_STEPS, ROLLOUTS, 80.0),
         RL_EXAMS,
     ),
-    "spo": Stage(
+    "spo": Lesson(
         "SPO",
         "每题只答一遍，和它自己过去的成绩比",
         reinforce.run_spo,

@@ -22,9 +22,9 @@ from minimind.console import progress, say
 from minimind.errors import UserError, guard
 from minimind.evaluate.choice_data import LETTERS, Question, read_questions
 from minimind.evaluate.common import (
-    Clock,
     EvalArguments,
     Rate,
+    Stopwatch,
     data_file,
     document_start,
     need_examples,
@@ -33,7 +33,7 @@ from minimind.evaluate.common import (
     rate,
     save_result,
 )
-from minimind.evaluate.likelihood import Row, choice_logprobs
+from minimind.evaluate.likelihood import ChoiceRow, choice_logprobs
 from minimind.inference.generate import context_length
 from minimind.ranges import MANY
 from minimind.tokenizer import encode_chat, encode_plain, encode_plain_batch
@@ -118,7 +118,7 @@ class Encoder:
     def __init__(self, tokenizer: Any, scoring: str, chat: bool, limit: int):
         self.tokenizer, self.scoring, self.chat, self.limit = tokenizer, scoring, chat, limit
 
-    def row(self, question: Question, examples: Sequence[Question]) -> tuple[Row, int]:
+    def row(self, question: Question, examples: Sequence[Question]) -> tuple[ChoiceRow, int]:
         """一道题与实际放下的示例个数；放不下时从最后一个示例丢起（同学科的题仍共用前缀）。"""
         stem = self.stem(question)
         choices = encode_plain_batch(self.tokenizer, options(question, self.scoring))
@@ -127,7 +127,7 @@ class Encoder:
             prefix = self.prefix(examples[:count])
             if count == 0 or len(prefix) + tail <= self.limit:
                 break
-        return Row(tuple(prefix), tuple(stem), tuple(map(tuple, choices))), count
+        return ChoiceRow(tuple(prefix), tuple(stem), tuple(map(tuple, choices))), count
 
     def stem(self, question: Question) -> list[int]:
         text = ask(question, self.scoring)
@@ -302,7 +302,7 @@ def main(argv: list[str] | None = None) -> None:
     examples = load_examples(args)
     for reason, count in skipped.items():
         say(f"{path.name}：{count:,} 道{reason}的不考。")
-    loaded, clock = args.load(), Clock()
+    loaded, clock = args.load(), Stopwatch()
     chat = not loaded.plain if args.chat is None else bool(args.chat)
     graded = grade_questions(
         loaded.model,

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from minimind.arguments import arg, parse_args
 from minimind.errors import UserError, guard
 from minimind.evaluate.common import (
-    Clock,
     EvalArguments,
     Rate,
+    Stopwatch,
     data_file,
     pick,
     print_table,
@@ -51,7 +51,7 @@ def main_world(argv: list[str] | None = None) -> None:
                 f"没有任务 {'、'.join(sorted(unknown))}", expected="、".join(known), fix="改 --tasks"
             )
         items = [item for item in items if item["task"] in wanted]
-    loaded, clock = args.load(), Clock()
+    loaded, clock = args.load(), Stopwatch()
     kind = args.kind or ("cloze" if loaded.plain else "chat")
     items = pick([item for item in items if item["kind"] == kind], args.limit, args.seed)
     if not items:
@@ -123,7 +123,7 @@ def main_bpb(argv: list[str] | None = None) -> None:
 
     args = parse_args(BpbArguments, argv)
     path = data_file(args.data_path, "pretrain_heldout.jsonl", "jsonl 或纯文本文件")
-    loaded, clock = args.load(), Clock()
+    loaded, clock = args.load(), Stopwatch()
     result = text_loss(
         loaded.model,
         loaded.tokenizer,

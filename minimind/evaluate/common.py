@@ -132,7 +132,7 @@ def rate(hits: Sequence[bool]) -> Rate:
     return Rate(sum(map(bool, hits)), len(hits))
 
 
-class Clock:
+class Stopwatch:
     """计时，最后报告每秒多少题。"""
 
     def __init__(self) -> None:
@@ -159,7 +159,9 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     console.print(table)
 
 
-def save_result(args: EvalArguments, task: str, loaded: Any, clock: Clock, result: dict[str, Any]) -> Path:
+def save_result(
+    args: EvalArguments, task: str, loaded: Any, clock: Stopwatch, result: dict[str, Any]
+) -> Path:
     """写 ``{out_dir}/{权重}_{项目}.json``；参数、数据与日期都在里面，好让别人照着再跑一遍。"""
     from minimind.model import count_parameters
 

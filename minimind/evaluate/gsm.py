@@ -16,13 +16,14 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from minimind.answers import after_thinking, last_number, numbers_in, reference_answer
 from minimind.arguments import arg, parse_args
 from minimind.console import progress
 from minimind.dataset.jsonl import DataError, line_ranges, parse_line, read_lines
 from minimind.errors import guard
 from minimind.evaluate.common import (
-    Clock,
     EvalArguments,
+    Stopwatch,
     data_file,
     document_start,
     need_examples,
@@ -32,9 +33,7 @@ from minimind.evaluate.common import (
     save_result,
 )
 from minimind.evaluate.generation import generate_answers
-from minimind.microworld.graders import after_thinking, numbers_in
 from minimind.ranges import MANY
-from minimind.rl.reward_rules import last_number, reference_answer
 from minimind.tokenizer import encode_chat, encode_plain
 
 # 写明答案的记号；取最后一处
@@ -243,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.shots
         else []
     )
-    loaded, clock = args.load(), Clock()
+    loaded, clock = args.load(), Stopwatch()
     chat = not loaded.plain if args.chat is None else bool(args.chat)
     thinking = None if args.open_thinking is None else bool(args.open_thinking)
     prompts = [encode_problem(loaded.tokenizer, problem, examples, chat, thinking) for problem in problems]

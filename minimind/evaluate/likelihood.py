@@ -24,7 +24,7 @@ from minimind.inference.kv_cache import StaticKVCache
 
 
 @dataclass(frozen=True)
-class Row:
+class ChoiceRow:
     """一道题的 token。
 
     Args:
@@ -69,7 +69,7 @@ class SharedPrefix:
 @torch.inference_mode()
 def choice_logprobs(
     model: torch.nn.Module,
-    rows: Sequence[Row],
+    rows: Sequence[ChoiceRow],
     *,
     max_tokens: int = 0,
     advance: Callable[[int], None] = lambda count: None,
@@ -80,7 +80,7 @@ def choice_logprobs(
         model: 因果语言模型，在目标设备上、eval 状态。
         max_tokens: 一批最多多少个位置（含补齐，不含前缀）；0 由设备定。CPU 上小批更快：长短混在一起要补齐，26M 单线程
             1,024、4,096 分别是每秒 1,460、995 个 token。
-        advance: 每做完一批调用一次，给出这批的 :attr:`Row.width` 之和。按位置数走进度，剩余时间才准：短题先做，
+        advance: 每做完一批调用一次，给出这批的 :attr:`ChoiceRow.width` 之和。按位置数走进度，剩余时间才准：短题先做，
             按题数估会一路变长。
 
     Raises:
@@ -98,7 +98,7 @@ def choice_logprobs(
     trees, owners = [], []
     for index, row in enumerate(rows):
         whole = len(row.prefix) + row.width <= limit
-        parts = [row] if whole else [Row(row.prefix, row.stem, (choice,)) for choice in row.choices]
+        parts = [row] if whole else [ChoiceRow(row.prefix, row.stem, (choice,)) for choice in row.choices]
         trees += parts
         owners += [index] * len(parts)
     groups: dict[tuple[int, ...], list[int]] = {}
@@ -118,7 +118,7 @@ def choice_logprobs(
     return results
 
 
-def _batches(order: Sequence[int], rows: Sequence[Row], max_tokens: int) -> list[list[int]]:
+def _batches(order: Sequence[int], rows: Sequence[ChoiceRow], max_tokens: int) -> list[list[int]]:
     """``order`` 已按宽度排好，切成补齐后不超过 ``max_tokens`` 个位置的批。"""
     batches: list[list[int]] = []
     for index in order:
@@ -139,7 +139,7 @@ def _read_prefix(model: torch.nn.Module, prefix: tuple[int, ...]) -> SharedPrefi
     return SharedPrefix(cache, len(prefix))
 
 
-def _score(model: torch.nn.Module, rows: list[Row], shared: SharedPrefix | None) -> list[list[float]]:
+def _score(model: torch.nn.Module, rows: list[ChoiceRow], shared: SharedPrefix | None) -> list[list[float]]:
     """一批题。"""
     parameter = next(model.parameters())
     device, past = parameter.device, shared.length if shared else 0

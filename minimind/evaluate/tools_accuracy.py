@@ -23,8 +23,8 @@ from minimind.console import progress
 from minimind.dataset.jsonl import DataError, line_ranges, parse_line, read_lines
 from minimind.errors import UserError, guard
 from minimind.evaluate.common import (
-    Clock,
     EvalArguments,
+    Stopwatch,
     data_file,
     pick,
     print_table,
@@ -175,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(ToolsArguments, argv)
     path = data_file(args.data_path, "toolcall.jsonl", "工具调用 jsonl")
     cases = pick(read_cases(path), args.limit, args.seed)
-    loaded, clock = args.load(), Clock()
+    loaded, clock = args.load(), Stopwatch()
     limit = args.max_length or context_length(loaded.model) - args.max_new_tokens
     prompts = [
         encode_chat(loaded.tokenizer, case.messages, case.tools, add_generation_prompt=True).ids

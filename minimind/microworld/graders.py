@@ -6,31 +6,21 @@
 
 from __future__ import annotations
 
-import json
 import re
-import unicodedata
 from collections.abc import Callable, Mapping
 
+from minimind.answers import (
+    EDGES,
+    after_thinking,
+    final_answer,
+    normalize,
+    numbers_in,
+    parse_call,
+    parse_tool_calls,
+    strip_lead_in,
+)
+
 from .phrasing import GRUMPY_FRAMES, GRUMPY_WORDS, POLITE_FRAMES, POLITE_WORDS
-
-# 前面紧挨数字的“-”是减号，不是负号：60-25=35
-NUMBER = re.compile(r"(?<!\d)-?\d+(?:\.\d+)?")
-THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-ANSWER_SPAN = re.compile(r"<answer>(.*?)</answer>", re.S)
-THINK_SPAN = re.compile(r"<think>.*?(?:</think>|\Z)", re.S)
-TOOL_SPAN = re.compile(r"<tool_call>(.*?)</tool_call>", re.S)
-_TEXT = r"(?:(?!</?(?:think|answer)>).)*"
-WELL_FORMED = re.compile(rf"\s*<think>{_TEXT}</think>\s*<answer>{_TEXT}</answer>\s*", re.S)
-LEAD_IN = re.compile(r"^(?:答案是|答案为|答案|结果是|答|answer|a):?")
-EDGES = ".,;:!?、"
-
-
-def normalize(text: str) -> str:
-    """全角转半角、小写、去空白与首尾标点；句号统一成半角，顿号保留。"""
-    text = unicodedata.normalize("NFKC", text).replace("。", ".").lower()
-    # 去掉空白后组合符可能贴上前一个字母，所以再合并一次
-    return unicodedata.normalize("NFKC", re.sub(r"\s+", "", text)).strip(EDGES)
-
 
 _FRAMES = tuple(tuple(map(normalize, frame.split("{a}"))) for frame in (*POLITE_FRAMES, *GRUMPY_FRAMES))
 
@@ -41,30 +31,7 @@ def strip_frame(text: str) -> str:
         if text.startswith(head) and text.endswith(tail) and len(text) > len(head) + len(tail):
             text = text[len(head) : len(text) - len(tail)].strip(EDGES)
             break
-    return LEAD_IN.sub("", text).strip(EDGES)
-
-
-def after_thinking(response: str) -> str:
-    """去掉思考之后的文字：``<think>`` 到 ``</think>``，没有收尾的到末尾；只有收尾的（开头写在提示里）取它之后。"""
-    return THINK_SPAN.sub("", response).rpartition("</think>")[2]
-
-
-def final_answer(response: str) -> str:
-    """:func:`after_thinking` 里有 ``<answer>`` 就取最后一个里面的文字，否则取全部。"""
-    spoken = after_thinking(response)
-    spans = ANSWER_SPAN.findall(spoken)
-    return spans[-1] if spans else spoken
-
-
-def well_formed(response: str) -> bool:
-    """恰好是一段 ``<think>`` 接一段 ``<answer>``，前后没有别的话。"""
-    return WELL_FORMED.fullmatch(response) is not None
-
-
-def numbers_in(text: str) -> list[float]:
-    """文字里出现的数，按顺序。半角千分位逗号属于数，全角逗号总是分隔。"""
-    text = THOUSANDS.sub("", text)
-    return [float(n) for n in NUMBER.findall(unicodedata.normalize("NFKC", text))]
+    return strip_lead_in(text)
 
 
 def grade_exact(item: Mapping, response: str) -> float:
@@ -122,28 +89,6 @@ def _found(want: str, text: str) -> bool:
     left = r"(?<!\d)" if want[:1].isdigit() else ""
     right = r"(?!\d)" if want[-1:].isdigit() else ""
     return bool(want) and re.search(left + re.escape(want) + right, text) is not None
-
-
-def parse_call(text: str) -> dict | None:
-    """一段 JSON → ``{"name", "arguments"}``；不是合法调用就返回 None。"""
-    try:
-        call = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        return None
-    arguments = call.get("arguments", {})
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError):
-            return None
-    return {"name": call["name"], "arguments": arguments} if isinstance(arguments, dict) else None
-
-
-def parse_tool_calls(response: str) -> list[dict | None]:
-    """回答里的全部调用；没有 ``<tool_call>`` 标签时把全文当作一次调用。"""
-    return [parse_call(span.strip()) for span in TOOL_SPAN.findall(response) or [response]]
 
 
 def style_of(response: str) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 from minimind.console import say
 from minimind.dataset.packed import PackedDataset
 from minimind.errors import UserError
-from minimind.microworld import ensure_microworld
 from minimind.paths import file_problem, resolve_path
 from minimind.trainer.recipe import Data
 
@@ -64,6 +63,8 @@ def training_files(
         if path.is_file():
             say(f"没有给 --data_path，用 {path}。")
             return path, validation
+    from minimind.microworld import ensure_microworld  # 有数据的人不必载入它的三十个文件
+
     world = ensure_microworld()
     say(f"没有给 --data_path，dataset/ 下也没有惯用文件，用内置的微世界语料 {world}。")
     return world / f"{kind}.jsonl", validation or world / f"{kind}_heldout.jsonl"

@@ -28,7 +28,7 @@ from minimind.rl.arguments import RLArguments
 from minimind.rl.experience import Collector, global_moments, prompts_of
 from minimind.rl.policy import frozen_copy, policy_loss, response_logps
 from minimind.rl.rewards import Rewards
-from minimind.rl.single_stream import calibration, divergences, draw_prompts, observe, start_tracker
+from minimind.rl.single_stream import calibrate_tracker, calibration, divergences, draw_prompts, observe
 from minimind.rl.tracker import PromptTracker
 from minimind.trainer.loop import TrainResult
 from minimind.trainer.recipe import Recipe, Window
@@ -98,7 +98,7 @@ def run(args: SPOArguments) -> TrainResult:
 
     def prepare(run: Run, window: Window) -> Iterator[Window]:
         if args.offline_samples and run.state.step == 0:
-            start_tracker(run, collector, tracker, to_unit)
+            calibrate_tracker(run, collector, tracker, to_unit)
         experience = collector.collect(run, draw_prompts(run, tracker, len(prompts_of(window))))
         unit, values = to_unit(experience.scores), tracker.values(experience.prompts)
         run.record(**calibration(run, values, unit))

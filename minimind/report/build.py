@@ -8,7 +8,7 @@ from pathlib import Path
 
 from minimind.evaluate.microworld import Answered, accuracy, by_task
 from minimind.microworld import TASKS
-from minimind.report.report import Sample
+from minimind.report.report import BeforeAfter
 
 # 报告里展示多少道题；每个任务一道，按任务次序均匀地取，不挑好的
 SAMPLES = 12
@@ -29,7 +29,7 @@ def task_table(before: Sequence[Answered], after: Sequence[Answered]) -> dict[st
     }
 
 
-def pick_samples(before: Sequence[Answered], after: Sequence[Answered]) -> list[Sample]:
+def pick_samples(before: Sequence[Answered], after: Sequence[Answered]) -> list[BeforeAfter]:
     """每个任务的第一道题，均匀取 :data:`SAMPLES` 个任务；答错的照样列出。没考过“之前”的那一格空着。"""
     pairs = {}
     for old, new in zip(before or [None] * len(after), after):
@@ -38,7 +38,7 @@ def pick_samples(before: Sequence[Answered], after: Sequence[Answered]) -> list[
     step = max(len(chosen) / SAMPLES, 1.0)
     picked = [chosen[int(i * step)] for i in range(min(SAMPLES, len(chosen)))]
     return [
-        Sample(
+        BeforeAfter(
             task=new.item["task"],
             prompt=_question(new.item),
             reference=new.item.get("reference", new.item["answer"]),

@@ -43,7 +43,7 @@ class Metric:
 
 
 @dataclass(frozen=True)
-class Sample:
+class BeforeAfter:
     """一道留出题与模型前后的回答，原样不改。"""
 
     task: str
@@ -72,7 +72,7 @@ class Report:
     facts: dict[str, str | int | float] = field(default_factory=dict)
     metrics: list[Metric] = field(default_factory=list)
     tasks: dict[str, dict] = field(default_factory=dict)
-    samples: list[Sample] = field(default_factory=list)
+    samples: list[BeforeAfter] = field(default_factory=list)
     figures: dict[str, str] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minimind.dataset.collate import to_device
 from minimind.objectives.logprobs import entropy_of, selected_logprobs, target_logits
 from minimind.objectives.policy import grpo_loss, token_weights
 from minimind.rl.experience import Experience, global_moments
@@ -16,7 +17,6 @@ from minimind.rl.rollout import response_batch
 from minimind.runtime.device import autocast_context
 from minimind.trainer.recipe import Batch, LossResult
 from minimind.trainer.run import Run
-from minimind.trainer.validation import to_device
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:

@@ -9,13 +9,11 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from minimind.errors import UserError
 from minimind.paths import resolve_path
-
-if TYPE_CHECKING:
-    from minimind.rl.rewards import Sample
+from minimind.rl.reward_rules import Sample
 
 # 函数声明了这些名字的参数就一并传给它
 EXTRAS = ("messages", "record", "truncated")

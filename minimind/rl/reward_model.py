@@ -13,18 +13,16 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from minimind.answers import ANSWER_SPAN, after_thinking
 from minimind.console import say
 from minimind.dataset.jsonl import short
 from minimind.errors import UserError
-from minimind.microworld.graders import ANSWER_SPAN, after_thinking
 from minimind.paths import folder_problem, resolve_path
-
-if TYPE_CHECKING:
-    from minimind.rl.rewards import Sample
+from minimind.rl.reward_rules import Sample
 
 WHOLE_SHARE, ANSWER_SHARE = 0.4, 0.6
 BATCH_SIZE = 16

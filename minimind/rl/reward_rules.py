@@ -1,80 +1,58 @@
 """可验证的规则奖励：每条都是纯函数 ``f(sample) -> float``，不用模型，不看别的样本。
 
 答案对错的规则先去掉 ``<think>`` 段（没有收尾的去到末尾：没想完就是没有答），再取 ``<answer>`` 里的文字（没有就取全部），
-然后归一化全半角、空白、大小写与句末标点，与微世界判分器用的是同一套；参考答案里的 ``####`` 之后是最终答案（GSM8K 的写法）。
+然后归一化全半角、空白、大小写与句末标点，与微世界判分器用的是同一套（:mod:`minimind.answers`）；参考答案里的 ``####`` 之后是最终答案（GSM8K 的写法）。
 写到长度上限还没停的回答不算答完，对错一律 0 分：否则模型没有理由学会结束。
 """
 
 from __future__ import annotations
 
 import math
-import re
-import unicodedata
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import Any
 
-from minimind.microworld.graders import (
-    GRADERS,
+from minimind.answers import (
     final_answer,
-    grade,
+    is_numeric,
+    last_number,
     normalize,
-    strip_frame,
+    reference_answer,
+    strip_lead_in,
     well_formed,
 )
 
-if TYPE_CHECKING:
-    from minimind.rl.rewards import Sample
-
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
-_N = r"\d+(?:\.\d+)?"
-# 依次是带分数 5(1/2)、括号里的分数 (3/4)、不带括号的分数与普通的数；前面紧挨数字或右括号的“-”是减号
-_NUMBER = re.compile(
-    rf"(?:(?<![\d)])-)?(?:(?P<whole>\d+)\((?P<a>{_N})/(?P<b>{_N})\)|\((?P<c>{_N})/(?P<d>{_N})\)"
-    rf"|(?P<e>{_N})/(?P<f>{_N})|(?P<n>{_N}))(?P<percent>%)?"
-)
-_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-_LONE = re.compile(rf"\((-?{_N})\)")
-# 参考答案除了这个数只有单位、“x=”之类：按数值比
-_SHORT_ANSWER = 8
 
-
-def reference_answer(reference: str) -> str:
-    """参考答案里真正要比的那一段：``####`` 之后，否则 ``<answer>`` 里面，否则去掉 ``<think>`` 的全文。"""
-    return final_answer(reference.rsplit("####", 1)[-1]).strip()
-
-
-def last_number(text: str, fractions: bool = True) -> float | None:
-    """文字里最后一个数；认得千分位、百分数、分数与带分数 ``5(1/2)``，没有数返回 None。
+@dataclass
+class Sample:
+    """一个要打分的回答。
 
     Args:
-        fractions: 假则 ``a/b`` 算两个数：参考答案是 5 时，只列出 ``35/7`` 而不算出来不能得分。
+        messages: 提示消息，``{"role", "content"}`` 的列表。
+        prompt: 提示的文字，即最后一条消息的内容。
+        response: 模型写的文字，不含结束符。
+        reference: 参考答案，没有时为空串。
+        record: 数据文件里的原始记录，判分器要的字段在这里。
+        line: 数据文件里的行号，从 1 起；``source`` 是哪个文件，报错时用。
+        truncated: 写到长度上限还没有结束。
     """
-    text = unicodedata.normalize("NFKC", _THOUSANDS.sub("", text)).replace("−", "-").replace(" ", "")
-    while (bare := _LONE.sub(r"\1", text)) != text:  # ((7)/(2)) → (7/2)
-        text = bare
-    found = None
-    for found in _NUMBER.finditer(text):  # noqa: B007  只要最后一个
-        pass
-    if found is None:
-        return None
-    groups = found.groupdict()
-    if groups["n"]:
-        value = float(groups["n"])
-    elif not fractions:
-        value = float(next(groups[k] for k in "bdf" if groups[k]))
-    else:
-        top, bottom = next((groups[a], groups[b]) for a, b in ("ab", "cd", "ef") if groups[a])
-        if not float(bottom):
-            return None
-        value = float(groups["whole"] or 0) + float(top) / float(bottom)
-    value = value / 100 if groups["percent"] else value
-    return -value if found[0].startswith("-") else value
+
+    messages: list[dict[str, Any]]
+    prompt: str
+    response: str
+    reference: str = ""
+    record: dict[str, Any] = field(default_factory=dict)
+    line: int = 0
+    truncated: bool = False
+    source: str = ""
 
 
 def exact(sample: Sample) -> float:
     """归一化并去掉“答案是”之类之后，与参考答案逐字相同得 1，否则 0。"""
     got, want = (
-        strip_frame(normalize(t)) for t in (final_answer(sample.response), reference_answer(sample.reference))
+        strip_lead_in(normalize(t))
+        for t in (final_answer(sample.response), reference_answer(sample.reference))
     )
     return float(not sample.truncated and bool(want) and got == want)
 
@@ -91,15 +69,10 @@ def numeric(sample: Sample) -> float:
     return float(math.isclose(got, want, rel_tol=1e-6, abs_tol=1e-9))
 
 
-def is_numeric(reference: str) -> bool:
-    """参考答案是不是一个数（允许前后有单位、``x=`` 之类几个字）。"""
-    answer = strip_frame(normalize(reference_answer(reference)))
-    rest = _NUMBER.sub("", _THOUSANDS.sub("", answer), count=1)
-    return rest != _THOUSANDS.sub("", answer) and len(rest) <= _SHORT_ANSWER and last_number(rest) is None
-
-
 def microworld(sample: Sample) -> float:
     """用记录自己的 ``grader`` 与 ``answer`` 判分，0 到 1。"""
+    from minimind.microworld.graders import GRADERS, grade  # 只有微世界的题用得上
+
     missing = [name for name in ("grader", "answer") if name not in sample.record]
     if missing:
         raise ValueError(f"这条记录没有 {'、'.join(missing)} 字段，不是微世界的题")

@@ -18,7 +18,7 @@ import math
 import numbers
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,31 +32,8 @@ from minimind.errors import UserError
 from minimind.paths import resolve_path
 from minimind.rl import reward_rules as rules
 from minimind.rl.reward_file import RewardFunctionError, load_function
+from minimind.rl.reward_rules import Sample
 from minimind.trainer.resume import content_hash
-
-
-@dataclass
-class Sample:
-    """一个要打分的回答。
-
-    Args:
-        messages: 提示消息，``{"role", "content"}`` 的列表。
-        prompt: 提示的文字，即最后一条消息的内容。
-        response: 模型写的文字，不含结束符。
-        reference: 参考答案，没有时为空串。
-        record: 数据文件里的原始记录，判分器要的字段在这里。
-        line: 数据文件里的行号，从 1 起；``source`` 是哪个文件，报错时用。
-        truncated: 写到长度上限还没有结束。
-    """
-
-    messages: list[dict[str, Any]]
-    prompt: str
-    response: str
-    reference: str = ""
-    record: dict[str, Any] = field(default_factory=dict)
-    line: int = 0
-    truncated: bool = False
-    source: str = ""
 
 
 def make_samples(

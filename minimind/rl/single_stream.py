@@ -62,7 +62,7 @@ def calibration(run: Run, values: Tensor, unit: Tensor) -> dict[str, tuple[float
     }
 
 
-def start_tracker(run: Run, collector: Collector, tracker: PromptTracker, to_unit: Callable) -> None:
+def calibrate_tracker(run: Run, collector: Collector, tracker: PromptTracker, to_unit: Callable) -> None:
     """每个提示采样 ``--offline_samples`` 条定起点；各进程分着做。"""
     args, mine, found = run.args, range(rank(), len(run.data.train), world_size()), []
     say(f"给 {len(run.data.train):,} 个提示各采样 {args.offline_samples} 条，定记分牌的起点……")

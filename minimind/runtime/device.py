@@ -15,7 +15,7 @@ import torch
 
 from minimind.cpus import available_cpus
 from minimind.errors import UserError
-from minimind.runtime.fair_share import fair_share
+from minimind.runtime.fair_share import CROWDED, fair_share, queued_seconds
 
 # 各卡稠密 bf16/fp16 矩阵乘峰值（TFLOPS，厂商公布值，不含稀疏加速）；按名字里的片段匹配，长的在前
 PEAK_TFLOPS = {
@@ -207,6 +207,31 @@ def time_call(call: Callable[[], None], repeats: int = 2) -> float:
         call()
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+def pick_threads(call: Callable[[], None]) -> int:
+    """CPU 上用几个线程最快：从 1 起翻倍，快不到一成半就停；设好并返回线程数。
+
+    机器正忙，或容器只给两个核却看得见几十个时，线程多了会在屏障前互相空等：四核机器负载到 15 时，
+    4 线程实测比 1 线程慢一百倍。上限是 torch 的默认值（所以 OMP_NUM_THREADS 仍然管用）与容器的配额。测的时候有人来抢，
+    选出的就只管眼下，空下来仍可加到上限。
+    """
+    start, queued = time.perf_counter(), queued_seconds()
+    most, best, threads = min(torch.get_num_threads(), available_cpus()), float("inf"), 1
+    candidate = 1
+    while True:
+        torch.set_num_threads(candidate)
+        seconds = time_call(call)
+        if seconds > best / 1.15:
+            break
+        best, threads = seconds, candidate
+        if candidate == most:
+            break
+        candidate = min(2 * candidate, most)
+    torch.set_num_threads(threads)
+    waited = (queued_seconds() or 0.0) - (queued or 0.0)
+    fair_share().limit(most if waited > CROWDED * (time.perf_counter() - start) else threads)
+    return threads
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minimind.dataset.collate import to_device
 from minimind.runtime.device import autocast_context, module_of
 from minimind.selftest.rows import Check, Measure, NotApplicable, Outcome
 from minimind.selftest.toys import KINDS, LAYOUTS, matmul_precision, on_device, toy_batch, toy_model
 from minimind.trainer.compiling import NO_COMPILE, CompiledBlocks
 from minimind.trainer.recipe import count_targets, language_model_loss
-from minimind.trainer.validation import to_device
 
 
 @dataclass(frozen=True)

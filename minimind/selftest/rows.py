@@ -86,7 +86,7 @@ class Check:
 
 
 @dataclass
-class Row:
+class ResultRow:
     """表里的一行：``status`` 是 ✓、✗、—（不适用）、…（时间到，没测）之一。"""
 
     group: str
@@ -97,7 +97,7 @@ class Row:
     seconds: float = 0.0
 
 
-def run_check(check: Check) -> Row:
+def run_check(check: Check) -> ResultRow:
     """做一项检查；里面出什么错都变成 ✗ 与一句原因，别的行照做。"""
     start = time.perf_counter()
     measures: Sequence[Measure] = ()
@@ -111,7 +111,7 @@ def run_check(check: Check) -> Row:
         status, note = SKIPPED, str(reason)
     except Exception as error:  # 没见过的设备上什么都可能抛，一行坏了不能连累别的行
         status, note = FAILED, one_line(error)
-    return Row(check.group, check.name, status, measures, note, time.perf_counter() - start)
+    return ResultRow(check.group, check.name, status, measures, note, time.perf_counter() - start)
 
 
 def one_line(error: BaseException) -> str:
@@ -123,9 +123,9 @@ def one_line(error: BaseException) -> str:
 def run_checks(
     checks: Sequence[Check],
     budget: float,
-    tell: Callable[[int, Row], None] = lambda number, row: None,
+    tell: Callable[[int, ResultRow], None] = lambda number, row: None,
     clock: Callable[[], float] = time.perf_counter,
-) -> list[Row]:
+) -> list[ResultRow]:
     """依次做完；剩下的时间不够做下一项（按同组最近一项的用时估计）就记“未测：时间到”。
 
     Args:
@@ -135,7 +135,7 @@ def run_checks(
     start, last, rows = clock(), {}, []
     for number, check in enumerate(checks, start=1):
         if clock() - start + last.get(check.group, check.seconds) > budget:
-            row = Row(check.group, check.name, UNTESTED, note="未测：时间到")
+            row = ResultRow(check.group, check.name, UNTESTED, note="未测：时间到")
         else:
             row = run_check(check)
             if row.status != SKIPPED:

@@ -22,7 +22,7 @@ import minimind
 from minimind.cpus import available_cpus
 from minimind.runtime.checkpoint import atomic_write
 from minimind.runtime.device import device_name, module_of
-from minimind.selftest.rows import FAILED, PASSED, SKIPPED, UNTESTED, Row
+from minimind.selftest.rows import FAILED, PASSED, SKIPPED, UNTESTED, ResultRow
 
 STYLES = {PASSED: "green", FAILED: "bold red", SKIPPED: "dim", UNTESTED: "yellow"}
 FILE_WIDTH = 144  # 存进文件、贴进报告时的宽度；在终端里随终端
@@ -92,13 +92,13 @@ def command_line(*words: str) -> str:
     return (done.stdout.splitlines() or ["问不到"])[0].strip() if done.returncode == 0 else "问不到"
 
 
-def progress_line(number: int, total: int, row: Row) -> str:
+def progress_line(number: int, total: int, row: ResultRow) -> str:
     """做完一行说一句。"""
     reason = f"：{row.note}" if row.status in (FAILED, SKIPPED, UNTESTED) and row.note else ""
     return f"[{number:>{len(str(total))}}/{total}] {row.status} {row.group} {row.name}（{row.seconds:.1f} 秒）{reason}"
 
 
-def print_table(rows: Sequence[Row], where: dict[str, Any], console: Console | None = None) -> None:
+def print_table(rows: Sequence[ResultRow], where: dict[str, Any], console: Console | None = None) -> None:
     """打印环境与全部的行，数字一个也不截断。"""
     console = console or Console(highlight=False)
     if not console.is_terminal:
@@ -128,7 +128,7 @@ def print_table(rows: Sequence[Row], where: dict[str, Any], console: Console | N
     console.print(table)
 
 
-def verdict(rows: Sequence[Row], where: str) -> str:
+def verdict(rows: Sequence[ResultRow], where: str) -> str:
     """一句话的结论。"""
     count = Counter(row.status for row in rows)
     failed = [f"{row.group} {row.name}" for row in rows if row.status == FAILED]
@@ -147,14 +147,14 @@ def verdict(rows: Sequence[Row], where: str) -> str:
     return f"✓ {where}合格：" + "，".join(parts) + "。"
 
 
-def write_json(path: Path, rows: Sequence[Row], where: dict[str, Any], sentence: str) -> None:
+def write_json(path: Path, rows: Sequence[ResultRow], where: dict[str, Any], sentence: str) -> None:
     """写出可以附在报告里的 JSON：环境、结论、每一行的数与限度。不是有限数的写成文字，JSON 里没有 NaN。
 
     Raises:
         UserError: 写不进去。
     """
 
-    def plain(row: Row) -> dict[str, Any]:
+    def plain(row: ResultRow) -> dict[str, Any]:
         record = asdict(row)
         for measure, source in zip(record["measures"], row.measures):
             value = float(source.value)

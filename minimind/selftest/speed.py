@@ -9,15 +9,16 @@ from typing import Any
 import torch
 
 from minimind.dataset import collate_packed
+from minimind.dataset.collate import to_device
 from minimind.inference.engine import Engine
 from minimind.inference.sampling import SamplingParams
 from minimind.model import MiniMindForCausalLM, count_parameters, flops_per_token, preset
-from minimind.pace import pick_threads
 from minimind.runtime.device import (
     autocast_context,
     make_scaler,
     peak_flops,
     peak_memory_bytes,
+    pick_threads,
     synchronize,
 )
 from minimind.selftest.numerics import PRECISIONS
@@ -26,7 +27,6 @@ from minimind.selftest.toys import packed_row
 from minimind.trainer.optim import build_optimizer
 from minimind.trainer.recipe import count_targets, language_model_loss
 from minimind.trainer.train_args import TrainArguments
-from minimind.trainer.validation import to_device
 
 # (预设, 行数, 行长, 至多测几步)。卡上用默认的 26M、训练常用的批；CPU 上用演示的 3.6M
 SIZES = {"cpu": ("tiny", 2, 256, 4)}

@@ -23,14 +23,14 @@ EXCLUDED_TAGS = (
 
 
 @dataclass(frozen=True)
-class Source:
+class CorpusFile:
     """一个语料文件和它的权重；权重 1.4 指全部一遍，再均匀抽四成。"""
 
     path: Path
     weight: float = 1.0
 
 
-def parse_mix(mix: str, folder: Path) -> list[Source]:
+def parse_mix(mix: str, folder: Path) -> list[CorpusFile]:
     """``"pretrain_zh=1,pretrain_en=1.4"`` → 来源列表；名字是 ``folder`` 下的 ``{名字}.jsonl``，也可写路径。
 
     Raises:
@@ -54,7 +54,7 @@ def parse_mix(mix: str, folder: Path) -> list[Source]:
                 where=str(path),
                 fix="用 --data_dir 指出语料所在文件夹，或用 --mix 列出自己的文件",
             )
-        sources.append(Source(path, weight))
+        sources.append(CorpusFile(path, weight))
     if not sources:
         raise UserError("没有任何语料", where="--mix", expected="至少一个 名字=权重")
     return sources
@@ -134,7 +134,7 @@ def weighted(texts: Iterator[str], weight: float) -> Iterator[str]:
 
 
 def mixed_texts(
-    sources: list[Source], exclude: tuple[str, ...] = EXCLUDED_TAGS, bad: list[DataError] | None = None
+    sources: list[CorpusFile], exclude: tuple[str, ...] = EXCLUDED_TAGS, bad: list[DataError] | None = None
 ) -> Iterator[str]:
     """所有来源按权重展开后的文本；``bad`` 见 :func:`read_texts`。"""
     return chain.from_iterable(weighted(read_texts(s.path, exclude, bad), s.weight) for s in sources)

@@ -72,7 +72,7 @@ def table(rows: list[Compression]) -> str:
 
 
 @dataclass
-class EvalArguments(Arguments):
+class CompressionArguments(Arguments):
     """量分词器在各个 jsonl 文件上的压缩率与速度。"""
 
     files: tuple[str, ...] = arg((), "jsonl 文件，所有文本字段用换行连接后分词", metavar="文件", text="path")
@@ -83,7 +83,7 @@ class EvalArguments(Arguments):
 @guard
 def main_eval(argv: list[str] | None = None) -> None:
     """``minimind tokenizer eval`` 的入口。"""
-    args = parse_args(EvalArguments, argv, prog="minimind tokenizer eval")
+    args = parse_args(CompressionArguments, argv, prog="minimind tokenizer eval")
     rows = compare([resolve_path(file) for file in args.files], list(args.tokenizer))
     print(table(rows))
     if args.json:

@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from minimind.arguments import Arguments, arg, parse_args
 from minimind.console import format_duration, say
 from minimind.errors import UserError, guard
-from minimind.paths import base_dir, resolve_path
+from minimind.paths import resolve_path
 from minimind.tokenizer.corpus import EXCLUDED_TAGS, mixed_texts, parse_mix
 from minimind.tokenizer.special import IM_END, IM_START, PAD, SPECIAL_TOKENS, TAGS
 
@@ -41,9 +41,7 @@ DEFAULT_MIX = "pretrain_zh=1,pretrain_en=1.4,sft=1.2,gsm8k_train=1.1,math_zh=1"
 class TokenizerArguments(Arguments):
     """训练一个字节级 BPE 分词器，连同对话模板写进一个文件夹。"""
 
-    data_dir: str | None = arg(
-        None, "语料文件夹；不给时用仓库旁边的 ../shared/data，没有就用 dataset/", text="path"
-    )
+    data_dir: str = arg("dataset", "语料文件夹", text="path")
     mix: str = arg(
         DEFAULT_MIX, "语料与权重，逗号分隔；名字是 data_dir 下的 jsonl，也可以写 jsonl 的路径", text="paths"
     )
@@ -125,17 +123,11 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         shutil.copyfile(template, folder / template.name)
 
 
-def default_data_dir() -> Path:
-    """仓库旁边的参考语料；没有就用 ``dataset/``。"""
-    shared = base_dir().parent / "shared" / "data"
-    return shared if shared.is_dir() else resolve_path("dataset")
-
-
 @guard
 def main_train(argv: list[str] | None = None) -> None:
     """``minimind tokenizer train`` 的入口。"""
     args = parse_args(TokenizerArguments, argv, prog="minimind tokenizer train")
-    sources = parse_mix(args.mix, resolve_path(args.data_dir) if args.data_dir else default_data_dir())
+    sources = parse_mix(args.mix, resolve_path(args.data_dir))
     for source in sources:
         say(f"语料 {source.path}，权重 {source.weight:g}")
     start = time.monotonic()

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from minimind.console import format_duration, say
+from minimind.dataset.collate import to_device
 from minimind.model import flops_per_token
 from minimind.model.model_minimind import MLP, Attention, Block, MoE
 from minimind.runtime.device import autocast_context, preserved_rng
 from minimind.runtime.distributed import any_process, gather_objects
 from minimind.trainer.recipe import Batch, Window
-from minimind.trainer.validation import to_device
 
 if TYPE_CHECKING:
     from minimind.trainer.run import Run

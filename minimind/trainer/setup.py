@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from minimind.console import say
+from minimind.dataset.collate import to_device
 from minimind.errors import UserError
 from minimind.runtime import checkpoint, distributed
 from minimind.runtime.device import (
@@ -33,7 +34,6 @@ from minimind.trainer.optim import build_optimizer
 from minimind.trainer.progress import Progress
 from minimind.trainer.recipe import Data, Recipe
 from minimind.trainer.run import Run
-from minimind.trainer.validation import to_device
 from minimind.trainer.vital_signs import VitalSigns
 
 

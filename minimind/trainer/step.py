@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from minimind.console import say
+from minimind.dataset.collate import to_device
 from minimind.errors import UserError
 from minimind.runtime.device import autocast_context, stat_dtype
 from minimind.runtime.distributed import all_reduce_sum, gather_objects, on_main, world_size
 from minimind.runtime.interrupt import StopSignal
 from minimind.trainer.recipe import Window
 from minimind.trainer.run import Run
-from minimind.trainer.validation import to_device
 
 # 连续这么多步不是有限数就停：偶尔一步可能是坏样本，接连三步说明训练已经发散
 MAX_NONFINITE_IN_ROW = 3

@@ -9,15 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minimind.dataset.collate import to_device
 from minimind.runtime.device import autocast_context, preserved_rng, stat_dtype
 from minimind.runtime.distributed import all_reduce_sum, gather_objects, rank, world_size
 from minimind.trainer.loader import epoch_order
 from minimind.trainer.recipe import Batch, LossResult, count_targets
-
-
-def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """张量搬到设备上，其余（如 ``max_seqlen``）原样。"""
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def count_bytes(batch: dict[str, Any], byte_lengths: Tensor) -> float:

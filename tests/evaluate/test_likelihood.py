@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minimind.errors import UserError
-from minimind.evaluate.likelihood import Row, choice_logprobs
+from minimind.evaluate.likelihood import ChoiceRow, choice_logprobs
 from minimind.model import MiniMindConfig, MiniMindForCausalLM
 
 TOKENS = st.lists(st.integers(3, 6000), min_size=1, max_size=6).map(tuple)
@@ -20,7 +20,7 @@ def exams(draw):
     prefixes = [(), *draw(st.lists(TOKENS, max_size=2))]
     count = draw(st.integers(1, 6))
     return [
-        Row(
+        ChoiceRow(
             draw(st.sampled_from(prefixes)),
             draw(TOKENS),
             tuple(draw(st.lists(TOKENS, min_size=2, max_size=5))),
@@ -42,7 +42,7 @@ def test_与_llama_独立计算一致(rows, max_tokens):
 
 
 def test_外来结构的模型也算得一样():
-    rows = [Row((5, 6), (7, 8, 9), ((10,), (11, 12, 13))), Row((), (4,), ((5, 6), (5, 7), (9,)))]
+    rows = [ChoiceRow((5, 6), (7, 8, 9), ((10,), (11, 12, 13))), ChoiceRow((), (4,), ((5, 6), (5, 7), (9,)))]
     for values, wanted in zip(choice_logprobs(LLAMA, rows), expected(rows)):
         assert values == pytest.approx(wanted, abs=2e-4)
 
@@ -54,14 +54,17 @@ def test_各种结构_与自己不用缓存时一致(options):
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.3, **options
     )
     model = MiniMindForCausalLM(config).eval()
-    rows = [Row((5, 6, 7), (8, 9), ((10,), (11, 12), (13, 14, 15))), Row((5, 6, 7), (4,), ((9, 9), (8,)))]
+    rows = [
+        ChoiceRow((5, 6, 7), (8, 9), ((10,), (11, 12), (13, 14, 15))),
+        ChoiceRow((5, 6, 7), (4,), ((9, 9), (8,))),
+    ]
     for values, wanted in zip(choice_logprobs(model, rows), expected(rows, model)):
         assert values == pytest.approx(wanted, abs=2e-4)
 
 
 def test_整棵树放不进上下文就一枝一枝算():
     choices = tuple(tuple(range(10 + i, 30 + i)) for i in range(4))
-    row = Row((3,) * 10, (4,) * 20, choices)
+    row = ChoiceRow((3,) * 10, (4,) * 20, choices)
     assert row.width + 10 > 64 >= row.longest
     (values,) = choice_logprobs(OURS, [row])
     assert values == pytest.approx(expected([row])[0], abs=5e-4)
@@ -69,15 +72,15 @@ def test_整棵树放不进上下文就一枝一枝算():
 
 def test_一枝也放不下_说出两个长度():
     with pytest.raises(UserError, match=r"有 66 个 token.*只有 64 个"):
-        choice_logprobs(OURS, [Row((), (3,) * 60, ((4,) * 6, (5,)))])
+        choice_logprobs(OURS, [ChoiceRow((), (3,) * 60, ((4,) * 6, (5,)))])
 
 
 def test_进度按位置数走完_空卷也行():
     seen = []
     rows = [
-        Row((), (3, 4), ((5,), (6, 7))),
-        Row((), (3,) * 40, ((5,) * 20, (6,) * 20)),
-        Row((9,), (3,), ((5,), (6,))),
+        ChoiceRow((), (3, 4), ((5,), (6, 7))),
+        ChoiceRow((), (3,) * 40, ((5,) * 20, (6,) * 20)),
+        ChoiceRow((9,), (3,), ((5,), (6,))),
     ]
     choice_logprobs(OURS, rows, max_tokens=4, advance=seen.append)
     # 第二道拆成两枝，题干算了两遍

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from minimind.answers import normalize
 from minimind.dataset.schema import validate_dpo, validate_pretrain, validate_rl, validate_sft
 from minimind.errors import UserError
 from minimind.microworld import TASKS, build_tasks, ensure_microworld, grade, make_microworld
 from minimind.microworld.core import HELDOUT, TRAIN, stream
-from minimind.microworld.graders import normalize, strip_frame, style_of
+from minimind.microworld.graders import strip_frame, style_of
 from minimind.microworld.make import main_make
 from minimind.microworld.stages import Corpus
 from minimind.microworld.tasks.base import FactTask

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minimind.answers import normalize, numbers_in, well_formed
 from minimind.microworld import TASKS, grade
 from minimind.microworld.core import HELDOUT, TRAIN, stream
-from minimind.microworld.graders import GRADERS, normalize, numbers_in, style_of, well_formed
+from minimind.microworld.graders import GRADERS, style_of
 from minimind.microworld.phrasing import GRUMPY_FRAMES, POLITE_FRAMES
 from minimind.microworld.stages import chat_item, dress, stylable
 

@@ -106,7 +106,7 @@ def test_初始损失接近词表大小的对数(home):
 
 
 def test_数据的来源_给的_惯用的_内置的(home, monkeypatch, capsys):
-    monkeypatch.setattr(data, "ensure_microworld", lambda: home / "dataset" / "microworld")
+    monkeypatch.setattr("minimind.microworld.ensure_microworld", lambda: home / "dataset" / "microworld")
     given = data.training_files("pretrain", "pre.jsonl", None)
     assert given == (home / "pre.jsonl", None)
     world = home / "dataset" / "microworld"

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from minimind.report import curves
 from minimind.report.logs import read_log, series
-from minimind.report.report import Metric, Report, Sample
+from minimind.report.report import BeforeAfter, Metric, Report
 
 REPORT = Report(
     title="微世界演示",
@@ -20,7 +20,7 @@ REPORT = Report(
         Metric("预训练", "填空", None, 0.5),
     ],
     tasks={"加法": {"items": 40, "before": 0.0, "after": 0.925}},
-    samples=[Sample("加法", "1+1=?\n请回答", "2", "a`b|c", "2", 1.0)],
+    samples=[BeforeAfter("加法", "1+1=?\n请回答", "2", "a`b|c", "2", 1.0)],
     figures={"pretrain.png": "预训练曲线"},
 )
 

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from minimind.dataset.collate import to_device
 from minimind.model import MiniMindConfig, MiniMindForCausalLM
 from minimind.objectives.policy import LOSS_TYPES
 from minimind.rl.experience import Experience
 from minimind.rl.policy import drift, mean_drift, policy_loss, response_logps
 from minimind.rl.rollout import LocalRollout
 from minimind.tokenizer import load_tokenizer
-from minimind.trainer.validation import to_device
 
 RUN = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from minimind import pace
 from minimind.runtime import device
 from minimind.runtime import fair_share as module
 from minimind.runtime.fair_share import FairShare, queued_seconds, vacant_seconds
@@ -144,13 +143,13 @@ def fake_threads(monkeypatch):
 
 
 def test_演示挑线程时正忙_上限不随之降低(fake_threads, monkeypatch):
-    monkeypatch.setattr(pace, "available_cpus", lambda: 4)
+    monkeypatch.setattr(device, "available_cpus", lambda: 4)
     monkeypatch.setattr(device, "time_call", lambda _: {1: 1.0, 2: 5.0}[fake_threads["threads"]])
     for waiting, most in ((0.0, 1), (1e6, 4)):
         accounts = iter([0.0, waiting])
-        monkeypatch.setattr(pace, "queued_seconds", lambda accounts=accounts: next(accounts))
+        monkeypatch.setattr(device, "queued_seconds", lambda accounts=accounts: next(accounts))
         fake_threads["threads"] = 4
-        assert pace.pick_threads(lambda: None) == 1
+        assert device.pick_threads(lambda: None) == 1
         assert module.fair_share().most == most
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from minimind import selftest
 from minimind.errors import UserError
 from minimind.selftest import numerics, show, speed, toys
-from minimind.selftest.rows import Check, Measure, NotApplicable, Outcome, Row, run_check, run_checks
+from minimind.selftest.rows import Check, Measure, NotApplicable, Outcome, ResultRow, run_check, run_checks
 
 CPU = torch.device("cpu")
 ANY = Measure("差", 0.0, high=1.0)
@@ -98,7 +98,7 @@ def test_时间到了记为未测():
 
 
 def rows_with(*statuses):
-    return [Row("组", str(index), status, [ANY]) for index, status in enumerate(statuses)]
+    return [ResultRow("组", str(index), status, [ANY]) for index, status in enumerate(statuses)]
 
 
 def test_结论():
@@ -260,7 +260,7 @@ def test_没有bf16的卡不测bf16(monkeypatch):
 def test_表里的数一个也不截断(terminal):
     """存进文件时按定好的宽度，在窄的终端里折行；右边的列都在。"""
     measures = [Measure(name, 1.2345e-13, high=1e-4) for name in ("损失差", "1−余弦", "梯度差")]
-    rows = [Row("前向反向", "MoE 左填充 fp16", "✓", measures, "很长的说明，" * 8, 123.4)]
+    rows = [ResultRow("前向反向", "MoE 左填充 fp16", "✓", measures, "很长的说明，" * 8, 123.4)]
     file = io.StringIO()
     console = Console(file=file, force_terminal=terminal, color_system=None, width=70)
     show.print_table(rows, {"torch": "2.13"}, console)

@@ -71,7 +71,9 @@ ASK = [{"role": "user", "content": "介绍一个人"}]
 
 
 def openai_client(chat_server):
-    return pytest.importorskip("openai").OpenAI(base_url=f"{chat_server.url}/v1", api_key="any", max_retries=0)
+    return pytest.importorskip("openai").OpenAI(
+        base_url=f"{chat_server.url}/v1", api_key="any", max_retries=0
+    )
 
 
 def test_openai_嵌套的模型_按声明的次序_答复与工具都解析得出(chat_server):

@@ -50,7 +50,7 @@ class Convert(Equation):
         return "train" if key[0] == "1" and not key[1].isdigit() else super().side_of(key)
 
 
-class Sequence(OperandTask):
+class NumberSequence(OperandTask):
     def propose(self, rng: random.Random) -> Example:
         step, start = rng.choice((1, 2, 3, 4, 5, 10)), rng.randint(1, 49)
         terms = [start + step * i for i in range(5)]
@@ -78,5 +78,5 @@ class Sequence(OperandTask):
 def make_tasks() -> list[Task]:
     return [
         Convert("convert", "单位换算"),
-        Sequence("sequence", "找规律", level="hard"),
+        NumberSequence("sequence", "找规律", level="hard"),
     ]

@@ -84,7 +84,7 @@ def draw_call(rng: random.Random) -> tuple[dict, str, dict]:
     return which, fill(rng, asks, c=city), {"city": city}
 
 
-class ToolCall(OperandTask):
+class ToolCallTask(OperandTask):
     """给出三样工具，答案是一次调用。"""
 
     def propose(self, rng: random.Random) -> Example:
@@ -110,7 +110,7 @@ class ToolCall(OperandTask):
         return "\n".join(self.example(rng, side).lines[0] for _ in range(rng.randint(2, 4)))
 
 
-class ToolResult(OperandTask):
+class ToolResultTask(OperandTask):
     """工具已经返回结果，用一句话告诉用户。"""
 
     def propose(self, rng: random.Random) -> Example:
@@ -154,6 +154,6 @@ class ToolResult(OperandTask):
 
 def make_tasks() -> list[Task]:
     return [
-        ToolCall("tool_call", "调用工具"),
-        ToolResult("tool_result", "转述结果"),
+        ToolCallTask("tool_call", "调用工具"),
+        ToolResultTask("tool_result", "转述结果"),
     ]

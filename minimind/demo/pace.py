@@ -1,18 +1,15 @@
-"""演示的步调：几个线程最快、什么精度最快、全程要多久。"""
+"""演示的步调：什么精度最快、全程要多久。"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from minimind.console import format_duration, say
-from minimind.cpus import available_cpus
-from minimind.runtime.fair_share import CROWDED, fair_share, queued_seconds
 
 
 @dataclass
-class Clock:
+class Timetable:
     """全程的预计用时：各步先给估计，走完一步就用实际用时换掉，并按快慢修正剩下的。"""
 
     estimates: dict[str, float]
@@ -42,36 +39,6 @@ class Clock:
         return time.perf_counter() - self.start
 
 
-def pick_threads(call: Callable[[], None]) -> int:
-    """CPU 上用几个线程最快：从 1 起翻倍，快不到一成半就停；设好并返回线程数。
-
-    机器正忙，或容器只给两个核却看得见几十个时，线程多了会在屏障前互相空等：四核机器负载到 15 时，
-    4 线程实测比 1 线程慢一百倍。上限是 torch 的默认值（所以 OMP_NUM_THREADS 仍然管用）与容器的配额。测的时候有人来抢，
-    选出的就只管眼下，空下来仍可加到上限。
-    """
-    import torch
-
-    from minimind.runtime.device import time_call
-
-    start, queued = time.perf_counter(), queued_seconds()
-
-    most, best, threads = min(torch.get_num_threads(), available_cpus()), float("inf"), 1
-    candidate = 1
-    while True:
-        torch.set_num_threads(candidate)
-        seconds = time_call(call)
-        if seconds > best / 1.15:
-            break
-        best, threads = seconds, candidate
-        if candidate == most:
-            break
-        candidate = min(2 * candidate, most)
-    torch.set_num_threads(threads)
-    waited = (queued_seconds() or 0.0) - (queued or 0.0)
-    fair_share().limit(most if waited > CROWDED * (time.perf_counter() - start) else threads)
-    return threads
-
-
 def probe_speed(model, dataset, rows: int, row_length: int) -> tuple[str, float]:
     """选精度并测速：用真数据走几个完整的训练步，每步 ``rows`` 行。
 
@@ -81,11 +48,11 @@ def probe_speed(model, dataset, rows: int, row_length: int) -> tuple[str, float]
     import torch
 
     from minimind.dataset import collate_packed
-    from minimind.runtime.device import autocast_context, choose_dtype, synchronize, time_call
+    from minimind.dataset.collate import to_device
+    from minimind.runtime.device import autocast_context, choose_dtype, pick_threads, synchronize, time_call
     from minimind.trainer.optim import build_optimizer
     from minimind.trainer.recipe import count_targets, language_model_loss
     from minimind.trainer.train_args import TrainArguments
-    from minimind.trainer.validation import to_device
 
     device = next(model.parameters()).device
 
