@@ -18,6 +18,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # 机器忙时线程数会变，求和的次序随之改变
+
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
