@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,12 @@ from minimind.inference.int8 import quantize_int8
 from minimind.model import MiniMindConfig, count_parameters
 from minimind.paths import folder_problem, resolve_path
 from minimind.runtime.adapters import adapter_names, merge_adapters
-from minimind.runtime.checkpoint import file_stem, read_sidecar, sidecar_path
 from minimind.runtime.device import choose_dtype, device_name, resolve_device
+from minimind.runtime.weights import find_weights, missing_weights, open_weights, weights_file
 from minimind.runtime.weights_check import check_plain
 from minimind.tokenizer import load_tokenizer
 from minimind.tokenizer.loading import codec_of
 from minimind.tokenizer.special import IM_END
-from minimind.trainer.trainer_utils import init_model
 
 # --load_from 的这几种写法都指本项目的 .pth（公共项目的默认值是 model）
 NATIVE = ("model", "./model", "../model")
@@ -104,46 +102,22 @@ def load_for_inference(
 
 
 def _load_native(weight, save_dir, sizes, tokenizer_path, inference_rope_scaling) -> Loaded:
-    path = find_weights(weight, save_dir, sizes["hidden_size"], sizes["use_moe"])
-    sidecar = (read_sidecar(path) if path else None) or {}
-    options = dict(sidecar.get("config", {}))
-    if path and not options:
-        options = {"hidden_size": _hidden_size(path, weight), "use_moe": path.stem.endswith("_moe")}
-    # 明写的尺寸盖过旁注；若与权重矛盾，init_model 会逐项指出
-    options |= {name: value for name, value in sizes.items() if value is not None}
-    if inference_rope_scaling:
-        options["inference_rope_scaling"] = True
-    try:
-        config = MiniMindConfig(**options)
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            str(error), where=str(sidecar_path(path)) if path and sidecar else "模型尺寸"
-        ) from error
-    model, tokenizer = init_model(config, weight, tokenizer_path, save_dir, "cpu")
-    plain = sidecar.get("recipe", weight) == "pretrain" or (not sidecar and "pretrain" in weight)
-    return Loaded(model, tokenizer, plain, resolve_path(save_dir) / f"{file_stem(config, weight)}.pth")
-
-
-def _hidden_size(path: Path, weight: str) -> int:
-    return int(path.stem.removeprefix(f"{weight}_").removesuffix("_moe"))
-
-
-def find_weights(weight: str, save_dir: str, hidden_size: int | None, use_moe: bool | None) -> Path | None:
-    """目录里符合名字与已知尺寸的权重；不止一个时取最新的并说明，没有返回 ``None``。"""
-    pattern = re.compile(re.escape(weight) + r"_(\d+)(_moe)?\.pth")
-    found = []
-    for path in resolve_path(save_dir).glob(f"{weight}_*.pth"):
-        match = pattern.fullmatch(path.name)
-        if match and hidden_size in (None, int(match[1])) and (use_moe is None or use_moe == bool(match[2])):
-            found.append(path)
-    if not found:
-        return None
-    newest = max(found, key=lambda path: path.stat().st_mtime)
-    if len(found) > 1:
-        say(
-            f"有 {len(found)} 个 {weight} 权重，用最新的 {newest.name}；用 --hidden_size、--use_moe 指定别的。"
-        )
-    return newest
+    if weight.endswith(".pth"):
+        path = weights_file(weight)
+    else:
+        path = find_weights(weight, save_dir, sizes["hidden_size"], sizes["use_moe"])
+    if path is None:
+        wanted = {name: value for name, value in sizes.items() if value is not None}
+        try:
+            raise missing_weights(MiniMindConfig(**wanted), weight, save_dir)
+        except ValueError as error:
+            raise UserError(str(error), where="模型尺寸") from error
+    extra = {"inference_rope_scaling": True} if inference_rope_scaling else {}
+    model, tokenizer, file = open_weights(path, sizes, tokenizer_path, **extra)
+    plain = file.sidecar.get("recipe", path.stem) == "pretrain" or (
+        not file.sidecar and "pretrain" in path.stem
+    )
+    return Loaded(model, tokenizer, plain, path)
 
 
 def _load_folder(folder: str, weight: str, tokenizer_path: str | None) -> Loaded:
