@@ -31,7 +31,7 @@ from minimind.runtime.checkpoint import (
 )
 from minimind.runtime.device import resolve_device
 from minimind.runtime.distributed import broadcast_object, broadcast_state, on_main
-from minimind.runtime.shapes import check_visible, config_of_state
+from minimind.runtime.shapes import check_visible, config_of_state, visible_sizes
 from minimind.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 # 权重名 → 得到它的命令，写进“找不到权重”的提示里
@@ -168,7 +168,7 @@ def read_weights(
 
 
 def check_tokenizer(path: Path, sidecar: Mapping[str, Any], config: MiniMindConfig, tokenizer: Any) -> None:
-    """权重与分词器配套：旁注里的指纹相同；没有旁注的至少词表装得下。
+    """权重与分词器配套：旁注里的指纹相同；词表装得下。
 
     Raises:
         UserError: 不是训练它的那个分词器。
@@ -176,7 +176,7 @@ def check_tokenizer(path: Path, sidecar: Mapping[str, Any], config: MiniMindConf
     saved, fix = sidecar.get("tokenizer_hash"), "用 --tokenizer_path 指向训练它时的分词器"
     if saved and saved != tokenizer_fingerprint(tokenizer):
         raise UserError("这个权重是用另一个分词器训练的", where=str(path), fix=fix)
-    if not sidecar and len(tokenizer) > config.vocab_size:
+    if len(tokenizer) > config.vocab_size:
         raise UserError(
             f"分词器有 {len(tokenizer)} 个词，这份权重只有 {config.vocab_size} 个",
             where=str(path),
@@ -261,6 +261,7 @@ def init_model(
     if from_weight != "none":
         path = on_main(lambda: _training_start(lm_config, tokenizer, from_weight, save_dir))
         trained = broadcast_object(on_main(lambda: (read_sidecar(path) or {}).get("config", {})))
+        lm_config.vocab_size = broadcast_object(lm_config.vocab_size)
         lm_config.norm_topk_prob = trained.get("norm_topk_prob", lm_config.norm_topk_prob)
         if trained.get("trained_length"):
             lm_config.record_trained_length(trained["trained_length"])
@@ -275,16 +276,19 @@ def init_model(
 def _training_start(
     lm_config: MiniMindConfig, tokenizer: Any, from_weight: str, save_dir: str | Path
 ) -> Path:
-    """权重文件；结构与分词器已同旁注核对，没有旁注的同看得见的尺寸核对。"""
+    """权重文件；结构与分词器已同旁注核对，没有旁注的同看得见的尺寸核对。词表的大小随权重，它可以比分词器的大。"""
     path = weights_path(lm_config, from_weight, save_dir)
     if not path.is_file():
         raise missing_weights(lm_config, from_weight, save_dir)
-    sidecar = read_sidecar(path)
-    if not sidecar:
-        check_visible(read_state(path), config_dict(lm_config), path)
-        return path
+    sidecar = read_sidecar(path) or {}
+    if saved := sidecar.get("config", {}):
+        lm_config.vocab_size = saved.get("vocab_size", lm_config.vocab_size)
+    else:
+        state = read_state(path)
+        check_visible(state, config_dict(lm_config), path)
+        lm_config.vocab_size = visible_sizes(state, path)["vocab_size"]
+    check_tokenizer(path, sidecar, lm_config, tokenizer)
     current = {key: value for key, value in config_dict(lm_config).items() if key in STRUCTURE}
     fix = "改用与它一致的尺寸参数（--hidden_size、--num_hidden_layers、--arch…）"
-    check_same_config(sidecar.get("config", {}), current, str(path), fix)
-    check_tokenizer(path, sidecar, lm_config, tokenizer)
+    check_same_config(saved, current, str(path), fix)
     return path

@@ -46,6 +46,10 @@ def plain_message(message: Message) -> dict[str, Any]:
         calls = [{"type": "function", "function": message.function_call.model_dump(exclude_none=True)}]
     if calls and role == "assistant":
         plain["tool_calls"] = calls
+    if role == "tool":  # 有的模型自己的模板要
+        plain |= {
+            key: value for key in ("name", "tool_call_id") if (value := getattr(message, key)) is not None
+        }
     return plain
 
 
