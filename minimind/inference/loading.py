@@ -24,7 +24,7 @@ from minimind.runtime.weights_check import check_plain
 from minimind.tokenizer import load_tokenizer
 from minimind.tokenizer.loading import codec_of
 from minimind.tokenizer.special import IM_END, IM_START
-from minimind.tokenizer.templates import describe_layout
+from minimind.tokenizer.templates import describe_layout, use_template
 
 # --load_from 的这几种写法都指本项目的 .pth（公共项目的默认值是 model）
 NATIVE = ("model", "./model", "../model")
@@ -66,6 +66,7 @@ def load_for_inference(
     use_moe: int | None = None,
     arch: str | None = None,
     tokenizer_path: str | None = None,
+    chat_template: str | None = None,
     inference_rope_scaling: bool = False,
     device: str = "auto",
     dtype: str = "auto",
@@ -74,6 +75,7 @@ def load_for_inference(
     """按 :mod:`eval_llm` 的参数打开模型；尺寸参数为 ``None`` 时由权重旁的 JSON 决定。
 
     ``quantize="int8"`` 在最后把线性层换成 int8 的（:mod:`minimind.inference.int8`）。
+    ``chat_template`` 换一份对话模板（文件，或 ``minimind``）。
     ``lora_weight`` 里的各份 LoRA 在 fp32 下依次合并进权重（W + Δ₁ + Δ₂ + …），之后再转成推理精度，生成时不多花计算。
 
     Raises:
@@ -97,6 +99,8 @@ def load_for_inference(
         )
     else:
         loaded = _load_folder(load_from, weight, tokenizer_path)
+    if chat_template:
+        use_template(loaded.tokenizer, chat_template)
     if not loaded.plain and (told := describe_layout(loaded.tokenizer)):
         say(f"{told}。")
     precision = choose_dtype(dtype, target)

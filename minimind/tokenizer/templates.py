@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer
 
 from minimind.errors import UserError
+from minimind.paths import file_problem, resolve_path
 from minimind.tokenizer.layouts import LAYOUTS, OURS, Layout
 from minimind.tokenizer.loading import SHIPPED_DIR, codec_of
 from minimind.tokenizer.render import (
@@ -85,6 +86,33 @@ def layout_of(tokenizer: PreTrainedTokenizerFast) -> Layout | Template:
     if key not in codec.layouts:
         codec.layouts[key] = _recognise(tokenizer, source)
     return codec.layouts[key]
+
+
+def use_template(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+    """换一份对话模板：``minimind`` 是本项目的，别的是 ``.jinja`` 文件。
+
+    Raises:
+        UserError: 没有这个文件，或渲染不出用户的话。
+    """
+    if name == OURS.name:
+        tokenizer.chat_template = _shipped()
+        return
+    path = resolve_path(name)
+    if problem := file_problem(path, ".jinja"):
+        raise UserError(
+            f"模板{problem}", where=f"--chat_template {path}", expected=f"一个 .jinja 文件，或 {OURS.name}"
+        )
+    try:
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"不是 UTF-8（{error.reason}）", where=f"--chat_template {path}") from error
+    template = Template(tokenizer.chat_template, _switches(tokenizer.chat_template))
+    try:
+        shown = _ASK["content"] in _apply(tokenizer, template, [_ASK], None, True, None)
+    except UserError as error:
+        raise UserError(error.what, where=f"--chat_template {path}", fix="改好模板") from error
+    if not shown:
+        raise UserError("模板里没有用户的话", where=f"--chat_template {path}", fix="换一个对话模板")
 
 
 def describe_layout(tokenizer: PreTrainedTokenizerFast) -> str | None:

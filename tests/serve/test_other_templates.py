@@ -11,8 +11,9 @@ from other_models import write_model
 from processes import ServerProcess
 
 from minimind import chat
+from minimind.errors import UserError
 from minimind.inference.loading import load_for_inference, stop_ids
-from minimind.tokenizer import load_tokenizer
+from minimind.tokenizer import encode_chat, load_tokenizer, render_text
 
 TALK = [
     {"role": "user", "content": "你好"},
@@ -123,3 +124,20 @@ def test_没有模板的目录_说清怎么办(tmp_path, capsys, kind, plain, sa
     loaded = load_for_inference(load_from=str(tmp_path / "hf"), device="cpu")
     assert loaded.plain == plain and said in capsys.readouterr().err
     assert loaded.tokenizer.eos_token_id in stop_ids(loaded.model, loaded.tokenizer)
+
+
+def test_换一份对话模板(tmp_path, capsys):
+    write_model(tmp_path / "hf", "qwen")
+    common = {"load_from": str(tmp_path / "hf"), "device": "cpu", "dtype": "float32"}
+    ours = load_for_inference(chat_template="minimind", **common).tokenizer
+    assert ours.decode(encode_chat(ours, TALK, add_generation_prompt=True).ids) == render_text(
+        TALK, None, True
+    )
+    file = tmp_path / "t.jinja"
+    file.write_text("{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}", "utf-8")
+    own = load_for_inference(chat_template=str(file), **common).tokenizer
+    assert own.decode(encode_chat(own, TALK[:1], add_generation_prompt=True).ids) == "<|im_start|>你好"
+    for text, said in (("{{ 1 }}", "没有用户的话"), ("{% for %}", "不接受"), (None, "不存在")):
+        file.write_text(text, "utf-8") if text else file.unlink()
+        with pytest.raises(UserError, match=f"--chat_template.*{said}"):
+            load_for_inference(chat_template=str(file), **common)
