@@ -84,6 +84,8 @@ def build_cache(
         UserError: 文件不存在、磁盘满、缓存目录不可写等。
     """
     from minimind.tokenizer import tokenizer_fingerprint
+    from minimind.tokenizer.layouts import OURS
+    from minimind.tokenizer.templates import layout_of
 
     if kind not in KINDS:
         raise UserError(f"不认识的数据种类 {kind}", expected=" | ".join(KINDS))
@@ -93,6 +95,9 @@ def build_cache(
     check_readable(path)
     root = cache_root(cache_dir)
     identity = [tokenizer_fingerprint(tokenizer), kind, options or {}, FORMAT_VERSION]
+    layout = layout_of(tokenizer)
+    if layout != OURS:  # 同一个分词器，从前的版本都按本项目的布局渲染
+        identity.append(getattr(layout, "name", "template"))
 
     content = remembered_hash(root, path)
     cache = _open(root, content, identity, path) if content else None

@@ -97,12 +97,12 @@ def require_start(road: Road, name: str) -> None:
         name: 起点是哪个阶段，``pretrain`` 或 ``sft``。
     """
     from minimind.demo.stages import STAGES
-    from minimind.inference.loading import find_weights
+    from minimind.runtime.weights import find_weights
 
     if STAGES[name].title in road.report.failures:
         raise UserError(f"起点“{STAGES[name].title}”没有走完", fix="先解决它")
     weight = {"pretrain": "pretrain", "sft": "full_sft"}[name]
-    if not find_weights(weight, road.args.out_dir, None, None):
+    if not find_weights(weight, road.args.out_dir):
         raise UserError(
             f"没有起点 {weight} 的权重",
             where=str(resolve_path(road.args.out_dir)),

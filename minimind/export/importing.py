@@ -19,23 +19,22 @@ from torch import Tensor
 from minimind.errors import UserError
 from minimind.export.hf import SIDECAR
 from minimind.export.layouts import NATIVE, config_from_hf
-from minimind.export.shapes import arch_of, config_of_state, is_tied
 from minimind.model import MiniMindConfig, MiniMindLM
 from minimind.paths import file_problem, resolve_path
 from minimind.runtime.checkpoint import (
+    BUFFERS,
     atomic_write,
     check_state,
     config_dict,
     parse_stem,
-    read_sidecar,
     read_state,
     weights_path,
     write_sidecar,
 )
+from minimind.runtime.shapes import arch_of, is_tied, layer_count
+from minimind.runtime.weights import read_weights
 from minimind.tokenizer import load_tokenizer, tokenizer_fingerprint
 
-# 有的实现把位置编码的表也存进文件；本项目现算
-BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|inv_freq|freqs_cos|freqs_sin|pos_cis|freqs_cis)")
 FUSED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -173,7 +172,7 @@ def _read_folder_state(folder: Path) -> tuple[dict[str, Tensor], Path]:
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
     if path.suffix != ".safetensors":
-        return read_state(path, BUFFERS)
+        return read_state(path)
     try:
         return load_safetensors(path)
     except (SafetensorError, OSError) as error:
@@ -187,12 +186,9 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 def read_pth(path: Path, tokenizer_path: str | None, options: dict[str, Any]) -> Imported:
     """读一份 ``.pth``；有旁注就照旁注，没有就从形状推出尺寸，推不出的用公共项目的默认值并说明。"""
-    state, before, notes = read_state(path, BUFFERS), read_sidecar(path) or {}, []
-    if before.get("config"):
-        config = MiniMindConfig(**before["config"])
-    else:
-        config = config_of_state(state, path, options, notes)
-    state = _finish_state(state, config, path)
+    file = read_weights(path, options)
+    config, before, notes = file.config, file.sidecar, file.notes
+    state = _finish_state(file.state, config, path)
     _check(config, state, path, "检查这份权重是不是本项目或公共 MiniMind 的")
     tokenizer = load_tokenizer(tokenizer_path)
     if not before and tokenizer_path is None:
@@ -241,10 +237,10 @@ def _finish_state(state: dict[str, Tensor], config: MiniMindConfig, path: Path) 
 
 def _check(config: MiniMindConfig, state: dict[str, Tensor], where: Path, fix: str) -> None:
     """键与形状逐一核对；模型建在 meta 设备上，不占内存。"""
-    layers = {int(m[1]) for key in state if (m := re.match(r"model\.layers\.(\d+)\.", key))}
-    if config.num_hidden_layers != len(layers):  # 先比层数：配置写成十亿层时不去建它
+    layers = layer_count(state)
+    if config.num_hidden_layers != layers:  # 先比层数：配置写成十亿层时不去建它
         raise UserError(
-            f"权重有 {len(layers)} 层",
+            f"权重有 {layers} 层",
             where=str(where),
             expected=f"配置写的 num_hidden_layers={config.num_hidden_layers}",
             fix=fix,

@@ -9,7 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from minimind.export.source import Source
+from minimind.tokenizer.layouts import OURS
 from minimind.tokenizer.render import TOOLS_HEAD, TOOLS_TAIL
+from minimind.tokenizer.templates import layout_of
 
 CHAT = """\
 {{- if or .System .Tools }}<|im_start|>system
@@ -60,6 +62,10 @@ CHAT = """\
 {{- end }}"""
 
 PLAIN = "{{ .Prompt }}"
+# 别人的模板只有 Jinja 的，写成 Go 的要人来做；写错的比没有的坏
+OTHERS = (
+    "# 对话模板是模型自己的（Jinja，在 GGUF 里）。Ollama 认不出它时，照它写一个 Go 的 TEMPLATE 放在这里\n"
+)
 
 
 def modelfile(source: Source, gguf_name: str, context: int = 2048) -> str:
@@ -70,13 +76,19 @@ def modelfile(source: Source, gguf_name: str, context: int = 2048) -> str:
         context: 上下文长度；Ollama 会按它预留显存。
     """
     template = PLAIN
+    if not source.plain and layout_of(source.tokenizer) != OURS:
+        return _modelfile(source, gguf_name, context, OTHERS)
     if not source.plain:
         template = CHAT.replace("@HEAD@", TOOLS_HEAD.rstrip("\n")).replace("@TAIL@", TOOLS_TAIL)
+    return _modelfile(source, gguf_name, context, f'TEMPLATE """{template}"""\n')
+
+
+def _modelfile(source: Source, gguf_name: str, context: int, template: str) -> str:
     by_id = {token_id: token for token, token_id in source.tokenizer.get_vocab().items()}
     stops = "".join(f'PARAMETER stop "{by_id[token_id]}"\n' for token_id in source.stop_ids)
     return (
         f"FROM ./{gguf_name}\n"
-        f'TEMPLATE """{template}"""\n'
+        f"{template}"
         f"PARAMETER num_ctx {context}\n"
         "PARAMETER temperature 0.85\n"
         "PARAMETER top_p 0.85\n"

@@ -12,8 +12,7 @@ from torch import Tensor
 from minimind.errors import UserError
 from minimind.inference.loading import load_for_inference, stop_ids
 from minimind.model import MiniMindConfig
-from minimind.paths import file_problem, resolve_path
-from minimind.runtime.checkpoint import parse_stem, read_sidecar, read_state
+from minimind.runtime.checkpoint import read_sidecar, read_state
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -54,25 +53,8 @@ def open_source(
         sizes: ``hidden_size``、``num_hidden_layers``、``use_moe``、``arch``；没有旁注的权重要用。
 
     Raises:
-        UserError: 没有这份权重，文件名不合规矩，或尺寸不符。
+        UserError: 没有这份权重，或尺寸不符。
     """
-    if name.endswith(".pth"):
-        path = resolve_path(name)
-        if problem := file_problem(path, ".pth"):
-            raise UserError(
-                f"权重文件{problem}", where=str(path), fix="检查路径，或写权重的名字，如 full_sft"
-            )
-        stem = parse_stem(path)
-        if stem is None:
-            raise UserError(
-                "文件名里认不出尺寸",
-                where=str(path),
-                expected="名字_隐藏维.pth 或 名字_隐藏维_moe.pth",
-                fix=f"先运行 minimind import {name}",
-            )
-        name, hidden_size, use_moe = stem
-        save_dir = str(path.parent)
-        sizes |= {"hidden_size": hidden_size, "use_moe": int(use_moe)}
     loaded = load_for_inference(
         save_dir=save_dir,
         weight=name,

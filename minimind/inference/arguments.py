@@ -31,11 +31,16 @@ class ModelArguments(Arguments):
     )
     hidden_size: int | None = arg(None, "隐层宽度；不给则由权重文件决定", low=1, high=16384)
     num_hidden_layers: int | None = arg(
-        None, "层数；不给则由权重旁的 JSON 决定，没有 JSON 时为 8", low=1, high=256
+        None, "层数；不给则由权重旁的 JSON 决定，没有 JSON 时从权重的键数", low=1, high=256
     )
     use_moe: int | None = arg(None, "是否混合专家；不给则由权重文件决定", (0, 1))
-    arch: str | None = arg(None, "模型结构；不给则由权重旁的 JSON 决定，没有 JSON 时为 v2", ("v2", "v3"))
+    arch: str | None = arg(
+        None, "模型结构；不给则由权重旁的 JSON 决定，没有 JSON 时从权重的键认", ("v2", "v3")
+    )
     tokenizer_path: str | None = arg(None, "分词器目录；不给则用自带的（HF 目录用它自己的）", text="path")
+    chat_template: str | None = arg(
+        None, "换一份对话模板：.jinja 文件，或 minimind 表示本项目的；不给则用分词器自己的", text="path"
+    )
     inference_rope_scaling: int = arg(0, "用 YaRN 把上下文外推到训练长度之外", (0, 1))
     device: str = arg("auto", "设备：auto、cpu、cuda:0、npu:0、mps", pattern=DEVICE)
     dtype: str = arg(

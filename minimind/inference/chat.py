@@ -14,6 +14,7 @@ from minimind.inference.generate import TextStream, context_length, stream_token
 from minimind.inference.loading import stop_ids
 from minimind.inference.sampling import SamplingParams
 from minimind.tokenizer import encode_chat, encode_pretrain
+from minimind.tokenizer.templates import opens_thinking
 
 # 一场对话的前缀库至多多少个 token；26M 的 fp32 每个 8 KB
 PREFIX_TOKENS = 16384
@@ -105,7 +106,7 @@ class ChatSession:
         self.speed = Speed()
         start = time.perf_counter()
         written: list[str] = []
-        prefix = "<think>\n" if self.enable_thinking and not self.plain else ""
+        prefix = "<think>\n" if not self.plain and opens_thinking(self.tokenizer, ids) else ""
         if prefix:
             yield prefix
         for token in stream_tokens(

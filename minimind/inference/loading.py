@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import re
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from minimind.console import say
 from minimind.errors import UserError
@@ -15,13 +16,15 @@ from minimind.inference.int8 import quantize_int8
 from minimind.model import MiniMindConfig, count_parameters
 from minimind.paths import folder_problem, resolve_path
 from minimind.runtime.adapters import adapter_names, merge_adapters
-from minimind.runtime.checkpoint import file_stem, read_sidecar, sidecar_path
+from minimind.runtime.checkpoint import BUFFERS, read_state
 from minimind.runtime.device import choose_dtype, device_name, resolve_device
+from minimind.runtime.shapes import arch_of
+from minimind.runtime.weights import find_weights, missing_weights, open_weights, weights_file
 from minimind.runtime.weights_check import check_plain
 from minimind.tokenizer import load_tokenizer
 from minimind.tokenizer.loading import codec_of
-from minimind.tokenizer.special import IM_END
-from minimind.trainer.trainer_utils import init_model
+from minimind.tokenizer.special import IM_END, IM_START
+from minimind.tokenizer.templates import describe_layout, use_template
 
 # --load_from 的这几种写法都指本项目的 .pth（公共项目的默认值是 model）
 NATIVE = ("model", "./model", "../model")
@@ -44,10 +47,11 @@ class Loaded:
 
 
 def stop_ids(model: torch.nn.Module, tokenizer: Any) -> set[int]:
-    """遇到就停的 token：分词器的结束符、对话回合的结束符、模型配置里写的结束符。"""
-    configured = getattr(model.config, "eos_token_id", None)
-    ids = configured if isinstance(configured, (list, tuple)) else [configured]
-    ids = {*ids, tokenizer.eos_token_id, codec_of(tokenizer).controls.get(IM_END)}
+    """遇到就停的 token：分词器的结束符、对话回合的结束符、模型的 config 与 generation_config 里写的结束符。"""
+    ids = {tokenizer.eos_token_id, codec_of(tokenizer).controls.get(IM_END)}
+    for config in (model.config, getattr(model, "generation_config", None)):
+        configured = getattr(config, "eos_token_id", None)
+        ids |= {*configured} if isinstance(configured, (list, tuple)) else {configured}
     return {int(token) for token in ids if token is not None}
 
 
@@ -62,6 +66,7 @@ def load_for_inference(
     use_moe: int | None = None,
     arch: str | None = None,
     tokenizer_path: str | None = None,
+    chat_template: str | None = None,
     inference_rope_scaling: bool = False,
     device: str = "auto",
     dtype: str = "auto",
@@ -70,6 +75,7 @@ def load_for_inference(
     """按 :mod:`eval_llm` 的参数打开模型；尺寸参数为 ``None`` 时由权重旁的 JSON 决定。
 
     ``quantize="int8"`` 在最后把线性层换成 int8 的（:mod:`minimind.inference.int8`）。
+    ``chat_template`` 换一份对话模板（文件，或 ``minimind``）。
     ``lora_weight`` 里的各份 LoRA 在 fp32 下依次合并进权重（W + Δ₁ + Δ₂ + …），之后再转成推理精度，生成时不多花计算。
 
     Raises:
@@ -93,6 +99,10 @@ def load_for_inference(
         )
     else:
         loaded = _load_folder(load_from, weight, tokenizer_path)
+    if chat_template:
+        use_template(loaded.tokenizer, chat_template)
+    if not loaded.plain and (told := describe_layout(loaded.tokenizer)):
+        say(f"{told}。")
     precision = choose_dtype(dtype, target)
     loaded.model.to(target, precision).eval().requires_grad_(False)
     parameters, label = count_parameters(loaded.model), str(precision).removeprefix("torch.")
@@ -104,46 +114,22 @@ def load_for_inference(
 
 
 def _load_native(weight, save_dir, sizes, tokenizer_path, inference_rope_scaling) -> Loaded:
-    path = find_weights(weight, save_dir, sizes["hidden_size"], sizes["use_moe"])
-    sidecar = (read_sidecar(path) if path else None) or {}
-    options = dict(sidecar.get("config", {}))
-    if path and not options:
-        options = {"hidden_size": _hidden_size(path, weight), "use_moe": path.stem.endswith("_moe")}
-    # 明写的尺寸盖过旁注；若与权重矛盾，init_model 会逐项指出
-    options |= {name: value for name, value in sizes.items() if value is not None}
-    if inference_rope_scaling:
-        options["inference_rope_scaling"] = True
-    try:
-        config = MiniMindConfig(**options)
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            str(error), where=str(sidecar_path(path)) if path and sidecar else "模型尺寸"
-        ) from error
-    model, tokenizer = init_model(config, weight, tokenizer_path, save_dir, "cpu")
-    plain = sidecar.get("recipe", weight) == "pretrain" or (not sidecar and "pretrain" in weight)
-    return Loaded(model, tokenizer, plain, resolve_path(save_dir) / f"{file_stem(config, weight)}.pth")
-
-
-def _hidden_size(path: Path, weight: str) -> int:
-    return int(path.stem.removeprefix(f"{weight}_").removesuffix("_moe"))
-
-
-def find_weights(weight: str, save_dir: str, hidden_size: int | None, use_moe: bool | None) -> Path | None:
-    """目录里符合名字与已知尺寸的权重；不止一个时取最新的并说明，没有返回 ``None``。"""
-    pattern = re.compile(re.escape(weight) + r"_(\d+)(_moe)?\.pth")
-    found = []
-    for path in resolve_path(save_dir).glob(f"{weight}_*.pth"):
-        match = pattern.fullmatch(path.name)
-        if match and hidden_size in (None, int(match[1])) and (use_moe is None or use_moe == bool(match[2])):
-            found.append(path)
-    if not found:
-        return None
-    newest = max(found, key=lambda path: path.stat().st_mtime)
-    if len(found) > 1:
-        say(
-            f"有 {len(found)} 个 {weight} 权重，用最新的 {newest.name}；用 --hidden_size、--use_moe 指定别的。"
-        )
-    return newest
+    if weight.endswith(".pth"):
+        path = weights_file(weight)
+    else:
+        path = find_weights(weight, save_dir, sizes["hidden_size"], sizes["use_moe"])
+    if path is None:
+        wanted = {name: value for name, value in sizes.items() if value is not None}
+        try:
+            raise missing_weights(MiniMindConfig(**wanted), weight, save_dir)
+        except ValueError as error:
+            raise UserError(str(error), where="模型尺寸") from error
+    extra = {"inference_rope_scaling": True} if inference_rope_scaling else {}
+    model, tokenizer, file = open_weights(path, sizes, tokenizer_path, **extra)
+    plain = file.sidecar.get("recipe", path.stem) == "pretrain" or (
+        not file.sidecar and "pretrain" in path.stem
+    )
+    return Loaded(model, tokenizer, plain, path)
 
 
 def _load_folder(folder: str, weight: str, tokenizer_path: str | None) -> Loaded:
@@ -163,14 +149,46 @@ def _load_folder(folder: str, weight: str, tokenizer_path: str | None) -> Loaded
             fix="改 --load_from，或去掉它用 --weight 指定本项目训练的权重",
         )
     tokenizer = load_tokenizer(tokenizer_path or str(path))
+    problem = {"where": str(path), "fix": "重新下载或重新导出这个目录"}
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, dtype=torch.float32)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, local_files_only=True, dtype=torch.float32, output_loading_info=True, **_folder_arch(path)
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"打不开模型（{str(error).splitlines()[0][:160]}）",
-            where=str(path),
             expected="transformers 认识的结构与完整的权重文件",
-            fix="重新下载或重新导出这个目录",
+            **problem,
         ) from error
+    # transformers 缺了键就随机初始化，多了键就丢掉，只警告
+    for word, keys in (("缺少", info["missing_keys"]), ("多出", info["unexpected_keys"])):
+        keys = sorted(key for key in keys if not BUFFERS.fullmatch(key))
+        if keys:
+            raise UserError(
+                f"权重{word} {len(keys)} 个键（如 {keys[0]}）",
+                expected="键与 config.json 写的结构一一对应",
+                **problem,
+            )
     check_plain(dict(model.named_parameters()), path)
-    return Loaded(model, tokenizer, "pretrain" in weight, path)
+    plain = "pretrain" in weight
+    if not (plain or tokenizer.chat_template or IM_START in tokenizer.get_added_vocab()):
+        say(f"{path} 没有对话模板，分词器也没有 {IM_START}：当作只会续写的模型。")
+        plain = True
+    return Loaded(model, tokenizer, plain, path)
+
+
+def _folder_arch(folder: Path) -> dict[str, str]:
+    """公共项目的目录（``model_type`` 是 minimind）没写 ``arch``，从权重的键看。"""
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if not isinstance(raw, dict) or raw.get("model_type") != MiniMindConfig.model_type or "arch" in raw:
+        return {}
+    weights, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if weights.is_file():
+        with safe_open(weights, "pt") as file:
+            keys = set(file.keys())
+    elif index.is_file():
+        keys = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", ()))
+    else:
+        bins = sorted(folder.glob("pytorch_model*.bin"))
+        keys = {key for path in bins for key in read_state(path)}
+    return {"arch": arch_of(dict.fromkeys(keys))}

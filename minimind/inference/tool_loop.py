@@ -17,6 +17,7 @@ from minimind.inference.reply import Event, ReasoningDelta, Reply, ReplyParser, 
 from minimind.inference.tool_calls import ToolCall
 from minimind.tokenizer import encode_chat
 from minimind.tokenizer.special import END_TOOL_CALL, TOOL_CALL
+from minimind.tokenizer.templates import opens_thinking
 
 MAX_ROUNDS = 4
 # 一轮里最多执行这么多个调用：写不停的模型不该把上下文塞满
@@ -131,10 +132,11 @@ class ToolSession:
 
     def _generate(self, turn: list[dict[str, Any]], start: float) -> Iterator[Event]:
         chat = self.chat
-        parser = ReplyParser.for_tokenizer(chat.tokenizer, thinking=bool(chat.enable_thinking))
+        ids = self.encode(turn)
+        parser = ReplyParser.for_tokenizer(chat.tokenizer, thinking=opens_thinking(chat.tokenizer, ids))
         for token in stream_tokens(
             chat.model,
-            self.encode(turn),
+            ids,
             max_new_tokens=chat.max_new_tokens,
             eos_ids=chat.engine.eos_ids,
             params=chat.params,

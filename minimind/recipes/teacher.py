@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ from minimind.console import say
 from minimind.errors import UserError
 from minimind.model import MiniMindConfig, MiniMindLM, count_parameters
 from minimind.paths import resolve_path
-from minimind.runtime.checkpoint import config_dict, load_weights, read_sidecar, read_state, weights_path
+from minimind.runtime.checkpoint import config_dict, load_weights, read_sidecar, weights_path
+from minimind.runtime.weights import named_weights, read_weights
 from minimind.tokenizer import load_tokenizer, tokenizer_fingerprint
 from minimind.trainer.trainer_utils import model_config
 
@@ -39,31 +39,24 @@ def find_teachers(args: Any) -> list[Path]:
     Raises:
         UserError: 一个也没有，附得到它的命令。
     """
-    name, folder = args.from_teacher_weight, resolve_path(args.save_dir)
-    pattern = re.compile(re.escape(name) + r"_(\d+)(_moe)?\.pth")
-    found = []
-    for path in folder.glob(f"{name}_*.pth"):
-        match = pattern.fullmatch(path.name)
-        right_width = match and args.teacher_hidden_size in (None, int(match[1]))
-        if right_width and args.teacher_use_moe in (None, int(bool(match[2]))):
-            found.append(path)
+    moe = None if args.teacher_use_moe is None else bool(args.teacher_use_moe)
+    found = named_weights(args.from_teacher_weight, args.save_dir, args.teacher_hidden_size, moe)
     if not found:
-        raise no_teacher(args, folder)
+        raise no_teacher(args, resolve_path(args.save_dir))
     return sorted(found, key=lambda path: path.stat().st_size, reverse=True)
 
 
 def open_teacher(path: Path, layers: int | None) -> Teacher:
     """读出教师的结构；``layers`` 是命令行要求的层数。"""
-    sidecar = read_sidecar(path) or {}
-    options = sidecar.get("config") or guess_config(path)
-    if layers not in (None, options["num_hidden_layers"]):
+    file = read_weights(path)
+    if layers not in (None, file.config.num_hidden_layers):
         raise UserError(
-            f"教师有 {options['num_hidden_layers']} 层",
+            f"教师有 {file.config.num_hidden_layers} 层",
             where=str(path),
             expected=f"--teacher_num_layers {layers}",
             fix="改成与权重一致，或去掉这个参数",
         )
-    return Teacher(path, MiniMindConfig(**options), sidecar.get("tokenizer_hash"))
+    return Teacher(path, file.config, file.sidecar.get("tokenizer_hash"))
 
 
 def no_teacher(args: Any, folder: Path) -> UserError:
@@ -79,22 +72,6 @@ def no_teacher(args: Any, folder: Path) -> UserError:
         fix=f"先训练它：python trainer/train_pretrain.py {size}，再 python trainer/train_full_sft.py {size}"
         "（不写尺寸即 512 × 8，也可以当教师，学生随之取一半）",
     )
-
-
-def guess_config(path: Path) -> dict[str, Any]:
-    """没有旁注的权重（旧项目的）：从键与形状看出尺寸。"""
-    state = read_state(path)
-    embed = state.get("model.embed_tokens.weight")
-    if embed is None:
-        raise UserError("里面不是 MiniMind 的权重", where=str(path), fix="用 --from_teacher_weight 换一个")
-    layers = {int(key.split(".")[2]) for key in state if key.startswith("model.layers.")}
-    return {
-        "hidden_size": embed.shape[1],
-        "vocab_size": embed.shape[0],
-        "num_hidden_layers": len(layers),
-        "use_moe": any(".mlp.experts." in key for key in state),
-        "arch": "v3" if "model.layers.0.self_attn.q_norm.weight" in state else "v2",
-    }
 
 
 def resolve_sizes(args: Any) -> Teacher:

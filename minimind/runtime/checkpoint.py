@@ -164,18 +164,19 @@ def load_weights(model: nn.Module, path: Path) -> None:
     unwrap(model).load_state_dict(state, strict=False)
 
 
-def read_state(path: Path, ignore: re.Pattern | None = None) -> dict[str, Tensor]:
-    """读一份普通的权重字典，去掉包装层的前缀。
+# 有的实现把位置编码的表也存进文件（未必是浮点数）；本项目现算
+BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|inv_freq|freqs_cos|freqs_sin|pos_cis|freqs_cis)")
 
-    Args:
-        ignore: 整个合乎它的键不要（旧项目存下的位置编码的表，不是浮点数）。
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """读一份普通的权重字典，去掉包装层的前缀与位置编码的表。
 
     Raises:
         UserError: 文件损坏，或里面不是权重字典（例如续训存档），见 :func:`check_plain`。
     """
     state = load_file(path)
-    if ignore and isinstance(state, dict):
-        state = {k: v for k, v in state.items() if not (isinstance(k, str) and ignore.fullmatch(k))}
+    if isinstance(state, dict):
+        state = {k: v for k, v in state.items() if not (isinstance(k, str) and BUFFERS.fullmatch(k))}
     check_plain(state, path)
     return strip_prefixes(state)
 

@@ -20,9 +20,10 @@ from minimind.serve.samples import ChatSample
 from minimind.serve.schemas import ChatRequest, Conversation, FunctionSpec, Message
 from minimind.serve.stops import StopMatcher
 from minimind.serve.tickets import Ticket
-from minimind.tokenizer import encode_chat, encode_plain
+from minimind.tokenizer import encode_chat, encode_plain, encode_unfinished
 from minimind.tokenizer.loading import codec_of
-from minimind.tokenizer.special import END_THINK, END_TOOL_CALL, IM_END, THINK, TOOL_CALL
+from minimind.tokenizer.special import END_THINK, END_TOOL_CALL, THINK, TOOL_CALL
+from minimind.tokenizer.templates import opens_thinking
 
 THINK_TAGS = {THINK, END_THINK}
 
@@ -45,6 +46,10 @@ def plain_message(message: Message) -> dict[str, Any]:
         calls = [{"type": "function", "function": message.function_call.model_dump(exclude_none=True)}]
     if calls and role == "assistant":
         plain["tool_calls"] = calls
+    if role == "tool":  # 有的模型自己的模板要
+        plain |= {
+            key: value for key in ("name", "tool_call_id") if (value := getattr(message, key)) is not None
+        }
     return plain
 
 
@@ -85,12 +90,9 @@ def encode_messages(model: ServedModel, request: Conversation, tools: Any, think
             resume = False
         if not resume:
             return Prompt(encode_chat(model.tokenizer, messages, tools, generate, thinking).ids)
-        ids = encode_chat(model.tokenizer, messages, tools).ids
-        start = len(encode_chat(model.tokenizer, messages[:-1], tools, True).ids)
+        return Prompt(*encode_unfinished(model.tokenizer, messages, tools))
     except (UserError, ValueError) as error:
         raise ApiError(400, str(error), param="messages") from error
-    end = len(ids) - 1 - ids[::-1].index(codec_of(model.tokenizer).controls[IM_END])
-    return Prompt(ids[:end], end - start)
 
 
 class ChatAnswer:
@@ -112,7 +114,8 @@ class ChatAnswer:
             what = "tool_choice" if forced else constraint.param
             raise ApiError(400, f"接着写时不能约束输出（{what}）", param=what)
         self.written = prompt[len(prompt) - written :]  # 助手已经写下的
-        self.thinking = bool(thinking) and not written
+        open_prompt = not written and request.add_generation_prompt is not False
+        self.thinking = open_prompt and opens_thinking(model.tokenizer, prompt)
         self.opening: list[int] = []
         form = None
         if forced:

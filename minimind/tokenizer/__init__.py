@@ -15,6 +15,7 @@ from minimind.tokenizer.chat import (
     encode_plain,
     encode_plain_batch,
     encode_pretrain,
+    encode_unfinished,
 )
 from minimind.tokenizer.loading import load_tokenizer, token_byte_lengths, tokenizer_fingerprint
 from minimind.tokenizer.render import Segment, render, render_text
@@ -27,6 +28,7 @@ __all__ = [
     "encode_plain",
     "encode_plain_batch",
     "encode_pretrain",
+    "encode_unfinished",
     "load_tokenizer",
     "render",
     "render_text",

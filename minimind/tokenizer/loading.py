@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -42,6 +42,7 @@ class Codec:
         plain: 去掉全部附加 token 的后端；文本里写的 ``<|im_end|>`` 在这里只是普通字符。
         controls: 控制 token 与标签 → id；分词器没有的标签不在里面。
         bos_id, eos_id: 预训练文档的首尾。
+        layouts: 模板 → 用哪种布局；whole、renamed 是给别人的模板用的后端，见 :mod:`minimind.tokenizer.templates`。
     """
 
     plain: Tokenizer
@@ -49,6 +50,9 @@ class Codec:
     bos_id: int
     eos_id: int
     fixed: dict[str, list[int]] = field(default_factory=dict)
+    layouts: dict[str, Any] = field(default_factory=dict)
+    whole: Tokenizer | None = None
+    renamed: tuple[Tokenizer, dict[str, str]] | None = None
 
 
 def load_tokenizer(path: str | Path | None = None) -> PreTrainedTokenizerFast:
@@ -127,6 +131,8 @@ def _build_codec(tokenizer: PreTrainedTokenizerFast, where: str | None) -> Codec
     for token, fallback_id in ((IM_START, tokenizer.bos_token_id), (IM_END, tokenizer.eos_token_id)):
         token_id = added.get(token, fallback_id)
         if token_id is None:
+            if token == IM_START and tokenizer.chat_template:
+                continue  # 回合怎么开头由它自己的模板管
             raise UserError(
                 f"分词器没有 {token}，也没有声明可以代替它的 bos / eos",
                 where=where,
@@ -138,7 +144,7 @@ def _build_codec(tokenizer: PreTrainedTokenizerFast, where: str | None) -> Codec
     return Codec(
         plain=Tokenizer.from_str(json.dumps(spec, ensure_ascii=False)),
         controls=controls,
-        bos_id=controls[IM_START] if bos_id is None else bos_id,
+        bos_id=controls.get(IM_START, eos_id) if bos_id is None else bos_id,
         eos_id=controls[IM_END] if eos_id is None else eos_id,
     )
 

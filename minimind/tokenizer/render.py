@@ -1,7 +1,8 @@
 """把一段对话渲染成片段：哪些是控制 token、哪些是文本、哪些要学。
 
 ``chat_template.jinja`` 渲染出同样的文本，或同样拒绝；那份给别的工具用，训练与推理都走这里，因为只有结构知道
-“这个 ``<|im_end|>`` 是回合结束”和“这个是用户打的字”的区别。布局（``{}`` 处为内容）::
+“这个 ``<|im_end|>`` 是回合结束”和“这个是用户打的字”的区别。本项目的布局（``{}`` 处为内容；
+别的布局与它的差别在 :mod:`minimind.tokenizer.layouts`）::
 
     <|im_start|>system⏎{系统提示}⏎⏎{工具说明}<|im_end|>⏎
     <|im_start|>user⏎{提问}<|im_end|>⏎
@@ -23,6 +24,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from minimind.errors import UserError
+from minimind.tokenizer.layouts import OURS, Layout
 from minimind.tokenizer.special import (
     END_THINK,
     END_TOOL_CALL,
@@ -40,11 +42,7 @@ ROLES = ("system", "user", "assistant", "tool")
 # 推理的字段名：第一个是标准的，后两个是别家的；都有时取前面的
 REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 
-TOOLS_HEAD = "# 工具\n\n下面每行是一个可以调用的工具，用 JSON Schema 描述：\n"
-TOOLS_TAIL = (
-    '\n\n需要工具时，每次调用写一个 JSON 对象 {"name": 工具名, "arguments": {参数名: 值}}，'
-    "放在工具调用标签里；结果会在下一回合给出。"
-)
+TOOLS_HEAD, TOOLS_TAIL = OURS.tools_head, OURS.tools_tail
 
 _REPLY_TAG = re.compile("(" + "|".join(map(re.escape, REPLY_TAGS)) + ")")
 
@@ -135,9 +133,30 @@ def call_text(call: dict) -> str:
     return f'{{"name": {dump_json(name)}, "arguments": {dump_json({} if arguments is None else arguments)}}}'
 
 
-def tools_text(tools: list[dict]) -> str:
-    """系统回合里的工具说明。不含任何标签原文：说明是普通文本，不该出现控制 token。"""
-    return TOOLS_HEAD + "\n".join(map(dump_json, tools)) + TOOLS_TAIL
+def literal_call(call: dict) -> str:
+    """:func:`call_text` 的照抄写法（:attr:`Layout.literal_calls`）。"""
+    call = call.get("function") or call
+    name, arguments = (call.get("name"), call.get("arguments")) if isinstance(call, dict) else (None, None)
+    if not isinstance(name, str):
+        raise UserError(
+            f"工具调用缺少 name：{dump_json(call)[:80]}", expected='{"name": …, "arguments": {…}}'
+        )
+    arguments = arguments if isinstance(arguments, str) else dump_json(arguments)
+    return f'{{"name": "{name}", "arguments": {arguments}}}'
+
+
+def _tools_text(tools: list[dict], before: str, layout: Layout) -> Iterator[Segment]:
+    """系统回合里的工具说明。工具自己的字里不会有标签，布局的结尾里可以有。
+
+    Args:
+        before: 系统提示，与说明连成一段。
+    """
+    listed = "\n".join(map(dump_json, tools))
+    head, *rest = _REPLY_TAG.split(layout.tools_tail)
+    yield Segment(f"{before}{layout.tools_head}{listed}{head}", False, False)
+    for k, piece in enumerate(rest):
+        if piece:
+            yield Segment(piece, k % 2 == 0, False)
 
 
 def render(
@@ -145,6 +164,7 @@ def render(
     tools: Any = None,
     add_generation_prompt: bool = False,
     enable_thinking: bool | None = None,
+    layout: Layout = OURS,
 ) -> list[Segment]:
     """对话 → 片段。
 
@@ -154,12 +174,13 @@ def render(
         tools: 工具列表或其 JSON 字符串；``None`` 时取消息里的 ``tools``。
         add_generation_prompt: 末尾加上助手回合的开头。
         enable_thinking: 只影响生成提示。``False`` 预填空的思考块；``True`` 预填 ``<think>``，
-            一定先推理；``None`` 由模型决定。
+            一定先推理；``None`` 由模型决定（总有思考块的布局里同 ``False``）。
+        layout: 哪一种布局。
 
     Raises:
         UserError: 角色不认识，或 content / tools / tool_calls 的形状不对。
     """
-    return list(_render(messages, tools, add_generation_prompt, enable_thinking))
+    return list(_render(messages, tools, add_generation_prompt, enable_thinking, layout))
 
 
 def _fixed(text: str, target: bool = False) -> Segment:
@@ -176,16 +197,16 @@ def _footer(target: bool = False) -> Iterator[Segment]:
     yield _fixed("\n")
 
 
-def _render(messages, tools, add_generation_prompt, enable_thinking) -> Iterator[Segment]:
+def _render(messages, tools, add_generation_prompt, enable_thinking, layout) -> Iterator[Segment]:
     tool_list = tools_of(messages, tools)
     if tool_list and not (messages and messages[0].get("role") == "system"):
         yield from _header("system")
-        yield Segment(tools_text(tool_list), False, False)
+        yield from _tools_text(tool_list, "", layout)
         yield from _footer()
     for i, message in enumerate(messages):
         role = message.get("role")
         if role == "assistant":
-            segments = _render_assistant(message)
+            segments = _render_assistant(message, layout)
             if message.get("weight") == 0:  # 数据里标着不学的回合：只当上文，结束符也不学
                 segments = (segment._replace(target=False) for segment in segments)
             yield from segments
@@ -207,14 +228,16 @@ def _render(messages, tools, add_generation_prompt, enable_thinking) -> Iterator
             if i + 1 == len(messages) or messages[i + 1].get("role") != "tool":
                 yield from _footer()
             continue
-        if role == "system" and i == 0 and tool_list:
-            content = f"{content}\n\n{tools_text(tool_list)}" if content else tools_text(tool_list)
         yield from _header(role)
-        yield Segment(content, False, False)
+        if role == "system" and i == 0 and tool_list:
+            before = f"{content}\n\n" if content or layout.always_think else ""
+            yield from _tools_text(tool_list, before, layout)
+        else:
+            yield Segment(content, False, False)
         yield from _footer()
     if add_generation_prompt:
         yield from _header("assistant")
-        if enable_thinking is False:
+        if enable_thinking is False or (layout.always_think and not enable_thinking):
             yield from _empty_think()
         elif enable_thinking:
             yield Segment(THINK, True, False)
@@ -228,10 +251,21 @@ def _empty_think() -> Iterator[Segment]:
     yield _fixed("\n\n")
 
 
-def _render_assistant(message: dict) -> Iterator[Segment]:
+def split_thinking(content: str) -> tuple[str, str]:
+    """正文里写着的思考块 → ``(推理, 正文)``；没有收尾标签就没有推理。"""
+    if END_THINK not in content:
+        return "", content
+    reasoning = content.split(END_THINK)[0].rstrip("\n").split(THINK)[-1].lstrip("\n")
+    return reasoning, content.split(END_THINK)[-1].lstrip("\n")
+
+
+def _render_assistant(message: dict, layout: Layout) -> Iterator[Segment]:
     yield from _header("assistant")
     named = (message.get(name) for name in REASONING_NAMES)
     reasoning = next((value for value in named if value is not None), None)
+    content = text_of(message.get("content"))
+    if layout.always_think and reasoning is None:
+        reasoning, content = split_thinking(content)
     if reasoning is not None:
         reasoning = text_of(reasoning).strip("\n")
         if reasoning:
@@ -242,10 +276,9 @@ def _render_assistant(message: dict) -> Iterator[Segment]:
             yield _fixed("\n\n", target=True)
         else:
             yield from _empty_think()
-    content = text_of(message.get("content"))
     calls = parse_json_list(message.get("tool_calls"), "tool_calls")
-    if content and calls:
-        content += "\n"
+    gap = "\n" if content and calls else ""
+    content = (content.lstrip("\n") if layout.always_think else content) + gap
     # re.split 带捕获组：奇数位是标签，偶数位是其间的文本
     for k, piece in enumerate(_REPLY_TAG.split(content)):
         if piece:
@@ -254,7 +287,8 @@ def _render_assistant(message: dict) -> Iterator[Segment]:
         if k:
             yield _fixed("\n", target=True)
         yield Segment(TOOL_CALL, True, True)
-        yield Segment(f"\n{call_text(call)}\n", False, True)
+        written = literal_call(call) if layout.literal_calls else call_text(call)
+        yield Segment(f"\n{written}\n", False, True)
         yield Segment(END_TOOL_CALL, True, True)
     yield from _footer(target=True)
 
@@ -264,6 +298,7 @@ def render_text(
     tools: Any = None,
     add_generation_prompt: bool = False,
     enable_thinking: bool | None = None,
+    layout: Layout = OURS,
 ) -> str:
     """渲染后的全文，与 ``chat_template.jinja`` 的输出相同。给人看或给测试用，不要拿去分词。"""
-    return "".join(s.text for s in render(messages, tools, add_generation_prompt, enable_thinking))
+    return "".join(s.text for s in render(messages, tools, add_generation_prompt, enable_thinking, layout))
