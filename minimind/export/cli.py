@@ -44,6 +44,11 @@ class ExportHFArguments(SourceArguments):
 
     folder: str = arg("", "写到哪个目录", metavar="目录", text="path")
     dtype: str = arg("auto", "权重的精度；auto 与 .pth 相同，一位不变", PRECISIONS)
+    layout: str = arg(
+        "auto",
+        "auto：同构的公开结构，没有才带模型文件；minimind：总是本项目的结构，带模型文件",
+        ("auto", "minimind"),
+    )
 
 
 @dataclass
@@ -90,7 +95,7 @@ def main_hf(argv: list[str] | None = None) -> None:
     check_folder(folder, force, OWN_FILES)  # 先查能不能写，再花时间读权重
     source = args.open()
     dtype = source.dtype if args.dtype == "auto" else DTYPES[args.dtype]
-    layout = export_hf(source, folder, dtype, force)
+    layout = export_hf(source, folder, dtype, force, None if args.layout == "auto" else args.layout)
     how = (
         f"transformers 读取时加 trust_remote_code=True（模型文件 {'、'.join(CODE_FILES)} 在目录里）"
         if layout == NATIVE

@@ -1,14 +1,16 @@
 """导出成 GGUF：llama.cpp、Ollama 直接能跑的单个文件。
 
-llama 结构的两个投影要换行序：llama.cpp 对它把相邻两维当作一对来旋转，我们（与 Hugging Face）把前半与后半配对。
+llama 与 bailingmoe 结构的两个投影要换行序：llama.cpp 对它们把相邻两维当作一对来旋转，我们（与 Hugging Face）把前半与后半配对。
 同一个头里第 i 与第 i+D/2 行挪到 2i 与 2i+1 行，q 与 k 同样换，点积不变。qwen3、qwen3moe 在 llama.cpp 里就是
 前后半配对，不用换。
+
+v2 的混合专家写成 bailingmoe：SwiGLU 专家、softmax 路由、选中的权重归不归一由元数据定、没有门的共享专家、没有 QK-norm，
+逐项相同。llama.cpp 的 qwen2moe 不行：它从不归一，而且把 sigmoid(x) 算成 silu(x) / x，门为零时是 0/0。
 """
 
 from __future__ import annotations
 
 import importlib
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,11 +24,14 @@ from minimind.distribution import install_command
 from minimind.errors import UserError
 from minimind.export.files import check_target, whole_file
 from minimind.export.gguf_tokenizer import write_tokenizer
-from minimind.export.layouts import NATIVE, hf_config, layout_of
+from minimind.export.layouts import layout_of, normalises_experts, yarn_mscale, yarn_parameters
+from minimind.export.shared_experts import PARTS, joined_shared
 from minimind.export.source import Source, cast
 
 TYPES = {"f32": torch.float32, "f16": torch.float16, "q8_0": torch.float32}
 ARCHES = {"llama": "llama", "qwen3": "qwen3", "qwen3_moe": "qwen3moe"}
+SHARED = "bailingmoe"  # 有共享专家的
+SHARED_EXPERT = re.compile(r"model\.layers\.\d+\.mlp\.shared_experts\.\d+\.\w+\.weight")
 EXPERT = re.compile(r"(model\.layers\.(\d+)\.mlp\.experts)\.(\d+)\.(\w+)\.weight")
 
 
@@ -73,11 +78,13 @@ def export_gguf(source: Source, path: Path, kind: str = "f16", force: bool = Fal
 
 def _arch_of(source: Source) -> str:
     config, layout = source.config, layout_of(source.config)
-    if layout == NATIVE:
+    if config.use_moe and config.arch == "v2" and config.n_shared_experts:
+        return SHARED
+    if layout not in ARCHES:
         raise UserError(
             f"llama.cpp 没有这种混合专家（{config.arch}，{config.n_shared_experts} 个共享专家）的结构",
             where=str(source.path),
-            expected="稠密模型，或没有共享专家的 v3 混合专家",
+            expected="稠密模型，有共享专家的 v2 混合专家，或没有共享专家的 v3 混合专家",
             fix="用 minimind export hf 导出带模型文件的目录",
         )
     if layout == "qwen3_moe" and not config.norm_topk_prob:
@@ -114,16 +121,21 @@ def _write_metadata(writer: Any, gguf: Any, source: Source, kind: str) -> None:
         writer.add_expert_count(config.n_routed_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-    scaling = hf_config(config, torch.float32)["rope_scaling"]
-    if scaling:
+        if config.n_shared_experts:
+            writer.add_leading_dense_block_count(0)
+            writer.add_expert_shared_count(config.n_shared_experts)
+            writer.add_expert_weights_norm(normalises_experts(config))
+            writer.add_expert_weights_scale(1.0)
+    if config.inference_rope_scaling:
+        scaling = yarn_parameters(config)
         factor = scaling["factor"]
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(factor)
         writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
         writer.add_rope_scaling_yarn_beta_fast(scaling["beta_fast"])
         writer.add_rope_scaling_yarn_beta_slow(scaling["beta_slow"])
-        # llama.cpp 自己会乘 1 + 0.1·ln(factor)，我们没有这一项，先除掉
-        writer.add_rope_scaling_attn_factors(scaling["attention_factor"] / (1 + 0.1 * math.log(factor)))
+        # llama.cpp 乘的是 attn_factor · yarn_mscale(factor)，先除掉后一项
+        writer.add_rope_scaling_attn_factors(scaling["attention_factor"] / yarn_mscale(factor))
 
 
 def _tensors(source: Source, arch: str, gguf: Any, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -139,7 +151,15 @@ def _tensors(source: Source, arch: str, gguf: Any, dtype: torch.dtype) -> Iterat
         return name
 
     stacks: dict[str, list[Tensor]] = {}
-    for key, value in cast(source.state, dtype, str(source.path)).items():
+    state = cast(source.state, dtype, str(source.path))
+    if arch == SHARED:
+        for layer in range(config.num_hidden_layers):
+            for part in PARTS:
+                whole = f"model.layers.{layer}.mlp.shared_experts.{part}.weight"
+                state[whole] = joined_shared(state, layer, part, config.n_shared_experts)
+        state = {key: value for key, value in state.items() if not SHARED_EXPERT.fullmatch(key)}
+        state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])  # 这种结构不认共享的输出头
+    for key, value in state.items():
         match = EXPERT.fullmatch(key)
         if match:
             whole = f"{match[1]}.{match[4]}.weight"
@@ -147,7 +167,7 @@ def _tensors(source: Source, arch: str, gguf: Any, dtype: torch.dtype) -> Iterat
             if len(stacks[whole]) == config.n_routed_experts:
                 yield gguf_name(whole), torch.stack(stacks.pop(whole))
             continue
-        if arch == "llama" and key.endswith(("q_proj.weight", "k_proj.weight")):
+        if arch in ("llama", SHARED) and key.endswith(("q_proj.weight", "k_proj.weight")):
             value = interleave_rope_rows(value, config.head_dim)
         yield gguf_name(key), value
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from minimind.console import say
 from minimind.errors import UserError
 from minimind.export.hf import chat_template_of
 from minimind.export.source import Source
@@ -18,8 +19,17 @@ _LLAMA3 = _QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 PRE_TOKENIZERS = {_QWEN2: "qwen2", _LLAMA3: "llama-bpe"}
 
 
+def normalizers(spec: dict[str, Any]) -> list[str]:
+    """``tokenizer.json`` 里依次做的正规化；Qwen 的是 ``["NFC"]``，我们的没有。"""
+    normalizer = spec.get("normalizer") or {}
+    return [step["type"] for step in normalizer.get("normalizers", [normalizer]) if step]
+
+
 def pre_tokenizer_name(spec: dict[str, Any], where: str) -> str:
     """``tokenizer.json`` 的内容 → ``tokenizer.ggml.pre``。
+
+    llama.cpp 对字节级 BPE 不做正规化。NFC 可以放过：已经是 NFC 的文字（键盘、网页里的几乎都是）经它不变，编码逐个相同；
+    别的正规化（NFKC、去重音、小写）连普通的文字也改，不能放过。
 
     Raises:
         UserError: 不是字节级 BPE，或 llama.cpp 没有一样的预切分。
@@ -30,8 +40,10 @@ def pre_tokenizer_name(spec: dict[str, Any], where: str) -> str:
     problem = None
     if model["type"] != "BPE" or byte_level is None:
         problem = f"不是字节级 BPE（{model['type']}）"
-    elif spec.get("normalizer") or byte_level.get("add_prefix_space") or model.get("byte_fallback"):
-        problem = "有正规化、前缀空格或字节回退"
+    elif byte_level.get("add_prefix_space") or model.get("byte_fallback"):
+        problem = "有前缀空格或字节回退"
+    elif any(step != "NFC" for step in normalizers(spec)):
+        problem = f"有正规化（{'、'.join(normalizers(spec))}）"
     elif len(steps) == 1 and byte_level.get("use_regex", True):
         return "gpt-2"
     elif len(steps) == 2 and steps[0].get("type") == "Split" and not byte_level.get("use_regex", True):
@@ -45,7 +57,7 @@ def pre_tokenizer_name(spec: dict[str, Any], where: str) -> str:
     raise UserError(
         f"分词器{problem}，llama.cpp 没有一样的",
         where=where,
-        expected="字节级 BPE，预切分与 qwen2、llama-bpe 或 gpt-2 相同",
+        expected="字节级 BPE，正规化至多是 NFC，预切分与 qwen2、llama-bpe 或 gpt-2 相同",
         fix="用 minimind export hf 导出，或换用随包的分词器训练",
     )
 
@@ -60,6 +72,11 @@ def write_tokenizer(writer: Any, gguf: Any, source: Source) -> None:
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre_tokenizer_name(spec, tokenizer.name_or_path))
+    if normalizers(spec):
+        say(
+            "留意：这个分词器先把文字正规化成 NFC，llama.cpp 不做这一步。已经是 NFC 的文字（通常都是）编码相同；"
+            "拆开写的重音（如 e 加 U+0301）会编成别的词元，请先转成 NFC。"
+        )
     by_id = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
     added = tokenizer.added_tokens_decoder
     tokens, types = [], []

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from minimind.export.files import whole_folder
 from minimind.export.layouts import NATIVE, hf_config, layout_of
+from minimind.export.shared_experts import to_qwen2_moe
 from minimind.export.source import Source, cast
 from minimind.model import model_minimind
 from minimind.tokenizer.loading import SHIPPED_DIR
@@ -42,15 +43,21 @@ OWN_FILES = frozenset(
 )
 
 
-def export_hf(source: Source, folder: Path, dtype: torch.dtype, force: bool = False) -> str:
-    """写出一个目录，返回它的结构名（``llama``、``qwen3``、``qwen3_moe`` 或 ``minimind``）。
+def export_hf(
+    source: Source, folder: Path, dtype: torch.dtype, force: bool = False, layout: str | None = None
+) -> str:
+    """写出一个目录，返回它的结构名（``llama``、``qwen3``、``qwen3_moe``、``qwen2_moe`` 或 ``minimind``）。
+
+    Args:
+        layout: ``minimind`` 是带模型文件的目录；默认用同构的公开结构，没有才带模型文件。
 
     Raises:
         UserError: 目录不能写，或权重转不成 ``dtype``。
     """
-    config = hf_config(source.config, dtype)
-    state = cast(source.state, dtype, str(source.path))
-    layout = layout_of(source.config)
+    layout = layout or layout_of(source.config)
+    config = hf_config(source.config, dtype, layout)
+    state = to_qwen2_moe(source.state, source.config) if layout == "qwen2_moe" else source.state
+    state = cast(state, dtype, str(source.path))
     with whole_folder(folder, force, OWN_FILES) as target:
         save_file(state, target / "model.safetensors", metadata={"format": "pt"})
         (target / "model.safetensors").chmod(0o644)  # safetensors 写成只有自己可读，服务用户就打不开

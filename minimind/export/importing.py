@@ -19,6 +19,7 @@ from torch import Tensor
 from minimind.errors import UserError
 from minimind.export.hf import SIDECAR
 from minimind.export.layouts import NATIVE, config_from_hf
+from minimind.export.shared_experts import from_qwen2_moe
 from minimind.model import MiniMindConfig, MiniMindLM
 from minimind.paths import file_problem, resolve_path
 from minimind.runtime.checkpoint import (
@@ -120,6 +121,8 @@ def read_folder(folder: Path, tokenizer_path: str | None = None) -> Imported:
     if raw.get("model_type") == NATIVE and "arch" not in raw:
         raw["arch"] = arch_of(state)  # 公共项目的配置没有这一项
     config = config_from_hf(raw, folder / "config.json")
+    if raw.get("model_type") == "qwen2_moe":
+        state = from_qwen2_moe(state, config, weights)
     state = _finish_state(state, config, weights)
     _check(config, state, weights, "config.json 与权重不是一套，重新下载这个目录")
     has_tokenizer = tokenizer_path is not None or (folder / "tokenizer.json").is_file()

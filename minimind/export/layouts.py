@@ -1,7 +1,8 @@
 """本项目的配置与 Hugging Face 各结构的配置，两个方向。
 
 稠密 v2 就是 Llama，稠密 v3 就是 Qwen3，v3 的混合专家（没有共享专家）就是 Qwen3-MoE：权重名与计算都相同，一个张量也不用改。
-v2 的混合专家有总是参与的共享专家，没有同构的公开结构，只能带着自己的模型文件走。
+v2 的混合专家有总是参与的共享专家，写成 Qwen2-MoE（:mod:`minimind.export.shared_experts`）。别的组合没有同构的公开结构，
+只能带着自己的模型文件走；要它也可以明说（``--layout minimind``）。
 """
 
 from __future__ import annotations
@@ -22,27 +23,32 @@ ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
     NATIVE: "MiniMindForCausalLM",
 }
 
 
 def layout_of(config: MiniMindConfig) -> str:
-    """这份配置与哪个公开结构逐项相同：``llama``、``qwen3``、``qwen3_moe``；都不是就是 ``minimind``。"""
+    """这份配置与哪个公开结构逐项相同：``llama``、``qwen3``、``qwen3_moe``、``qwen2_moe``；都不是就是 ``minimind``。"""
     if config.use_moe:
-        return "qwen3_moe" if config.arch == "v3" and not config.n_shared_experts else NATIVE
+        if config.arch == "v3":
+            return NATIVE if config.n_shared_experts else "qwen3_moe"
+        # vLLM 的 Qwen2-MoE 不看 head_dim，总是宽度除以头数
+        plain_heads = config.head_dim * config.num_attention_heads == config.hidden_size
+        return "qwen2_moe" if config.n_shared_experts and plain_heads else NATIVE
     return {"v2": "llama", "v3": "qwen3"}[config.arch]
 
 
 # ---------------------------------------------------------------- 写出
 
 
-def hf_config(config: MiniMindConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """``config.json`` 的内容。
+def hf_config(config: MiniMindConfig, dtype: torch.dtype, layout: str | None = None) -> dict[str, Any]:
+    """``config.json`` 的内容；``layout`` 见 :func:`layout_of`，默认由它定。
 
     新旧两种写法都在：transformers 5 读 ``rope_parameters`` 与 ``dtype``，4.x 与许多别的程序读 ``rope_theta``、
     ``rope_scaling`` 与 ``torch_dtype``。
     """
-    layout, precision = layout_of(config), str(dtype).removeprefix("torch.")
+    layout, precision = layout or layout_of(config), str(dtype).removeprefix("torch.")
     common = {"architectures": [ARCHITECTURES[layout]], "dtype": precision, "torch_dtype": precision}
     if layout == NATIVE:
         classes = {"AutoConfig": "MiniMindConfig", "AutoModelForCausalLM": "MiniMindForCausalLM"}
@@ -53,7 +59,7 @@ def hf_config(config: MiniMindConfig, dtype: torch.dtype) -> dict[str, Any]:
         "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "initializer_range",
         "rms_norm_eps", "rope_theta", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
     )  # fmt: skip
-    scaling = _yarn_parameters(config) if config.inference_rope_scaling else None
+    scaling = yarn_parameters(config) if config.inference_rope_scaling else None
     raw = {
         **common,
         "model_type": layout,
@@ -71,22 +77,40 @@ def hf_config(config: MiniMindConfig, dtype: torch.dtype) -> dict[str, Any]:
         "sliding_window": None,
         "max_window_layers": config.num_hidden_layers,
     }
-    if layout == "qwen3_moe":
+    if layout in ("qwen3_moe", "qwen2_moe"):
         raw |= {
             "num_experts": config.n_routed_experts,
             "num_experts_per_tok": config.num_experts_per_tok,
             "moe_intermediate_size": config.moe_intermediate_size,
-            "norm_topk_prob": config.norm_topk_prob,
+            "norm_topk_prob": normalises_experts(config),
             "router_aux_loss_coef": config.aux_loss_alpha,
             "output_router_logits": False,
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
         }
+    if layout == "qwen2_moe":
+        raw |= {
+            "qkv_bias": True,  # 写出的偏置是零；有的实现总当它有
+            "shared_expert_intermediate_size": config.n_shared_experts * config.moe_intermediate_size,
+        }
     return raw
 
 
-def _yarn_parameters(config: MiniMindConfig) -> dict[str, Any]:
-    """YaRN 的标准写法；别人的公式把过渡带的上界卡在 D-1，这里卡在 D/2-1，碰到界时频率不同，那就不写。
+def normalises_experts(config: MiniMindConfig) -> bool:
+    """选中的专家的权重归不归一；v2 只选一个时不归（归了就总是 1）。"""
+    return bool(config.norm_topk_prob and (config.arch == "v3" or config.num_experts_per_tok > 1))
+
+
+def yarn_mscale(factor: float) -> float:
+    """vLLM、llama.cpp 的 YaRN 自己会乘的注意力系数：1 + 0.1·ln(factor)，factor 不超过 1 时是 1。"""
+    return 1.0 if factor <= 1 else 1.0 + 0.1 * math.log(factor)
+
+
+def yarn_parameters(config: MiniMindConfig) -> dict[str, Any]:
+    """YaRN 的标准写法。cos、sin 上乘的系数两家的键不同：transformers 读 ``attention_factor``，乘的就是它；vLLM 读
+    ``attn_factor``，乘的是 ``yarn_mscale(factor) · attn_factor``（新版也认 ``attention_factor``，有它就只用它）。两个都写。
+
+    别人的公式把过渡带的上界卡在 D-1，这里卡在 D/2-1，碰到界时频率不同，那就不写。
 
     Raises:
         UserError: 这组参数在两边算出的频率不同。
@@ -99,7 +123,12 @@ def _yarn_parameters(config: MiniMindConfig) -> dict[str, Any]:
             fix="不加 --inference_rope_scaling 导出，到推理框架里再设外推",
         )
     keys = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor")
-    return {"rope_type": "yarn", "type": "yarn", **{key: yarn[key] for key in keys}}
+    return {
+        "rope_type": "yarn",
+        "type": "yarn",
+        **{key: yarn[key] for key in keys},
+        "attn_factor": yarn["attention_factor"] / yarn_mscale(yarn["factor"]),
+    }
 
 
 def _standard_yarn_frequencies(config: MiniMindConfig) -> torch.Tensor:
@@ -126,8 +155,11 @@ _MUST_BE = {
         "attention_bias": False, "use_sliding_window": False, "hidden_act": "silu", "decoder_sparse_step": 1,
         "mlp_only_layers": [],
     },
+    "qwen2_moe": {
+        "use_sliding_window": False, "hidden_act": "silu", "decoder_sparse_step": 1, "mlp_only_layers": [],
+    },
 }  # fmt: skip
-_SUPPORTED = "llama、qwen3、qwen3_moe，或 minimind"
+_SUPPORTED = "llama、qwen3、qwen3_moe、本项目导出的 qwen2_moe，或 minimind"
 
 
 def config_from_hf(raw: dict[str, Any], where: Path) -> MiniMindConfig:
@@ -174,27 +206,41 @@ def _options(raw: dict[str, Any], kind: str, where: Path) -> dict[str, Any]:
             )
     names = (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "num_key_value_heads", "head_dim", "max_position_embeddings", "initializer_range", "rms_norm_eps",
+        "num_key_value_heads", "max_position_embeddings", "initializer_range", "rms_norm_eps",
         "tie_word_embeddings",
     )  # fmt: skip
-    options = {name: getattr(hf, name) for name in names} | _rope_options(hf.rope_parameters, where)
+    options = {name: getattr(hf, name) for name in names} | {"head_dim": getattr(hf, "head_dim", None)}
+    options |= _rope_options(hf.rope_parameters, where)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         token = getattr(hf, name)
         token = token[0] if isinstance(token, list) else token
         if token is not None:
             options[name] = token
-    options["arch"] = "v2" if kind == "llama" else "v3"
-    if kind == "qwen3_moe":
+    options["arch"] = "v2" if kind in ("llama", "qwen2_moe") else "v3"
+    if kind in ("qwen3_moe", "qwen2_moe"):
         options |= {
             "use_moe": True,
             "n_routed_experts": hf.num_experts,
             "num_experts_per_tok": hf.num_experts_per_tok,
             "moe_intermediate_size": hf.moe_intermediate_size,
             "norm_topk_prob": hf.norm_topk_prob,
-            "n_shared_experts": 0,
+            "n_shared_experts": _shared_count(hf, where) if kind == "qwen2_moe" else 0,
             "aux_loss_alpha": hf.router_aux_loss_coef,
         }
     return options
+
+
+def _shared_count(hf: Any, where: Path) -> int:
+    """Qwen2-MoE 的一个共享专家当作几个与路由专家等宽的。"""
+    count, rest = divmod(hf.shared_expert_intermediate_size, hf.moe_intermediate_size)
+    if rest or not count:
+        raise UserError(
+            f"shared_expert_intermediate_size 是 {hf.shared_expert_intermediate_size}",
+            where=str(where),
+            expected=f"moe_intermediate_size（{hf.moe_intermediate_size}）的整数倍",
+            fix="本项目的共享专家与路由专家等宽，不能导入",
+        )
+    return count
 
 
 def _rope_options(rope: dict[str, Any], where: Path) -> dict[str, Any]:

@@ -19,9 +19,9 @@ from minimind.inference.forward_decoder import ForwardDecoder
 from minimind.inference.group_decode import decode_groups
 from minimind.inference.grouped_cache import GroupedKVCache
 from minimind.inference.kv_cache import SlotKVCache
-from minimind.inference.layers import Layer, Norm
-from minimind.inference.linear import JoinedLinear
+from minimind.inference.layers import Layer
 from minimind.inference.prompt_attention import prompt_attention
+from minimind.inference.shared import SharedModel
 from minimind.model import MiniMindLM
 
 __all__ = ["ForwardDecoder", "FusedDecoder", "make_decoder"]
@@ -30,14 +30,15 @@ __all__ = ["ForwardDecoder", "FusedDecoder", "make_decoder"]
 SAME_LAYOUT = ("LlamaForCausalLM", "Qwen3ForCausalLM")
 
 
-def make_decoder(model: nn.Module, max_slots: int, dtype: torch.dtype | None = None) -> Any:
+def make_decoder(model: nn.Module | SharedModel, max_slots: int, dtype: torch.dtype | None = None) -> Any:
     """给这个模型挑解码器。
 
     Args:
+        model: 模型，或几个引擎共用的那一份。
         max_slots: 同时最多多少行。
         dtype: 矩阵乘与缓存的精度，默认与权重相同；只有 :class:`FusedDecoder` 能换。
     """
-    if isinstance(model, MiniMindLM) or _is_plain_llama(model):
+    if isinstance(model, (SharedModel, MiniMindLM)) or _is_plain_llama(model):
         return FusedDecoder(model, max_slots, dtype)
     return ForwardDecoder(model, max_slots)
 
@@ -59,24 +60,21 @@ class FusedDecoder:
     ``shareable``：一段 KV 能截取、拼接，给别的请求用。
 
     Args:
-        model: MiniMind，或 ``SAME_LAYOUT`` 里的结构。
+        model: MiniMind，或 ``SAME_LAYOUT`` 里的结构；或 :class:`~minimind.inference.shared.SharedModel`，排好的权重用它的。
         max_slots: 槽位数。
         dtype: 矩阵乘与缓存的精度；残差仍用权重的精度，与自动混合精度下的训练一致。
     """
 
     shareable = True
 
-    def __init__(self, model: nn.Module, max_slots: int, dtype: torch.dtype | None = None):
-        self.model, self.config = model, model.config
-        weight = self.embedding
-        self.device, self.dtype = weight.device, dtype or weight.dtype
+    def __init__(self, model: nn.Module | SharedModel, max_slots: int, dtype: torch.dtype | None = None):
+        self.shared = model if isinstance(model, SharedModel) else SharedModel(model, dtype)
+        self.model, self.config = self.shared.model, model.config
+        self.device, self.dtype = self.embedding.device, self.shared.dtype
         config = self.config
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
-        with torch.inference_mode():
-            self.layers = [Layer(block, self.dtype) for block in model.model.layers]
-            self.head = JoinedLinear([model.lm_head], self.dtype)
-        self.norm = Norm(model.model.norm)
+        self.layers, self.head, self.norm = self.shared.layers, self.shared.head, self.shared.norm
         self.max_slots = max_slots
         self.cache: GroupedKVCache | SlotKVCache
         if self.device.type == "cpu":
@@ -113,9 +111,7 @@ class FusedDecoder:
 
     def refresh(self) -> None:
         """权重变了：重新合并。"""
-        with torch.inference_mode():
-            for linear in [self.head, *(linear for layer in self.layers for linear in layer.joined)]:
-                linear.refresh()
+        self.shared.refresh()
 
     def prefill(
         self,

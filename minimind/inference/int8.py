@@ -52,6 +52,7 @@ class Int8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         weight = linear.weight.detach().float()
         scale = weight.abs().amax(dim=1).div_(127).clamp_min_(1e-30)
         self.register_buffer("codes", (weight / scale[:, None]).round_().to(torch.int8))

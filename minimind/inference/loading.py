@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from minimind.console import say
 from minimind.errors import UserError
 from minimind.inference.int8 import quantize_int8
 from minimind.model import MiniMindConfig, count_parameters
+from minimind.model.model_lora import Adapter
 from minimind.paths import folder_problem, resolve_path
-from minimind.runtime.adapters import adapter_names, merge_adapters
+from minimind.runtime.adapters import adapter_names, merge_adapters, open_adapters
 from minimind.runtime.checkpoint import BUFFERS, read_state
 from minimind.runtime.device import choose_dtype, device_name, resolve_device
 from minimind.runtime.shapes import arch_of
@@ -38,12 +39,14 @@ class Loaded:
         model: 在目标设备上、eval 状态。
         plain: 真为只会续写的预训练权重，假为会对话的权重。
         source: 权重文件或目录，用于显示。
+        beside: 打开了、没有合并的 LoRA：文件与内容。
     """
 
     model: torch.nn.Module
     tokenizer: Any
     plain: bool
     source: Path
+    beside: list[tuple[Path, Adapter]] = field(default_factory=list)
 
 
 def stop_ids(model: torch.nn.Module, tokenizer: Any) -> set[int]:
@@ -71,12 +74,14 @@ def load_for_inference(
     device: str = "auto",
     dtype: str = "auto",
     quantize: str = "none",
+    beside: str = "None",
 ) -> Loaded:
     """按 :mod:`eval_llm` 的参数打开模型；尺寸参数为 ``None`` 时由权重旁的 JSON 决定。
 
     ``quantize="int8"`` 在最后把线性层换成 int8 的（:mod:`minimind.inference.int8`）。
     ``chat_template`` 换一份对话模板（文件，或 ``minimind``）。
     ``lora_weight`` 里的各份 LoRA 在 fp32 下依次合并进权重（W + Δ₁ + Δ₂ + …），之后再转成推理精度，生成时不多花计算。
+    ``beside`` 里的只打开、与底座核对，不合并：由 :class:`~minimind.inference.shared.SharedModel` 叠在同一份底座上。
 
     Raises:
         UserError: 设备不可用、权重不存在、尺寸不符、目录不是模型。
@@ -91,9 +96,10 @@ def load_for_inference(
         }
         loaded = _load_native(weight, save_dir, sizes, tokenizer_path, inference_rope_scaling)
         merge_adapters(loaded.model, adapter_names(lora_weight), save_dir)
-    elif adapter_names(lora_weight):
+        loaded.beside = open_adapters(loaded.model, adapter_names(beside), save_dir)
+    elif names := adapter_names(lora_weight) + adapter_names(beside):
         raise UserError(
-            f"--lora_weight {lora_weight} 只能叠加在本项目的 .pth 权重上",
+            f"--lora_weight {','.join(names)} 只能叠加在本项目的 .pth 权重上",
             where=f"--load_from {load_from}",
             fix="去掉 --load_from，或先用 minimind export merge 把 LoRA 合并进去",
         )

@@ -21,7 +21,7 @@ from .tasks import build_tasks
 
 # 语料的写法一变就加一，旧缓存随之作废
 FORMAT_VERSION = 5
-DEFAULT_DIR = "microworld"
+DEFAULT_DIR = "dataset/microworld"
 
 
 def make_microworld(out_dir: str | Path, scale: float = 1.0, seed: int = 42) -> dict[str, Path]:
@@ -97,7 +97,7 @@ def _replace_text(path: Path, text: str) -> None:
 def ensure_microworld(scale: float = 1.0, seed: int = 42, out_dir: str | Path | None = None) -> Path:
     """返回写好的微世界文件夹；没有、不全或参数不同就（重）写一份。
 
-    默认规模与种子放在 ``microworld``，其余放在带参数的兄弟文件夹，互不覆盖。
+    默认规模与种子放在 ``dataset/microworld``，其余放在带参数的兄弟文件夹，互不覆盖。
     """
     if out_dir is None:
         default = scale == 1.0 and seed == 42

@@ -235,8 +235,8 @@ def parse_adapter(state: Mapping[str, Tensor], alpha: float | None = None) -> Ad
     return Adapter(dict(state), rank, float(rank if alpha is None else alpha), tuple(modules))
 
 
-def load_adapter(model: nn.Module, adapter: Adapter) -> None:
-    """把一份权重装到模型上（没加过 LoRA 就先加上）。
+def check_adapter(model: nn.Module, adapter: Adapter) -> None:
+    """这份权重能不能加在这个模型上。
 
     Raises:
         ValueError: 模型里没有对应的层，或形状不符，指出键与两边的形状。
@@ -251,6 +251,15 @@ def load_adapter(model: nn.Module, adapter: Adapter) -> None:
             if tuple(adapter.state[key].shape) != wanted:
                 raise ValueError(f"{key} 的形状是 {tuple(adapter.state[key].shape)}，当前模型要 {wanted}")
     check_rank(model, adapter.modules, adapter.rank)
+
+
+def load_adapter(model: nn.Module, adapter: Adapter) -> None:
+    """把一份权重装到模型上（没加过 LoRA 就先加上）。
+
+    Raises:
+        ValueError: 见 :func:`check_adapter`；或与模型上已有的 LoRA 不同。
+    """
+    check_adapter(model, adapter)
     present = lora_layers(model)
     if not present:
         _wrap(model, adapter.modules, adapter.rank, adapter.alpha)

@@ -15,7 +15,7 @@ from torch import nn
 
 from minimind.console import say
 from minimind.errors import UserError
-from minimind.model.model_lora import MARK, Adapter, merge_adapter, parse_adapter
+from minimind.model.model_lora import MARK, Adapter, check_adapter, merge_adapter, parse_adapter
 from minimind.paths import file_problem, resolve_path
 from minimind.runtime.checkpoint import read_sidecar, read_state, weights_path
 
@@ -79,23 +79,41 @@ def read_adapter(path: Path) -> tuple[Adapter, dict[str, Any]]:
     return adapter, info
 
 
+def open_adapters(
+    model: nn.Module, names: list[str], save_dir: str | Path = "out"
+) -> list[tuple[Path, Adapter]]:
+    """读几份 LoRA 并与底座核对；训练时的底座与现在的不同就说一句。模型不动。
+
+    Args:
+        model: 底座，精度与训练后存下的相同（指纹按它算）。
+
+    Raises:
+        UserError: 文件不对，或与模型的层、形状不符。
+    """
+    current = base_fingerprint(model) if names else None
+    opened = []
+    for path in [adapter_path(model.config, name, save_dir) for name in names]:
+        adapter, info = read_adapter(path)
+        base = info.get("base", {})
+        if base and base.get("fingerprint") != current:
+            say(f"注意：{path.name} 是在 {base.get('weight')} 上训练的，现在的底座与那时不同，效果可能变差。")
+        try:
+            check_adapter(model, adapter)
+        except ValueError as error:
+            raise UserError(str(error), where=str(path), fix=FIX) from error
+        scale = f"，alpha {adapter.alpha:g}" if info else "，没有旁注，按不缩放读"
+        say(f"叠加 LoRA {path}（秩 {adapter.rank}{scale}，{len(adapter.modules)} 层）。")
+        opened.append((path, adapter))
+    return opened
+
+
 def merge_adapters(model: nn.Module, names: list[str], save_dir: str | Path = "out") -> list[Path]:
     """把几份 LoRA 依次合并进底座，得到 W + Δ₁ + Δ₂ + …；返回各文件的位置。
 
     Raises:
         UserError: 文件不对，或与模型的层、形状不符。
     """
-    current = base_fingerprint(model) if names else None
-    paths = [adapter_path(model.config, name, save_dir) for name in names]
-    for path in paths:
-        adapter, info = read_adapter(path)
-        base = info.get("base", {})
-        if base and base.get("fingerprint") != current:
-            say(f"注意：{path.name} 是在 {base.get('weight')} 上训练的，现在的底座与那时不同，效果可能变差。")
-        try:
-            merge_adapter(model, adapter)
-        except ValueError as error:
-            raise UserError(str(error), where=str(path), fix=FIX) from error
-        scale = f"，alpha {adapter.alpha:g}" if info else "，没有旁注，按不缩放读"
-        say(f"叠加 LoRA {path}（秩 {adapter.rank}{scale}，{len(adapter.modules)} 层）。")
-    return paths
+    opened = open_adapters(model, names, save_dir)
+    for _, adapter in opened:
+        merge_adapter(model, adapter)
+    return [path for path, _ in opened]

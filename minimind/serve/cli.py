@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 
 from minimind.arguments import arg, parse_args
 from minimind.console import say
@@ -23,7 +24,7 @@ class ServeArguments(ModelArguments):
 
     lora_weight: str = arg(
         "None",
-        "LoRA 的名字，逗号分隔；每一份另成一个模型，请求时 model 写它的名字；None 表示不用",
+        "LoRA 的名字或 .pth，逗号分隔；每一份另成一个模型（底座的权重共用一份），请求时 model 写它的名字；None 表示不用",
         text="weights",
     )
     model_name: str | None = arg(None, "底座在 API 里叫什么；不给则 minimind", text="filled")
@@ -58,18 +59,47 @@ class ServeArguments(ModelArguments):
     shutdown_seconds: float = arg(120.0, "停机时最多等在写的多少秒", low=0, high=MANY)
 
 
+def adapter_ids(paths: list[Path], base: str) -> list[str]:
+    """各份 LoRA 在 API 里叫什么：文件名去掉尺寸，``lora_identity_512.pth`` 就是 ``lora_identity``。
+
+    Raises:
+        UserError: 两份同名，或与底座同名：请求里的 ``model`` 分不清是哪一个。
+    """
+    from minimind.runtime.checkpoint import parse_stem
+
+    taken: dict[str, str] = {base: "底座"}
+    for path in paths:
+        if paths.count(path) > 1:
+            raise UserError(f"{path} 写了两遍", where="--lora_weight", fix="只写一遍")
+        stem = parse_stem(path)
+        name = stem[0] if stem else path.stem
+        if name in taken:
+            raise UserError(
+                f"{path} 与{taken[name]}在 API 里都叫 {name}，请求分不清要哪一个",
+                where="--lora_weight",
+                expected="各份 LoRA 与底座的名字互不相同",
+                fix="给文件（连同旁边的 .json）改名，或用 --model_name 给底座换一个名字",
+            )
+        taken[name] = f" {path} "
+    return [name for name in taken if name != base]
+
+
 def model_table(args: ServeArguments):
-    """载入底座与各个 LoRA，各建一个引擎。"""
+    """载入底座，权重只有一份；每份 LoRA 一个引擎，叠在它上面。"""
     import torch
 
     from minimind.inference.loading import stop_ids
+    from minimind.inference.shared import SharedModel
     from minimind.serve.models import ModelTable, ServedModel
     from minimind.serve.runner import EngineRunner
 
-    def open_model(lora: str) -> ServedModel:
-        loaded = args.load(lora_weight=lora)
+    base = args.model_name or "minimind"
+    loaded = args.load(lora_weight="None", beside=args.lora_weight)
+    ids = adapter_ids([path for path, _ in loaded.beside], base)
+
+    def served(name: str, model, parent: str | None) -> ServedModel:
         runner = EngineRunner(
-            loaded.model,
+            model,
             stop_ids(loaded.model, loaded.tokenizer),
             max_slots=args.max_slots,
             max_queue=args.max_queue,
@@ -78,11 +108,15 @@ def model_table(args: ServeArguments):
             prefix_cache_tokens=args.prefix_cache_tokens,
             cuda_graphs=bool(args.cuda_graphs),
         )
-        base = args.model_name or "minimind"
-        return ServedModel(base if lora == "None" else lora, loaded, runner, None if lora == "None" else base)
+        return ServedModel(name, loaded, runner, parent)
 
-    names = [] if args.lora_weight in ("None", "none", "") else args.lora_weight.split(",")
-    table = ModelTable([open_model("None"), *(open_model(name.strip()) for name in names)])
+    shared = SharedModel(loaded.model) if ids else loaded.model
+    table = ModelTable(
+        [
+            served(base, shared, None),
+            *(served(name, shared.adapted(adapter), base) for name, (_, adapter) in zip(ids, loaded.beside)),
+        ]
+    )
     dtype = next(table.default.loaded.model.parameters()).dtype
     if args.quantize != "none" or dtype != torch.float32:
         kind = args.quantize if args.quantize != "none" else str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""服务器上的模型：底座与各个 LoRA，每个名字一份合并好的权重与一个引擎。"""
+"""服务器上的模型：底座与各个 LoRA，每个名字一个引擎，权重共用一份（:mod:`minimind.inference.shared`）。"""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ServedModel:
 
     Args:
         id: 客户端写的名字。
-        loaded: 模型与分词器。
+        loaded: 底座与分词器；LoRA 的增量在它的引擎里。
         parent: LoRA 的底座叫什么；底座自己是 ``None``。
     """
 

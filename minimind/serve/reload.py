@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from starlette.concurrency import run_in_threadpool
 from torch import Tensor, nn
 
 from minimind.errors import UserError
-from minimind.serve.models import ModelTable, ServedModel
+from minimind.serve.models import ModelTable
 
 WEIGHTS = "model.safetensors"
 
@@ -30,20 +31,22 @@ class RpcRequest(BaseModel):
 
 
 def add_reload(app: FastAPI, folder: Path, table_of: Any) -> None:
-    """加上两个地址；换的是底座，各份 LoRA 另有自己合并好的权重，不跟着变。"""
+    """加上两个地址；换的是底座，叠在它上面的各份 LoRA 用的是同一份权重，随之都叠在新的上面。"""
 
     @app.post("/collective_rpc")
     async def collective_rpc(body: RpcRequest) -> dict[str, Any]:
         table: ModelTable = table_of(app)
-        model = table.default
-        state = await run_in_threadpool(read_weights, model.loaded.model, folder)
-        await model.runner.when_idle(lambda: swap(model, state))
+        state = await run_in_threadpool(read_weights, table.default.loaded.model, folder)
+        async with AsyncExitStack() as stopped:  # 权重是共用的：都停下才换。底座最后停，少等一会儿
+            for runner in reversed(table.runners):
+                await stopped.enter_async_context(runner.paused())
+            await table.default.runner.call(lambda: swap(table, state))
         return {"results": [None]}
 
     @app.post("/reset_prefix_cache")
     async def reset_prefix_cache() -> dict[str, Any]:
-        runner = table_of(app).default.runner
-        await runner.when_idle(lambda: runner.engine.refresh())
+        for runner in table_of(app).runners:
+            await runner.when_idle(lambda runner=runner: runner.engine.refresh())
         return {}
 
 
@@ -78,9 +81,10 @@ def read_weights(model: nn.Module, folder: Path) -> dict[str, Tensor]:
     return {name: state[name] for name in wanted}
 
 
-def swap(model: ServedModel, state: dict[str, Tensor]) -> None:
-    """在引擎线程里、没有样本在写的时候换上；合并过的投影与前缀库随之重来。"""
+def swap(table: ModelTable, state: dict[str, Tensor]) -> None:
+    """在底座的引擎线程里、哪个引擎都停着的时候换上；合并过的投影与各自的前缀库随之重来。"""
     with torch.no_grad():
-        for name, value in model.loaded.model.named_parameters():
+        for name, value in table.default.loaded.model.named_parameters():
             value.copy_(state[name])
-    model.runner.engine.refresh()
+    for runner in table.runners:  # 底座在最前：它重新合并，别的跟着用
+        runner.engine.refresh()

@@ -17,7 +17,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
@@ -98,6 +98,7 @@ class EngineRunner:
         self._tickets: dict[int, Ticket] = {}
         self._when_idle: list[Callable[[], None]] = []  # 等空闲时做的事
         self._held: list[Ticket] = []  # 有这样的事时，新来的先等着
+        self._pauses: set[object] = set()  # 停着的缘由，见 paused
         self._refusing = self._closing = False
         self.in_flight = 0  # 排队与在写的样本数
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
@@ -159,6 +160,16 @@ class EngineRunner:
         """等在写的写完，在引擎线程里做一件事（例如换权重），其间新来的等着。"""
         run, result = deferred(work)
         return await self._promise(lambda: self._when_idle.append(run), result)
+
+    @contextlib.asynccontextmanager
+    async def paused(self) -> AsyncIterator[None]:
+        """等在写的写完，停下，直到离开；其间新来的等着。几个引擎共用的权重要换时用。"""
+        reason = object()
+        try:
+            await self.when_idle(lambda: self._pauses.add(reason))
+            yield
+        finally:
+            self._command(lambda: self._go_on(reason))
 
     async def _promise(self, command: Callable[[], None], result: Future) -> Any:
         with self._wake:
@@ -236,8 +247,8 @@ class EngineRunner:
         """做完排着的命令，再走一步；要停了返回假。"""
         with self._wake:
             self._began = None
-            self._wake.wait_for(lambda: self._commands or self._busy or self._closing or self._stuck)
-            if self._closing and not self._commands and not self._busy:
+            self._wake.wait_for(lambda: self._commands or self._busy or self._ending or self._stuck)
+            if self._ending and not self._commands and not self._busy:
                 return False
             commands, self._commands = self._commands, deque()
             self._began = self._clock()
@@ -259,10 +270,14 @@ class EngineRunner:
     def _busy(self) -> bool:
         return self.engine.has_unfinished or bool(self._when_idle)
 
+    @property
+    def _ending(self) -> bool:
+        return self._closing and not self._held
+
     def _start(self, ticket: Ticket) -> None:
         if ticket.open == 0:  # 还没开始就不要了
             return
-        if self._when_idle:
+        if self._when_idle or self._pauses:
             self._held.append(ticket)
             return
         try:
@@ -285,6 +300,15 @@ class EngineRunner:
         work, self._when_idle = self._when_idle, []
         for run in work:
             run()
+        self._release_held()
+
+    def _go_on(self, reason: object) -> None:
+        self._pauses.discard(reason)
+        self._release_held()
+
+    def _release_held(self) -> None:
+        if self._when_idle or self._pauses:
+            return
         held, self._held = self._held, []
         for ticket in held:
             self._start(ticket)

@@ -17,6 +17,9 @@ KINDS = {
     "v3_moe": {"arch": "v3", "use_moe": True},
     "v3_moe_top2": {"arch": "v3", "use_moe": True, "num_experts_per_tok": 2},
     "v2_moe": {"use_moe": True},
+    "v2_moe_two_shared": {"use_moe": True, "n_shared_experts": 2, "moe_intermediate_size": 96},
+    "v2_moe_top1": {"use_moe": True, "num_experts_per_tok": 1},
+    "v2_moe_unnormalised": {"use_moe": True, "norm_topk_prob": False},
     "v2_head_dim": {"head_dim": 32},
     "v2_untied": {"tie_word_embeddings": False},
 }

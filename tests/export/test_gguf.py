@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 
 import numpy as np
 import pytest
@@ -12,9 +13,10 @@ import torch
 from minimind.distribution import install_command
 from minimind.errors import UserError
 from minimind.export import gguf as gguf_module
-from minimind.export.cli import main_gguf
+from minimind.export.cli import main_gguf, main_import
 from minimind.export.gguf import export_gguf, interleave_rope_rows
 from minimind.export.gguf_tokenizer import pre_tokenizer_name
+from minimind.export.hf import write_tokenizer
 from minimind.export.layouts import hf_config
 from minimind.export.ollama import modelfile
 from minimind.tokenizer import load_tokenizer
@@ -119,6 +121,53 @@ def test_词表_类型_合并与分词器逐项相同(make_source, tmp_path):
     assert fields["tokenizer.ggml.merges"] == [" ".join(merge) for merge in model["merges"]]
 
 
+@pytest.mark.parametrize(
+    ("kind", "normalised", "shared"),
+    [
+        ("v2_moe", True, 1),
+        ("v2_moe_two_shared", True, 2),
+        ("v2_moe_top1", False, 1),
+        ("v2_moe_unnormalised", False, 1),
+    ],
+)
+def test_v2_混合专家是_bailingmoe_元数据与每个张量都对(make_source, tmp_path, kind, normalised, shared):
+    source, ours = make_source(kind)
+    assert export_gguf(source, tmp_path / "m.gguf", "f32") == "bailingmoe"
+    fields, tensors = read(tmp_path / "m.gguf")
+    config, prefix = ours.config, "bailingmoe."
+    expected = {
+        "leading_dense_block_count": 0,
+        "expert_count": 4,
+        "expert_used_count": config.num_experts_per_tok,
+        "expert_shared_count": shared,
+        "expert_feed_forward_length": config.moe_intermediate_size,
+        "expert_weights_norm": normalised,
+        "expert_weights_scale": 1.0,
+    }
+    assert {key: fields[prefix + key] for key in expected} == expected
+    width, state = config.moe_intermediate_size, source.state
+    array = {name: torch.from_numpy(tensor.data.copy()) for name, tensor in tensors.items()}
+    mlp = "model.layers.1.mlp."
+    for i in range(shared):  # 几个共享专家首尾相接
+        rows = slice(i * width, (i + 1) * width)
+        original = {
+            name: state[f"{mlp}shared_experts.{i}.{name}_proj.weight"] for name in ("gate", "up", "down")
+        }
+        assert torch.equal(array["blk.1.ffn_gate_shexp.weight"][rows], original["gate"])
+        assert torch.equal(array["blk.1.ffn_up_shexp.weight"][rows], original["up"])
+        assert torch.equal(array["blk.1.ffn_down_shexp.weight"][:, rows], original["down"])
+    for i in range(4):
+        assert torch.equal(
+            array["blk.1.ffn_down_exps.weight"][i], state[f"{mlp}experts.{i}.down_proj.weight"]
+        )
+    assert torch.equal(array["output.weight"], state["model.embed_tokens.weight"])  # 它不认共享的输出头
+    q = interleave_rope_rows(state["model.layers.0.self_attn.q_proj.weight"], config.head_dim)
+    assert torch.equal(array["blk.0.attn_q.weight"], q)
+    assert len(tensors) == 3 + 2 * (
+        6 + 1 + 6
+    )  # 嵌入、末尾归一化、输出头；每层：注意力与归一化、路由、两种专家
+
+
 def test_q8_0_每组误差不超过半格(make_source, tmp_path):
     source, _ = make_source("v3_moe")
     export_gguf(source, tmp_path / "m.gguf", "q8_0")
@@ -143,12 +192,17 @@ def test_外推写进元数据_先除掉_llama_cpp_自己乘的系数(make_sourc
     prefix = "qwen3.rope.scaling."
     assert fields[f"{prefix}type"] == "yarn" and fields[f"{prefix}factor"] == 16
     assert fields[f"{prefix}original_context_length"] == 2048
+    # llama.cpp：attn_factor · (1 + 0.1·ln factor) 就是乘在 cos、sin 上的
     assert fields[f"{prefix}attn_factor"] * (1 + 0.1 * np.log(16)) == pytest.approx(1.0, abs=1e-6)
 
 
 @pytest.mark.parametrize(
     ("kind", "overrides", "word"),
-    [("v2_moe", {}, "共享专家"), ("v3_moe", {"norm_topk_prob": False}, "norm_topk_prob")],
+    [
+        ("v2_moe", {"n_shared_experts": 0}, "共享专家"),
+        ("v3_moe", {"n_shared_experts": 1}, "共享专家"),
+        ("v3_moe", {"norm_topk_prob": False}, "norm_topk_prob"),
+    ],
 )
 def test_没有同构结构时说清楚_不留文件(make_source, tmp_path, kind, overrides, word):
     source, _ = make_source(kind, **overrides)
@@ -199,10 +253,45 @@ def test_别的分词器_认得的给名字_不认得的报错():
         {"pre_tokenizer": {**gpt2, "add_prefix_space": True}},
         {"pre_tokenizer": {"type": "Metaspace"}},
         {"normalizer": {"type": "NFKC"}},
+        {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}},
         {"model": {**spec["model"], "type": "Unigram"}},
     ):
         with pytest.raises(UserError, match=r"^x：.*llama\.cpp 没有一样的"):
             pre_tokenizer_name({**spec, **change}, "x")
+
+
+def nfc_tokenizer(folder):
+    """像 Qwen3 那样先做 NFC 的分词器目录：词表与预切分是我们的。"""
+    tokenizer = load_tokenizer()
+    write_tokenizer(tokenizer, folder)
+    spec = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    spec["normalizer"] = {"type": "NFC"}
+    (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), "utf-8")
+    return folder
+
+
+def test_导入的_Qwen3_先做_NFC_的分词器也能导出_说一句(tmp_path, capsys):
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    folder = tmp_path / "qwen"
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Qwen3Config(vocab_size=6400, intermediate_size=128, head_dim=16, **sizes)
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    nfc_tokenizer(folder)
+    out = str(tmp_path / "out")
+    assert main_import([str(folder), "--name", "qwen", "--save_dir", out]) in (None, 0)
+    options = ["--save_dir", out, "--tokenizer_path", str(folder)]
+    assert main_gguf(["qwen", str(tmp_path / "m.gguf"), *options]) in (None, 0)
+    assert "NFC" in capsys.readouterr().err
+    fields, _ = read(tmp_path / "m.gguf")
+    assert fields["general.architecture"] == "qwen3" and fields["tokenizer.ggml.pre"] == "qwen2"
+    theirs, plain = load_tokenizer(folder), load_tokenizer()  # llama.cpp 编的就是不做 NFC 的那一种
+    text = "你好，café naïve 한국어 ｱ ﬁ ① が"
+    assert unicodedata.is_normalized("NFC", text)
+    assert theirs(text)["input_ids"] == plain(text)["input_ids"]
+    split = unicodedata.normalize("NFD", text)
+    assert theirs(split)["input_ids"] == theirs(text)["input_ids"] != plain(split)["input_ids"]
 
 
 def test_Modelfile_的布局与停止符(make_source):
@@ -219,7 +308,7 @@ def test_Modelfile_的布局与停止符(make_source):
 
 def test_llama_cpp_的贪心文本与我们相同(make_source, tmp_path):
     llama_cpp = pytest.importorskip("llama_cpp", reason="没有安装 llama-cpp-python")
-    for kind in ("v2", "v3", "v3_moe"):
+    for kind in ("v2", "v3", "v3_moe", "v2_moe", "v2_moe_two_shared"):
         source, ours = make_source(kind)
         export_gguf(source, tmp_path / f"{kind}.gguf", "f32")
         theirs = llama_cpp.Llama(str(tmp_path / f"{kind}.gguf"), n_ctx=64, n_threads=1, verbose=False)

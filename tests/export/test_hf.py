@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -65,6 +66,10 @@ def logits_of(folder, ids, **options):
         ("v3", "Qwen3ForCausalLM"),
         ("v3_moe", "Qwen3MoeForCausalLM"),
         ("v3_moe_top2", "Qwen3MoeForCausalLM"),
+        ("v2_moe", "Qwen2MoeForCausalLM"),
+        ("v2_moe_two_shared", "Qwen2MoeForCausalLM"),
+        ("v2_moe_top1", "Qwen2MoeForCausalLM"),
+        ("v2_moe_unnormalised", "Qwen2MoeForCausalLM"),
     ],
 )
 @pytest.mark.compat
@@ -102,9 +107,12 @@ torch.save((model(ids).logits.detach(), text), sys.argv[3])
 
 
 @pytest.mark.compat
-def test_v2_混合专家带着模型文件_没装本项目也能打开(make_source, tmp_path, ids):
-    source, ours = make_source("v2_moe")
-    assert export_hf(source, tmp_path / "hf", torch.float32) == "minimind"
+def test_要本项目的结构就带着模型文件_没装本项目也能打开(make_source, tmp_path, ids):
+    _, ours = make_source("v2_moe")
+    assert main_hf(
+        ["tiny", str(tmp_path / "hf"), "--save_dir", str(tmp_path / "out"), "--dtype", "float32"]
+        + ["--layout", "minimind"]
+    ) in (None, 0)
     assert {p.name for p in (tmp_path / "hf").glob("*.py")} == {"model_minimind.py", "kernels.py", "hf.py"}
     here = load_for_inference(load_from=str(tmp_path / "hf"), device="cpu", dtype="float32").model
     assert type(here) is type(ours)  # 装了本项目时用自己的类，不执行目录里的代码
@@ -127,6 +135,33 @@ def test_v2_混合专家带着模型文件_没装本项目也能打开(make_sour
     assert (logits - expected).abs().max() < 1e-4
     kw = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     assert torch.equal(text, ours.generate(ids, **kw))
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides"),
+    [("v2_moe", {"n_shared_experts": 0}), ("v2_moe", {"head_dim": 32}), ("v3_moe", {"n_shared_experts": 1})],
+)
+def test_没有同构的公开结构_才带模型文件(make_source, tmp_path, ids, kind, overrides):
+    source, ours = make_source(kind, **overrides)
+    assert export_hf(source, tmp_path / "hf", torch.float32) == "minimind"
+    assert (tmp_path / "hf" / "model_minimind.py").is_file()
+    here = load_for_inference(load_from=str(tmp_path / "hf"), device="cpu", dtype="float32").model
+    with torch.no_grad():
+        assert torch.equal(here(ids).logits, ours(ids).logits)
+
+
+def test_共享专家的门是零_down_是两倍_偏置是零(make_source, tmp_path):
+    from safetensors.torch import load_file
+
+    source, _ = make_source("v2_moe")
+    export_hf(source, tmp_path / "hf", torch.float16)
+    written = load_file(tmp_path / "hf" / "model.safetensors")
+    mlp = "model.layers.1.mlp."
+    assert not any(".py" in path.name for path in (tmp_path / "hf").iterdir()), "不需要模型文件"
+    assert written[f"{mlp}shared_expert_gate.weight"].tolist() == [[0.0] * 64]
+    assert written["model.layers.0.self_attn.k_proj.bias"].tolist() == [0.0] * 32
+    original = source.state[f"{mlp}shared_experts.0.down_proj.weight"]
+    assert torch.equal(written[f"{mlp}shared_expert.down_proj.weight"].float(), 2 * original)
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
@@ -171,20 +206,70 @@ def test_结束符与特殊_token_写在配置里(exported_tokenizer, make_sourc
     assert json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"] == [2]
 
 
-@pytest.mark.parametrize("kind", ["v2", "v3"])
-def test_外推写进配置后_logits_相同_不开就不写(make_source, tmp_path, ids, kind):
-    source, ours = make_source(kind)
+@pytest.fixture
+def stretched(make_source, tmp_path):
+    """``stretched("v2")`` → 开着 YaRN 的原模型；目录在 ``tmp_path / "yarn"``。"""
+
+    def make(kind: str, **yarn):
+        _, ours = make_source(kind, **({"rope_scaling": yarn} if yarn else {}))
+        source = open_source("tiny", str(tmp_path / "out"), inference_rope_scaling=True)
+        export_hf(source, tmp_path / "yarn", torch.float32)
+        scaled = type(ours)(source.config).eval()
+        scaled.load_state_dict(ours.state_dict())
+        return scaled, ours
+
+    return make
+
+
+LONG = torch.randint(20, 6400, (1, 2200), generator=torch.Generator().manual_seed(5))  # 过了原窗口 2048
+
+
+@pytest.mark.parametrize("kind", ["v2", "v3", "v2_moe"])
+def test_外推写进配置后_过了原窗口_logits_相同_不开就不写(make_source, stretched, tmp_path, kind):
+    scaled, ours = stretched(kind)
+    source = open_source("tiny", str(tmp_path / "out"))
     export_hf(source, tmp_path / "plain", torch.float32)
     assert json.loads((tmp_path / "plain" / "config.json").read_text())["rope_scaling"] is None
-    source = open_source("tiny", str(tmp_path / "out"), inference_rope_scaling=True)
-    export_hf(source, tmp_path / "yarn", torch.float32)
-    scaled = type(ours)(source.config).eval()
-    scaled.load_state_dict(ours.state_dict())
     with torch.no_grad():
-        expected, plain = scaled(ids).logits, ours(ids).logits
-    _, logits = logits_of(tmp_path / "yarn", ids)
+        expected, plain = scaled(LONG).logits, ours(LONG).logits
+    _, logits = logits_of(tmp_path / "yarn", LONG)
     assert (expected - plain).abs().max() > 1e-2
     assert (logits - expected).abs().max() < 1e-4
+
+
+def vllm_rope(rope, dim: int, newer: bool) -> tuple[torch.Tensor, float]:
+    """vLLM 的 YaRN 读配置算出的角频率 ``[D/2]`` 与乘在 cos、sin 上的系数，照它的定义另写一遍。
+
+    发布过的版本只读 ``attn_factor``，乘 ``(1 + 0.1·ln s)·attn_factor``；新的有 ``attention_factor`` 就只用它。
+    """
+    scale, window = rope["factor"], rope["original_max_position_embeddings"]
+    default = 1.0 if scale <= 1 else 0.1 * math.log(scale) + 1.0
+    mscale = rope["attention_factor"] if newer else default * rope.get("attn_factor", 1.0)
+    ends = [
+        dim * math.log(window / (turns * 2 * math.pi)) / (2 * math.log(rope["rope_theta"]))
+        for turns in (rope["beta_fast"], rope["beta_slow"])
+    ]
+    low, high = max(math.floor(ends[0]), 0), min(math.ceil(ends[1]), dim - 1)
+    wave = rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float) / dim)
+    keep = 1 - ((torch.arange(dim // 2, dtype=torch.float) - low) / max(high - low, 1e-3)).clamp(0, 1)
+    return (1 - keep) / (scale * wave) + keep / wave, mscale
+
+
+@pytest.mark.parametrize("newer", [False, True])
+@pytest.mark.parametrize("yarn", [{}, {"factor": 8.0, "attention_factor": 1.1}])
+def test_外推_vLLM_的公式读同一份配置_过了原窗口_logits_也相同(stretched, tmp_path, yarn, newer):
+    scaled, _ = stretched("v3", **yarn)
+    raw = json.loads((tmp_path / "yarn" / "config.json").read_text())
+    theirs, _ = logits_of(tmp_path / "yarn", LONG[:, :4])
+    rotary = theirs.model.rotary_emb
+    for place in (raw["rope_parameters"], {**raw["rope_scaling"], "rope_theta": raw["rope_theta"]}):
+        rotary.inv_freq, rotary.attention_scaling = vllm_rope(place, raw["head_dim"], newer)
+        with torch.no_grad():
+            expected, logits = scaled(LONG).logits, theirs(LONG).logits
+        assert (logits - expected).abs().max() < 1e-4
+    rotary.attention_scaling *= 1.05  # 系数差一点就看得出来
+    with torch.no_grad():
+        assert (theirs(LONG).logits - expected).abs().max() > 1e-3
 
 
 def test_外推参数与公开实现算出的频率不同时报错(make_source, tmp_path):

@@ -32,7 +32,13 @@ def native_logits(path, ids):
     return model(ids).logits
 
 
-@pytest.mark.parametrize("kind", ["v2", "v3", "v3_moe", "v2_moe", "v2_head_dim", "v2_untied"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("v2", "v3", "v3_moe", "v2_moe", "v2_moe_two_shared", "v2_moe_unnormalised", "v2_head_dim"),
+        "v2_untied",
+    ],
+)
 @pytest.mark.compat
 def test_导出再导入_权重逐位相同_配置与指标还在(make_source, tmp_path, kind):
     source, _ = make_source(kind)
@@ -48,6 +54,29 @@ def test_导出再导入_权重逐位相同_配置与指标还在(make_source, t
     assert {old[k] == new[k] for k in ("tokenizer_hash", "recipe", "step", "metrics")} == {True}
     loaded = load_for_inference(save_dir=str(tmp_path / "out"), weight="back", device="cpu")
     assert not loaded.plain
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("model.layers.1.mlp.shared_expert_gate.weight", "shared_expert_gate.*不是零"),
+        ("model.layers.0.self_attn.q_proj.bias", r"q_proj\.bias 不是零"),
+        ("shared_expert_intermediate_size", "100.*整数倍"),
+    ],
+)
+def test_真的带门或带偏置的_Qwen2_MoE_说清是哪一项(make_source, tmp_path, change, words):
+    source, _ = make_source("v2_moe")
+    export_hf(source, tmp_path / "hf", torch.float32)
+    if change.endswith("size"):
+        config = json.loads((tmp_path / "hf" / "config.json").read_text())
+        (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, change: 100}))
+    else:
+        state = load_file(tmp_path / "hf" / "model.safetensors")
+        state[change].view(-1)[3] = 0.5
+        save_file(state, tmp_path / "hf" / "model.safetensors")
+    with pytest.raises(UserError, match=words):
+        import_model(str(tmp_path / "hf"), "back", str(tmp_path / "out"))
+    assert not (tmp_path / "out" / "back_64_moe.pth").exists()
 
 
 def test_fp32_与_bf16_进来不变精度_要求时才转(make_source, tmp_path):

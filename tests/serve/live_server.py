@@ -48,9 +48,14 @@ class LiveServer:
     """``with LiveServer(...) as server``：``server.url`` 是地址，``server.table`` 是模型表。"""
 
     def __init__(
-        self, settings: Settings | None = None, slots: int = 4, queue: int = 8, context: int = CONTEXT
+        self,
+        settings: Settings | None = None,
+        slots: int = 4,
+        queue: int = 8,
+        context: int = CONTEXT,
+        table: ModelTable | None = None,
     ):
-        self.table = ModelTable(
+        self.table = table or ModelTable(
             [
                 served("minimind", tiny_loaded(0, context), slots=slots, queue=queue),
                 served("lora_x", tiny_loaded(1, context), "minimind", slots, queue),
