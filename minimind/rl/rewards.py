@@ -32,7 +32,7 @@ from minimind.errors import UserError
 from minimind.paths import resolve_path
 from minimind.rl import reward_rules as rules
 from minimind.rl.reward_file import RewardFunctionError, load_function
-from minimind.trainer.resume import content_hash
+from minimind.runtime.files import content_hash
 
 
 @dataclass
