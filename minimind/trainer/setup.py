@@ -27,12 +27,12 @@ from minimind.runtime.device import (
 from minimind.runtime.fair_share import fair_share
 from minimind.trainer import resume
 from minimind.trainer.compiling import maybe_compile
-from minimind.trainer.journal import Journal
 from minimind.trainer.meter import Meter
 from minimind.trainer.optim import build_optimizer
 from minimind.trainer.progress import Progress
 from minimind.trainer.recipe import Data, Recipe
 from minimind.trainer.run import Run
+from minimind.trainer.tracking import Journal
 from minimind.trainer.validation import to_device
 from minimind.trainer.vital_signs import VitalSigns
 
