@@ -28,7 +28,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # fork 之后 OpenMP 的线程池
 import torch
 
 import minimind.recipes.grpo  # noqa: F401  连同训练循环一起先导入
-from minimind.trainer.run import Run
+from minimind.trainer.archive import Archive
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--device", "cpu", "--preset", "tiny", "--dtype", "float32", "--batch_size", "2", "--accumulation_steps", "1", "--max_seq_len", "128", "--save_interval", "2", "--eval_interval", "3", "--log_interval", "1", "--val_max_rows", "4"]  # fmt: skip
@@ -120,13 +120,13 @@ class Command:
 def run_script(argv: list[str], keep: Path | None) -> None:
     """在本进程里运行训练脚本，到退出为止。"""
     if keep:
-        original = Run.write
+        original = Archive.write
 
-        def write(run: Run, snapshot: dict, rng: list) -> None:
-            original(run, snapshot, rng)
+        def write(archive: Archive, snapshot: dict, rng: list) -> None:
+            original(archive, snapshot, rng)
             shutil.copy(next(Path("checkpoints").glob("*_resume.pth")), keep / f"{snapshot['step']}.pth")
 
-        Run.write = write
+        Archive.write = write
     sys.argv, code = argv, 0
     try:
         runpy.run_path(argv[0], run_name="__main__")

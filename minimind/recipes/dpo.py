@@ -35,8 +35,12 @@ from minimind.recipes.health import preference_health
 from minimind.runtime.device import choose_dtype
 from minimind.trainer.loop import TrainResult, train
 from minimind.trainer.recipe import Data, LossResult, Recipe
-from minimind.trainer.reference import PairsWithReference, cached_pair_logprobs, weights_hash
-from minimind.trainer.resume import StartingPoint
+from minimind.trainer.reference import (
+    PairsWithReference,
+    StartingPoint,
+    cached_pair_logprobs,
+    weights_hash,
+)
 from minimind.trainer.train_args import ON_OFF, TrainArguments
 
 

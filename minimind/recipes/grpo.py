@@ -22,7 +22,7 @@ from minimind.arguments import arg, override
 from minimind.errors import UserError
 from minimind.objectives.policy import LOSS_TYPES, SCALES, group_advantages, zero_spread
 from minimind.recipes.entry import entry
-from minimind.recipes.rl import open_stage, train_stage
+from minimind.recipes.rl import no_batch, open_stage, train_stage
 from minimind.rl.arguments import RLArguments
 from minimind.rl.experience import Collector, Experience, global_moments, prompts_of
 from minimind.rl.policy import frozen_copy, policy_loss, response_logps
@@ -93,7 +93,7 @@ def run(args: GRPOArguments) -> TrainResult:
         run.record(kept=(len(rows), len(experience.scores)))
         yield experience.micro_batches(rows, args.rows_per_forward)
 
-    recipe = Recipe("grpo", loss, stage.train_ds.collate, count, prepare)
+    recipe = Recipe("grpo", loss, no_batch, count, prepare)
     return train_stage(args, stage, recipe)
 
 

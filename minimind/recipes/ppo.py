@@ -35,7 +35,7 @@ from minimind.objectives.policy import (
 )
 from minimind.ranges import MANY
 from minimind.recipes.entry import entry
-from minimind.recipes.rl import open_stage, train_stage
+from minimind.recipes.rl import no_batch, open_stage, train_stage
 from minimind.rl.actor_critic import ActorCritic, actor_of
 from minimind.rl.arguments import RLArguments
 from minimind.rl.experience import Collector, Experience, global_moments, minibatches, prompts_of
@@ -150,7 +150,7 @@ def run(args: PPOArguments) -> TrainResult:
     recipe = Recipe(
         "ppo",
         partial(ppo_loss, args=args),
-        stage.train_ds.collate,
+        no_batch,
         prepare=prepare,
         weights_of=lambda model: model.actor.state_dict(),
         lr_scales={"critic.": critic_scale},

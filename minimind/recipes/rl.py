@@ -22,7 +22,7 @@ from minimind.runtime.distributed import is_main_process
 from minimind.trainer.loader import epoch_order
 from minimind.trainer.loop import TrainResult, train
 from minimind.trainer.recipe import Data, Recipe
-from minimind.trainer.resume import StartingPoint
+from minimind.trainer.reference import StartingPoint
 
 
 @dataclass
@@ -59,6 +59,11 @@ def open_stage(args: RLArguments, kl: float) -> Stage:
     if warning := data.train.reference_warning():
         say(f"留意：{data.train.cache.source.name} 里 {warning}。")
     return Stage(model, tokenizer, data.train, data.val, rewards, extra_state)
+
+
+def no_batch(items: list[Any]) -> dict[str, Any]:
+    """提示不拼批：采样只要它们的编号。"""
+    return {}
 
 
 def train_stage(

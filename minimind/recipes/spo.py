@@ -23,7 +23,7 @@ from minimind.errors import UserError
 from minimind.objectives.policy import whiten
 from minimind.ranges import MANY
 from minimind.recipes.entry import entry
-from minimind.recipes.rl import open_stage, train_stage
+from minimind.recipes.rl import no_batch, open_stage, train_stage
 from minimind.rl.arguments import RLArguments
 from minimind.rl.experience import Collector, global_moments, prompts_of
 from minimind.rl.policy import frozen_copy, policy_loss, response_logps
@@ -111,7 +111,7 @@ def run(args: SPOArguments) -> TrainResult:
         observe(tracker, experience, unit, change)  # 策略走完这一步之后
 
     extra_state = {"tracker": tracker}
-    recipe = Recipe("spo", loss, stage.train_ds.collate, count, prepare, extra_state=extra_state)
+    recipe = Recipe("spo", loss, no_batch, count, prepare, extra_state=extra_state)
     return train_stage(args, stage, recipe)
 
 

@@ -33,7 +33,7 @@ from minimind.paths import resolve_path
 from minimind.rl import reward_rules as rules
 from minimind.rl.reward_file import RewardFunctionError, load_function
 from minimind.rl.reward_rules import Sample
-from minimind.trainer.resume import content_hash
+from minimind.runtime.files import content_hash
 
 
 def make_samples(

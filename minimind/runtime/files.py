@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import hashlib
 import os
 import platform
 import secrets
@@ -220,3 +221,21 @@ def _sync_directory(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+# ---------------------------------------------------------------- 内容
+
+
+def content_hash(path: Path) -> str:
+    """文件、或目录里全部文件（隐藏的除外）的内容指纹，与放在哪里无关。"""
+    digest = hashlib.blake2b(digest_size=12)
+    found = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+    names = {p.relative_to(path) if path.is_dir() else Path(): p for p in found}
+    for name, file in sorted(names.items()):
+        if any(part.startswith(".") or part == "__pycache__" for part in name.parts):
+            continue
+        digest.update(f"{name.as_posix()}\0".encode())
+        with open(file, "rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,7 +1,7 @@
 """训练途中的退出信号：走完这一步、存盘再走；这一步一时走不完（编译、很长的采样与验证），就放弃它，存下上一步。
 
 “上一步”取得回来，因为一步之内先只算梯度，到头才改权重：改之前放弃，权重与优化器还是上一步的，再加上这一步开始时
-记下的进度、随机数与配方状态（:meth:`minimind.trainer.run.Run.snapshot`），就是那时的全部。存盘由另一个线程做，主线程
+记下的进度、随机数与配方状态（:meth:`minimind.trainer.archive.Archive.snapshot`），就是那时的全部。存盘由另一个线程做，主线程
 停在原地，随进程一起结束。
 
 多进程时，一个进程在最后一次归约之前放弃，谁的归约也完成不了，所以大家都还在同一步；各进程把自己的随机数状态交给
@@ -31,7 +31,7 @@ POLL_SECONDS = 0.05
 
 
 class Savable(Protocol):
-    """能存下一份快照的东西，即 :class:`minimind.trainer.run.Run`；``state.saved_step`` 是最近存过盘的那一步。"""
+    """能存下一份快照的东西，即 :class:`minimind.trainer.archive.Archive`；``state.saved_step`` 是最近存过盘的那一步。"""
 
     state: Any
 
@@ -40,7 +40,7 @@ class Savable(Protocol):
 
 
 class StopSignal:
-    """``with StopSignal(run) as stop:`` 期间把退出信号变成 ``stop.requested``；第二次信号立即离开。
+    """``with StopSignal(archive) as stop:`` 期间把退出信号变成 ``stop.requested``；第二次信号立即离开。
 
     退出码按惯例是 128 + 信号号：SIGTERM 143，Ctrl-C 130，SIGHUP 129。
 

@@ -27,8 +27,8 @@ from minimind.runtime.distributed import any_process, barrier, broadcast_object,
 from minimind.runtime.fair_share import fair_share
 from minimind.runtime.interrupt import StopSignal
 from minimind.tokenizer import token_byte_lengths
+from minimind.trainer.archive import Archive, keep_best
 from minimind.trainer.compiling import compile_and_check
-from minimind.trainer.history import keep_best
 from minimind.trainer.journal import announce, announce_total, conclude, log_interval
 from minimind.trainer.loader import training_batches
 from minimind.trainer.optim import set_learning_rate
@@ -70,7 +70,7 @@ def train(args: Any, recipe: Recipe, model: nn.Module, tokenizer: Any, data: Dat
         SystemExit: 收到 SIGTERM（143）、SIGHUP（129）或 Ctrl-C（130），已存盘。
     """
     run = set_up(args, recipe, model, tokenizer, data)
-    state = run.state
+    state, archive = run.state, Archive(run)
     batches = training_batches(
         data.train,
         recipe.collate,
@@ -84,13 +84,13 @@ def train(args: Any, recipe: Recipe, model: nn.Module, tokenizer: Any, data: Dat
     announce(run)
     with (
         run,
-        StopSignal(run) as stop,
+        StopSignal(archive) as stop,
         progress_bar(recipe.name, state.total_steps - state.step, "步", lines=False) as bar,
     ):
-        stop.whole(run.snapshot())
-        stopping = owes_evaluation(run) and not evaluate(run, stop)
+        stop.whole(archive.snapshot())
+        stopping = owes_evaluation(run) and not evaluate(run, archive, stop)
         while state.step < state.total_steps and not stopping:
-            stop.whole(run.snapshot())
+            stop.whole(archive.snapshot())
             micro_batches, samples = state.window_size()
             window = list(islice(batches, micro_batches))
             epoch, state.lr = state.epoch, state.learning_rate(samples)
@@ -122,10 +122,10 @@ def train(args: Any, recipe: Recipe, model: nn.Module, tokenizer: Any, data: Dat
             evaluating = run.evaluates and (due(state.step, args.eval_interval) or last)
             if due(state.step, args.save_interval) or last or evaluating or stopping:
                 with run.meter.pause("save"):
-                    run.save()
+                    archive.save()
             if evaluating and not stopping:
-                stop.whole(run.snapshot())
-                stopping = not evaluate(run, stop)
+                stop.whole(archive.snapshot())
+                stopping = not evaluate(run, archive, stop)
     if stopping:
         say(f"已在第 {state.step} 步存盘，加 --from_resume 1 继续。")
         run.journal.close()
@@ -167,7 +167,7 @@ def owes_evaluation(run: Run) -> bool:
     return broadcast_object(bool(wanted and run.evaluates and log and step not in log.evaluated_steps))
 
 
-def evaluate(run: Run, stop: StopSignal) -> bool:
+def evaluate(run: Run, archive: Archive, stop: StopSignal) -> bool:
     """验证并记录；此前已存盘，验证出了错也不丢训练成果。
 
     Returns:
@@ -201,7 +201,7 @@ def evaluate(run: Run, stop: StopSignal) -> bool:
             barrier()
     state.metrics = result
     if is_main_process() and state.saved_step == state.step:
-        write_sidecar(recipe.weights, run.sidecar())
+        write_sidecar(recipe.weights, archive.sidecar())
         keep_best(run, result)
     run.journal.write(
         {"step": state.step, "epoch": state.epoch_for_people, **result, "time": state.seconds}, state.step

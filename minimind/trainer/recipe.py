@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from minimind.trainer.run import Run
 
 Batch = dict[str, Any]
 Window = list[tuple[list[int], Batch]]  # 一次更新的各微批次：（样本编号，批）；编号为空的是凑数的批
@@ -58,7 +55,7 @@ class Recipe:
             才是损失；``metrics`` 的每一项也是目标上的和（同一个分母），或自带分母的 ``(和, 个数)``。
         collate: 把若干样本拼成一个微批次；送得进另起的进程（模块里的函数、``partial``、对象的方法）。
         count: 在 CPU 上数一个微批次的目标数，即损失的分母。
-        prepare: ``prepare(run, window)`` 把取到的一窗微批次变成若干窗，每窗更新一次权重；强化学习在这里采样、打分，
+        prepare: ``prepare(run, window)``（``run`` 是 :class:`minimind.trainer.run.Run`）把取到的一窗微批次变成若干窗，每窗更新一次权重；强化学习在这里采样、打分，
             一步之内可以更新几次。可以是生成器：下一窗开始时上一窗已经更新完。各进程给出的窗数必须相同；
             过程中的指标用 :meth:`minimind.trainer.run.Run.record` 记下。默认就用取到的那一窗。
         health: 每行日志之后调用 ``health(record)``，返回的每一句是发现的毛病，照样打印。
@@ -74,7 +71,7 @@ class Recipe:
     loss: Callable[[nn.Module, Batch], LossResult]
     collate: Callable[[list[Any]], Batch]
     count: Callable[[Batch], float] = count_targets
-    prepare: Callable[[Run, Window], Iterable[Window]] | None = None
+    prepare: Callable[[Any, Window], Iterable[Window]] | None = None
     health: Callable[[dict[str, float]], list[str]] | None = None
     on_eval: Callable[[nn.Module, int], dict[str, float]] | None = None
     extra_state: Mapping[str, Any] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""参考模型的对数概率：训练前算一遍存下来，训练时不必再带着第二个模型。
+"""参考模型：它的对数概率训练前算一遍存下来，训练时不必再带着第二个模型；它由训练的起点来，起点随续训存档走。
 
 缓存放在分词缓存旁边（``.cache/minimind/reference/``），键由数据指纹与参考权重的内容决定：换了数据、截断长度、
 分词器、目标的掩码或参考权重都会重算；续训、换学习率再训一次都直接读。整个文件夹随时可以删。
@@ -22,7 +22,7 @@ from minimind.dataset.collate import to_device
 from minimind.dataset.locking import file_lock
 from minimind.errors import UserError
 from minimind.objectives.preference import sequence_logprobs
-from minimind.runtime import distributed
+from minimind.runtime import checkpoint, distributed
 from minimind.runtime.checkpoint import atomic_write, load_file
 from minimind.runtime.device import autocast_context, preserved_rng
 
@@ -175,3 +175,68 @@ class PairsWithReference(Dataset):
         if self.logps is not None:
             batch["reference_logps"] = torch.stack([item["reference"] for item in items]).T.flatten()
         return batch
+
+
+# ---------------------------------------------------------------- 起点
+
+
+class StartingPoint:
+    """训练开始时的权重，参考模型由它来；整个放进续训存档（``extra_state``）。
+
+    只记下文件的名字不够：``from_weight`` 与 ``save_weight`` 同名时，那个文件一存盘就被改写了。
+
+    Args:
+        args: 需要 ``from_resume from_weight save_weight checkpoint_dir``。
+        model: 刚由 ``from_weight`` 打开的模型；续训时就地换成存档里的起点，由它得出的一切（参考模型、价值网络的初值、
+            参考概率的缓存键）于是与当初一样。随后训练循环再装入存档里训练到一半的权重。
+    """
+
+    def __init__(self, args: Any, model: nn.Module):
+        saved = None
+        if args.from_resume:
+            saved = distributed.broadcast_state(
+                distributed.on_main(lambda: self._saved(args, model)), model.device
+            )
+        if saved is not None:
+            self._check_same(saved, args, model)
+            model.load_state_dict(saved)
+        self.state = {name: exact_half(value) for name, value in model.state_dict().items()}
+
+    @staticmethod
+    def _saved(args: Any, model: Any) -> dict[str, Tensor] | None:
+        data = checkpoint.lm_checkpoint(model.config, args.save_weight, save_dir=args.checkpoint_dir)
+        own = model.state_dict()
+        found = ((data or {}).get("recipe_state") or {}).get("start")
+        fits = found and {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in own.items()}
+        return found if fits else None  # 结构不同的随后由训练循环逐项指出
+
+    @staticmethod
+    def _check_same(saved: dict[str, Tensor], args: Any, model: Any) -> None:
+        """存盘改写不到的起点文件若换了内容，多半是拿错了：说出来，不悄悄用旧的。
+
+        Raises:
+            UserError: ``from_weight`` 的内容与存档里的起点不同。
+        """
+        own = model.state_dict()
+        if args.from_weight in ("none", args.save_weight):
+            return
+        if any(not torch.equal(own[key].cpu(), value.to(own[key].dtype)) for key, value in saved.items()):
+            raise UserError(
+                "起点的权重（参考模型由它来）与存档里的不同：文件后来换过",
+                where=f"--from_weight {args.from_weight}",
+                expected="与开始训练时同一份权重",
+                fix="放回原来的权重，或去掉 --from_resume 重新训练",
+            )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """建立时已经读过。"""
+
+
+def exact_half(value: Tensor) -> Tensor:
+    """内存里的一份拷贝；转 fp16 一位不丢的（由 ``.pth`` 读来的都是）存 fp16，省一半。"""
+    half = value.detach().half()
+    exact = value.is_floating_point() and torch.equal(half.to(value.dtype), value)
+    return (half if exact else value.detach()).cpu().clone()

@@ -2,18 +2,16 @@
 
 被杀之后续训与没中断过逐位相同，靠的是“结果依赖的一切，要么在存档里，要么与存档核对过”。参数按值核对；文件（数据、教师、
 奖励）按内容核对，写进存档的 ``identity``；参考模型是训练开始时的权重，那个文件可能就是这次训练正在改写的，所以它整个
-放进存档（:class:`StartingPoint`）。
+放进存档（:class:`minimind.trainer.reference.StartingPoint`）。
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from minimind.arguments import declared
 from minimind.console import say
@@ -133,6 +131,30 @@ def val_identity(data: Data) -> str | int | None:
     return None if data.val is None else getattr(data.val, "fingerprint", len(data.val))
 
 
+def check_same_everywhere(identity: dict[str, Any], model: nn.Module, data: Data) -> None:
+    """各机器各读各的数据文件：不是同一份，就会各训各的，或者步数不同而互相干等。
+
+    Raises:
+        UserError: 有进程的数据、分词器或模型与主进程的不同；指出是哪个进程。
+    """
+    mine = {**identity, "模型": checkpoint.config_dict(model.config), "验证集": val_identity(data)}
+
+    def check(everyone: list[dict[str, Any]]) -> None:
+        for rank, other in enumerate(everyone):
+            different = [key for key in mine if mine[key] != other[key]]
+            if different:
+                what = "，".join(f"{key} {other[key]!r}（主进程 {mine[key]!r}）" for key in different)
+                raise UserError(
+                    f"与主进程的不同：{what}",
+                    where=f"进程 {rank}/{len(everyone)}",
+                    expected="每台机器上的数据文件、分词器与参数都相同",
+                    fix="把同一份文件放到每台机器上，或用 --data_path、--val_path 明确指出",
+                )
+
+    everyone = distributed.gather_objects(mine)
+    distributed.on_main(lambda: check(everyone))
+
+
 def load(args: Any, model: nn.Module, identity: dict[str, Any]) -> dict[str, Any]:
     """读续训存档并核对，发给各进程（它只在主进程的磁盘上有）；没有存档是空的。
 
@@ -174,86 +196,3 @@ def restore(
     for name, part in recipe.extra_state.items():
         part.load_state_dict(saved["recipe_state"][name])
     say(f"读入续训存档：已完成 {state.step} 步（{state.epoch} 轮又 {state.samples} 个样本）。")
-
-
-# ---------------------------------------------------------------- 文件的内容
-
-
-def content_hash(path: Path) -> str:
-    """文件、或目录里全部文件（隐藏的除外）的内容指纹，与放在哪里无关。"""
-    digest = hashlib.blake2b(digest_size=12)
-    found = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
-    names = {p.relative_to(path) if path.is_dir() else Path(): p for p in found}
-    for name, file in sorted(names.items()):
-        if any(part.startswith(".") or part == "__pycache__" for part in name.parts):
-            continue
-        digest.update(f"{name.as_posix()}\0".encode())
-        with open(file, "rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-# ---------------------------------------------------------------- 起点
-
-
-class StartingPoint:
-    """训练开始时的权重，参考模型由它来；整个放进续训存档（``extra_state``）。
-
-    只记下文件的名字不够：``from_weight`` 与 ``save_weight`` 同名时，那个文件一存盘就被改写了。
-
-    Args:
-        args: 需要 ``from_resume from_weight save_weight checkpoint_dir``。
-        model: 刚由 ``from_weight`` 打开的模型；续训时就地换成存档里的起点，由它得出的一切（参考模型、价值网络的初值、
-            参考概率的缓存键）于是与当初一样。随后训练循环再装入存档里训练到一半的权重。
-    """
-
-    def __init__(self, args: Any, model: nn.Module):
-        saved = None
-        if args.from_resume:
-            saved = distributed.broadcast_state(
-                distributed.on_main(lambda: self._saved(args, model)), model.device
-            )
-        if saved is not None:
-            self._check_same(saved, args, model)
-            model.load_state_dict(saved)
-        self.state = {name: exact_half(value) for name, value in model.state_dict().items()}
-
-    @staticmethod
-    def _saved(args: Any, model: Any) -> dict[str, Tensor] | None:
-        data = checkpoint.lm_checkpoint(model.config, args.save_weight, save_dir=args.checkpoint_dir)
-        own = model.state_dict()
-        found = ((data or {}).get("recipe_state") or {}).get("start")
-        fits = found and {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in own.items()}
-        return found if fits else None  # 结构不同的随后由训练循环逐项指出
-
-    @staticmethod
-    def _check_same(saved: dict[str, Tensor], args: Any, model: Any) -> None:
-        """存盘改写不到的起点文件若换了内容，多半是拿错了：说出来，不悄悄用旧的。
-
-        Raises:
-            UserError: ``from_weight`` 的内容与存档里的起点不同。
-        """
-        own = model.state_dict()
-        if args.from_weight in ("none", args.save_weight):
-            return
-        if any(not torch.equal(own[key].cpu(), value.to(own[key].dtype)) for key, value in saved.items()):
-            raise UserError(
-                "起点的权重（参考模型由它来）与存档里的不同：文件后来换过",
-                where=f"--from_weight {args.from_weight}",
-                expected="与开始训练时同一份权重",
-                fix="放回原来的权重，或去掉 --from_resume 重新训练",
-            )
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.state
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """建立时已经读过。"""
-
-
-def exact_half(value: Tensor) -> Tensor:
-    """内存里的一份拷贝；转 fp16 一位不丢的（由 ``.pth`` 读来的都是）存 fp16，省一半。"""
-    half = value.detach().half()
-    exact = value.is_floating_point() and torch.equal(half.to(value.dtype), value)
-    return (half if exact else value.detach()).cpu().clone()

@@ -1,21 +1,20 @@
-"""一次训练的状态：循环看得到的一切都在这里，怎么存盘也在这里；怎么建起来见 :mod:`minimind.trainer.setup`。"""
+"""一次训练的状态：循环看得到的一切。怎么建起来见 :mod:`minimind.trainer.setup`，怎么存盘见 :mod:`minimind.trainer.archive`。"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from minimind.model import MiniMindConfig
-from minimind.runtime import checkpoint, distributed
-from minimind.runtime.device import rng_state, stat_dtype
-from minimind.trainer import history, resume
-from minimind.trainer.journal import Journal
+from minimind.runtime.device import stat_dtype
+from minimind.runtime.distributed import all_reduce_sum
 from minimind.trainer.meter import Meter
 from minimind.trainer.progress import Progress
 from minimind.trainer.recipe import Data, Recipe
+from minimind.trainer.tracking import Journal
 from minimind.trainer.vital_signs import VitalSigns
 
 
@@ -80,72 +79,8 @@ class Run:
         values = torch.tensor(
             [list(map(float, pair)) for pair in metrics.values()], dtype=stat_dtype(self.device)
         )
-        totals = distributed.all_reduce_sum(values.to(self.device)).tolist()
+        totals = all_reduce_sum(values.to(self.device)).tolist()
         interval = self.state.interval
         for name, pair in zip(metrics, totals):
             for part, value in zip(("sum", "count"), pair):
                 interval[f"{name}/{part}"] = interval.get(f"{name}/{part}", 0.0) + value
-
-    # ------------------------------------------------------------ 存盘
-
-    def snapshot(self) -> dict[str, Any]:
-        """权重与优化器之外、这一刻的全部：进度、本进程的随机数、配方状态；都是拷贝，此后怎么走都不变。"""
-        return {
-            "step": self.state.step,
-            "progress": asdict(self.state),
-            "rng": rng_state(self.device),
-            "vitals": self.vitals.state_dict(),
-            "recipe_state": {name: part.state_dict() for name, part in self.recipe.extra_state.items()},
-        }
-
-    def save(self) -> None:
-        """存权重与续训存档；多进程时只有主进程写，写不成则一起停。"""
-        snapshot = self.snapshot()
-        rng = distributed.gather_objects(snapshot["rng"])
-        distributed.on_main(lambda: self.write(snapshot, rng))
-        self.state.saved_step = self.state.step
-
-    def write(self, snapshot: dict[str, Any], rng: list[dict[str, Any]]) -> None:
-        """把此刻的权重、优化器与 ``snapshot`` 写盘；``rng`` 是各进程的随机数状态。"""
-        args, recipe, progress = self.args, self.recipe, dict(snapshot["progress"])
-        if args.keep_checkpoints > 1 and progress["step"] not in progress["kept"]:
-            progress["kept"] = [*progress["kept"], progress["step"]]
-        what = recipe.weights_of(self.model) if recipe.weights_of else self.model
-        checkpoint.save_weights(what, recipe.weights, self.sidecar())
-        checkpoint.lm_checkpoint(
-            self.config,
-            args.save_weight,
-            model=self.model,
-            optimizer=self.optimizer,
-            epoch=progress["epoch"],
-            step=progress["step"],
-            wandb=self.journal.tracker,
-            save_dir=args.checkpoint_dir,
-            scaler=self.scaler,
-            progress=progress,
-            rng=rng,
-            numerics=self.numerics,
-            identity=resume.identity_of(recipe, self.data, self.tokenizer),
-            vitals=snapshot["vitals"],
-            val_identity=resume.val_identity(self.data),
-            args=resume.options_of(args),
-            lr_scales=dict(recipe.lr_scales),
-            total_steps=self.state.total_steps,
-            train_loss=self.state.train_loss,
-            metrics=self.state.metrics,
-            recipe_state=snapshot["recipe_state"],
-        )
-        if args.keep_checkpoints > 1:
-            self.state.kept = history.keep_recent(self, progress["kept"])
-
-    def sidecar(self) -> dict[str, Any]:
-        """权重旁边的 JSON：聊天、服务、导出与下一阶段靠它认尺寸。"""
-        return {
-            "config": checkpoint.config_dict(self.config),
-            "tokenizer_hash": resume.tokenizer_hash(self.tokenizer),
-            "recipe": self.recipe.name,
-            "step": self.state.step,
-            "epoch": self.state.epoch,
-            "metrics": {"train_loss": self.state.train_loss, **self.state.metrics},
-            "options": resume.public_options(self.args),
-        }

@@ -28,12 +28,12 @@ from minimind.runtime.device import (
 from minimind.runtime.fair_share import fair_share
 from minimind.trainer import resume
 from minimind.trainer.compiling import maybe_compile
-from minimind.trainer.journal import Journal
 from minimind.trainer.meter import Meter
 from minimind.trainer.optim import build_optimizer
 from minimind.trainer.progress import Progress
 from minimind.trainer.recipe import Data, Recipe
 from minimind.trainer.run import Run
+from minimind.trainer.tracking import Journal
 from minimind.trainer.vital_signs import VitalSigns
 
 
@@ -53,7 +53,7 @@ def set_up(args: Any, recipe: Recipe, model: nn.Module, tokenizer: Any, data: Da
     device = next(model.parameters()).device
     model.train()
     identity = resume.identity_of(recipe, data, tokenizer)
-    check_same_everywhere(identity, model, data)
+    resume.check_same_everywhere(identity, model, data)
     saved = resume.load(args, model, identity) if args.from_resume else {}
 
     numerics = decide_numerics(args, recipe, model, data, saved.get("numerics", {}))
@@ -86,30 +86,6 @@ def set_up(args: Any, recipe: Recipe, model: nn.Module, tokenizer: Any, data: Da
     run.wrapped = wrap(run)
     seed(run, saved)
     return run
-
-
-def check_same_everywhere(identity: dict[str, Any], model: nn.Module, data: Data) -> None:
-    """各机器各读各的数据文件：不是同一份，就会各训各的，或者步数不同而互相干等。
-
-    Raises:
-        UserError: 有进程的数据、分词器或模型与主进程的不同；指出是哪个进程。
-    """
-    mine = {**identity, "模型": checkpoint.config_dict(model.config), "验证集": resume.val_identity(data)}
-
-    def check(everyone: list[dict[str, Any]]) -> None:
-        for rank, other in enumerate(everyone):
-            different = [key for key in mine if mine[key] != other[key]]
-            if different:
-                what = "，".join(f"{key} {other[key]!r}（主进程 {mine[key]!r}）" for key in different)
-                raise UserError(
-                    f"与主进程的不同：{what}",
-                    where=f"进程 {rank}/{len(everyone)}",
-                    expected="每台机器上的数据文件、分词器与参数都相同",
-                    fix="把同一份文件放到每台机器上，或用 --data_path、--val_path 明确指出",
-                )
-
-    everyone = distributed.gather_objects(mine)
-    distributed.on_main(lambda: check(everyone))
 
 
 def decide_numerics(

@@ -58,7 +58,9 @@ def forward_backward(run: Run, window: Window, stop: StopSignal) -> tuple[dict[s
     # 主机上的数一次送过去，不一个个地送：每送一个都要与卡同步
     host = torch.tensor([0.0 if isinstance(v, Tensor) else v for v in sums.values()], dtype=precision)
     numbers = host.to(run.device).unbind()
-    values = [v.to(precision) if isinstance(v, Tensor) else n for v, n in zip(sums.values(), numbers)]
+    values = [
+        v.to(run.device, precision) if isinstance(v, Tensor) else n for v, n in zip(sums.values(), numbers)
+    ]
     reduced = all_reduce_sum(torch.stack(values))
     totals = torch.cat([reduced, grad_norm.to(reduced)[None]]).tolist()
     return dict(zip([*sums, "grad_norm"], totals)), micro_losses

@@ -6,12 +6,17 @@ import importlib
 import json
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from minimind.console import say
 from minimind.errors import UserError
+from minimind.paths import resolve_path
 from minimind.runtime.checkpoint import atomic_write
+from minimind.runtime.distributed import on_main
+from minimind.trainer.progress import Progress
+from minimind.trainer.recipe import Recipe
 
 
 class RunLog:
@@ -148,3 +153,44 @@ def start_tracker(
     if mode in ("offline", "local"):
         say(f"{name} 没有登录，记录写在本地：{folder}")
     return _RunTracker(module, run)
+
+
+@dataclass
+class Journal:
+    """一次训练的 JSON 行日志与记录工具；``log`` 与 ``tracker`` 只在主进程上有。"""
+
+    path: Path
+    log: RunLog | None
+    tracker: Tracker | None
+    told_total: bool = False
+
+    @classmethod
+    def open(cls, args: Any, recipe: Recipe, state: Progress, saved: dict[str, Any]) -> Journal:
+        """重新训练时从空的开始，续训时接在存档那一步之后。"""
+        folder, name = resolve_path(args.save_dir) / "logs", recipe.weights.stem
+        path = folder / f"{name}.jsonl"
+
+        def open_both() -> tuple[RunLog, Tracker]:
+            log = RunLog(path, state.step if saved else None)
+            tracker = start_tracker(
+                "swanlab" if args.use_wandb and args.tracker == "none" else args.tracker,
+                project=args.wandb_project,
+                run_name=name,
+                folder=folder,
+                config={k: v for k, v in vars(args).items() if not k.startswith("_")},
+                run_id=saved.get("wandb_id"),
+            )
+            return log, tracker
+
+        return cls(path, *(on_main(open_both) or (None, None)))
+
+    def write(self, record: dict[str, Any], step: int) -> None:
+        """主进程写一行 JSON；其中的数也交给记录工具。"""
+        if self.log is not None:
+            self.log.write(record)
+            numbers = {k: v for k, v in record.items() if isinstance(v, (int, float))}
+            self.tracker.log({k: v for k, v in numbers.items() if k != "step" and math.isfinite(v)}, step)
+
+    def close(self) -> None:
+        if self.tracker is not None:
+            self.tracker.finish()

@@ -15,7 +15,7 @@ from minimind.model import kernels, model_minimind
 from minimind.runtime import checkpoint, device
 from minimind.selftest import decoding, numerics, pair, toys, training
 from minimind.selftest.rows import FAILED, PASSED, run_check
-from minimind.trainer import optim, run, setup
+from minimind.trainer import archive, optim, setup
 
 CPU = torch.device("cpu")
 EAGER = {f"前向反向 {row}" for row in ("v2 打包 fp32", "v2 左填充 fp32", "v2 打包 bf16", "MoE 打包 fp32")}
@@ -123,7 +123,7 @@ def lossy_resume(patch):
         model = type("Model", (), {"state_dict": lambda self: rounded})()
         return original(*args, model=model, **kwargs)
 
-    patch.setattr(run.checkpoint, "lm_checkpoint", broken)
+    patch.setattr(archive.checkpoint, "lm_checkpoint", broken)
 
 
 def rng_not_restored(patch):

@@ -9,7 +9,7 @@ import math
 from trainer_helpers import assert_same_weights, saved_model, toy_train
 
 from minimind.runtime.checkpoint import load_file
-from minimind.trainer import history
+from minimind.trainer import archive
 
 SETTINGS = {"epochs": 3, "accumulation_steps": 3, "save_interval": 2, "keep_checkpoints": 2}
 
@@ -53,20 +53,20 @@ def test_删到一半被杀_续训后照样只留两份(tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
 
-    original, calls = history.keep_recent, []
+    original, calls = archive.keep_recent, []
 
     def dies(run, kept):
         calls.append(kept)
         if kept[-1] == 6:  # 另存好了，还没删
-            history.keep(run, "step6", resumable=True)
+            archive.keep(run, "step6", resumable=True)
             raise Killed
         return original(run, kept)
 
-    monkeypatch.setattr(history, "keep_recent", dies)
+    monkeypatch.setattr(archive, "keep_recent", dies)
     with contextlib.suppress(Killed):
         toy_train(tmp_path, **SETTINGS)
     assert len(names(tmp_path, "checkpoints/toy_step*")) == 3 and calls[-1] == [2, 4, 6]
-    monkeypatch.setattr(history, "keep_recent", original)
+    monkeypatch.setattr(archive, "keep_recent", original)
     toy_train(tmp_path, **SETTINGS, from_resume=1)
     assert names(tmp_path, "checkpoints/toy_step*") == [
         "toy_step10_64_resume.pth",
@@ -97,9 +97,9 @@ def test_验证最好的另存一份_续训之后仍记得(tmp_path):
 
 
 def test_最好_损失越小_得分越大_nan不算():
-    assert history.is_best([], {"val_loss": 2.0}) == "val_loss"
-    assert history.is_best([{"val_loss": 1.5}, {"val_loss": None}], {"val_loss": 1.4}) == "val_loss"
-    assert history.is_best([{"val_loss": 1.5}], {"val_loss": 1.5}) is None
-    assert history.is_best([{"val_reward": 0.5}], {"val_reward": 0.6}) == "val_reward"
-    assert history.is_best([{"val_reward": 0.5}], {"val_reward": 0.4}) is None
-    assert history.is_best([], {"val_loss": math.nan}) is None and history.is_best([], {}) is None
+    assert archive.is_best([], {"val_loss": 2.0}) == "val_loss"
+    assert archive.is_best([{"val_loss": 1.5}, {"val_loss": None}], {"val_loss": 1.4}) == "val_loss"
+    assert archive.is_best([{"val_loss": 1.5}], {"val_loss": 1.5}) is None
+    assert archive.is_best([{"val_reward": 0.5}], {"val_reward": 0.6}) == "val_reward"
+    assert archive.is_best([{"val_reward": 0.5}], {"val_reward": 0.4}) is None
+    assert archive.is_best([], {"val_loss": math.nan}) is None and archive.is_best([], {}) is None
