@@ -28,13 +28,12 @@ from minimind.cpus import available_cpus
 from minimind.dataset.content_index import file_stat, hash_file, index_file, remember_hash, remembered_hash
 from minimind.dataset.encode import id_dtype
 from minimind.dataset.jsonl import DataError, check_readable, line_ranges
-from minimind.dataset.locking import file_lock
 from minimind.dataset.schema import KINDS
 from minimind.dataset.token_cache import FILES, FORMAT_VERSION, CacheWriter, TokenCache
 from minimind.dataset.workers import WorkerPool, run_inline
 from minimind.errors import UserError
 from minimind.paths import base_dir, resolve_path
-from minimind.runtime.files import unique_tag
+from minimind.runtime.files import file_lock, unique_tag
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -14,12 +14,11 @@ from torch.utils.data import Dataset
 
 from minimind.dataset.cache import build_cache
 from minimind.dataset.collate import IGNORE, collate_packed, empty_batch
-from minimind.dataset.locking import file_lock
 from minimind.dataset.packing import Packing, pack_documents
 from minimind.dataset.splits import choose
 from minimind.dataset.token_cache import TokenCache
 from minimind.errors import UserError
-from minimind.runtime.files import temporary_folder
+from minimind.runtime.files import file_lock, temporary_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

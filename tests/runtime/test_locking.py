@@ -11,13 +11,13 @@ import time
 
 import pytest
 
-from minimind.dataset import locking
-from minimind.dataset.locking import file_lock
+from minimind.runtime import files
+from minimind.runtime.files import file_lock
 
 
 @pytest.fixture(autouse=True)
 def fast_poll(monkeypatch):
-    monkeypatch.setattr(locking, "POLL_SECONDS", 0.0005)
+    monkeypatch.setattr(files, "POLL_SECONDS", 0.0005)
 
 
 def test_同时只有一个持有者且不留锁文件(tmp_path):
@@ -53,7 +53,7 @@ def test_持锁的进程被杀后锁立刻可用(tmp_path):
     script = f"""
 import time
 from pathlib import Path
-from minimind.dataset.locking import file_lock
+from minimind.runtime.files import file_lock
 with file_lock(Path({str(tmp_path / "a.lock")!r})):
     print("拿到", flush=True)
     time.sleep(600)
