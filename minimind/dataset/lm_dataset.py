@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from minimind.dataset.collate import IGNORE, collate_dpo, collate_packed, collate_rl
-from minimind.dataset.encode import split_prompt
+from minimind.dataset.conversation import split_prompt
 from minimind.dataset.jsonl import short
 from minimind.dataset.packed import CachedDataset, PackedDataset, lost_words
 from minimind.dataset.packing import trim_to_turns

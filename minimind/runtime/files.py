@@ -235,13 +235,19 @@ def file_lock(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator
         path: 锁文件，父目录会被建出来。
         on_wait: 第一次发现锁被别人拿着时调用一次，用来告诉使用者在等什么。
     """
-    lock = FileLock(path, poll_interval=POLL_SECONDS)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        if on_wait:
-            on_wait()
-        lock.acquire()
+    lock, waited, missed = FileLock(path, poll_interval=POLL_SECONDS), False, 0
+    while not lock.is_locked:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire(blocking=waited)
+        except (FileNotFoundError, FileExistsError):  # 别人刚好清掉了空目录；总是这样就是真的建不成
+            missed += 1
+            if missed == 100:
+                raise
+        except Timeout:
+            waited = True
+            if on_wait:
+                on_wait()
     try:
         yield
     finally:

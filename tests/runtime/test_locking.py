@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -40,6 +41,31 @@ def test_同时只有一个持有者且不留锁文件(tmp_path):
         thread.join()
     assert most == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_别人用完收走空目录时照样拿得到(tmp_path):
+    """分词缓存放锁之后把空目录也收走，等着的、刚来的会撞上目录不在的一刻。"""
+    inside, most, failed = 0, 0, []
+
+    def work():
+        nonlocal inside, most
+        try:
+            for _ in range(60):
+                with file_lock(tmp_path / "locks" / "a.lock"):
+                    inside += 1
+                    most = max(most, inside)
+                    inside -= 1
+                with contextlib.suppress(OSError):
+                    (tmp_path / "locks").rmdir()
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (most, failed) == (1, [])
 
 
 def test_出错也放锁(tmp_path):
