@@ -10,7 +10,7 @@ LINK = re.compile(r'\]\(([^)\s]+)\)|src="([^"]+)"')
 NAMED = re.compile(r"\[`([\w.]+)`\]\(([^)\s]+\.py)\)")
 
 
-@pytest.fixture(scope="module", params=["README.md", "README_en.md", "docs"])
+@pytest.fixture(scope="module", params=["README.md", "README_en.md", "CONTRIBUTING.md", "docs"])
 def pages(request, root_dir):
     path = root_dir / request.param
     return sorted(path.glob("*.md")) if path.is_dir() else [path]

@@ -13,13 +13,13 @@ from typing import Any
 
 from bench_stages import Bench, Goal, Outcome
 
-from minimind.dataset.locking import file_lock
 from minimind.evaluate.microworld import accuracy, evaluate_items
 from minimind.recipes.distillation import DistillationArguments
 from minimind.recipes.distillation import run as train_student
 from minimind.recipes.pretrain import PretrainArguments
 from minimind.recipes.pretrain import run as pretrain
 from minimind.report.logs import read_log
+from minimind.runtime.files import file_lock
 
 TITLE = "蒸馏：四分之一大的学生"
 GOALS = [

@@ -21,9 +21,7 @@ _HOMES = {
     "collate_dpo": "collate",
     "collate_packed": "collate",
     "collate_rl": "collate",
-    "empty_batch": "collate",
     "detect_kind": "schema",
-    "iter_records": "schema",
 }
 __all__ = list(_HOMES)
 

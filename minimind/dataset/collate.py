@@ -42,18 +42,6 @@ def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     }
 
 
-def empty_batch(length: int, pad_id: int = 0) -> dict[str, Any]:
-    """没有任何目标的一批 ``[1, length]``：轮到自己却没有样本的进程用它陪跑，DDP 才不会卡住。"""
-    row = {
-        "input_ids": torch.full((length,), pad_id, dtype=torch.int64),
-        "labels": torch.full((length,), IGNORE, dtype=torch.int64),
-        "position_ids": torch.arange(length),
-        "seg_lens": [length],
-        "num_tokens": 0,
-    }
-    return collate_packed([row])
-
-
 def collate_dpo(items: Sequence[dict[str, Any]], pad_id: int = 0) -> dict[str, Any]:
     """偏好对 → 一批 ``[2B, L]``：前 B 行是 chosen，后 B 行是同样次序的 rejected，L 为这批里最长的一条。
 
@@ -83,26 +71,11 @@ def collate_dpo(items: Sequence[dict[str, Any]], pad_id: int = 0) -> dict[str, A
     }
 
 
-def collate_rl(items: Sequence[dict[str, Any]], pad_id: int = 0) -> dict[str, Any]:
-    """提示 → 一批，左侧填充（生成时各行的下一个 token 在同一列）。
+def collate_rl(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """提示 → 打分要的几列，长 B 的列表：``messages``、``references``、``records``、``lines``、``sources``。
 
-    Returns:
-        ``input_ids``、``attention_mask``：``int64 [B, P]``；``messages``、``references``、``records``、
-        ``lines``、``sources``：长 B 的列表。
+    不拼张量：采样按各自的长度走，一个填充也不要。
     """
-    length = max(len(item["prompt_ids"]) for item in items)
-    input_ids = torch.full((len(items), length), pad_id, dtype=torch.int64)
-    attention_mask = torch.zeros((len(items), length), dtype=torch.int64)
-    for i, item in enumerate(items):
-        n = len(item["prompt_ids"])
-        input_ids[i, length - n :] = item["prompt_ids"]
-        attention_mask[i, length - n :] = 1
-    return {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "messages": [item["messages"] for item in items],
-        "references": [item["reference"] for item in items],
-        "records": [item["record"] for item in items],
-        "lines": [item["line"] for item in items],
-        "sources": [item["source"] for item in items],
-    }
+    columns = {"messages": "messages", "references": "reference", "records": "record", "lines": "line"}
+    columns["sources"] = "source"
+    return {name: [item[key] for item in items] for name, key in columns.items()}

@@ -35,6 +35,14 @@ def is_empty_answer(text: str | None) -> bool:
     return text is None or text.strip().rstrip("。.").lower() in EMPTY_ANSWERS
 
 
+def split_prompt(turns: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+    """强化学习的对话 → (提示消息, 参考答案)；末尾的助手回合是参考答案，没有或只是占位的词时为空串。"""
+    if turns[-1]["role"] != "assistant":
+        return turns, ""
+    answer = turns[-1].get("content") or ""
+    return turns[:-1], "" if is_empty_answer(answer) else answer
+
+
 def check_turns(turns: Any, name: str, open_end: bool = False) -> int:
     """检查一段对话的每个回合与角色次序，返回有内容的助手回合数。
 

@@ -25,10 +25,10 @@ from typing import Any
 from minimind.arguments import Arguments, arg, parse_args
 from minimind.console import progress, say
 from minimind.dataset.hub import SOURCES, RemoteFile
-from minimind.dataset.locking import file_lock
 from minimind.errors import UserError
 from minimind.paths import resolve_path
 from minimind.ranges import URL
+from minimind.runtime.files import file_lock
 
 # 不写文件名时下载哪些：够走完预训练与微调的最小一套；公共数据集改过一次名，取清单里有的那套
 RECOMMENDED = [

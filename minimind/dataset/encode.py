@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from minimind.dataset.conversation import is_empty_answer
+from minimind.dataset.conversation import split_prompt
 from minimind.dataset.jsonl import DataError, read_lines
 from minimind.dataset.schema import read_record
 from minimind.errors import UserError
@@ -47,14 +47,6 @@ class Chunk:
 def id_dtype(tokenizer: PreTrainedTokenizerFast) -> np.dtype:
     """装得下词表的最窄整数。"""
     return np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
-
-
-def split_prompt(turns: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
-    """强化学习的对话 → (提示消息, 参考答案)；末尾的助手回合是参考答案，没有或只是占位的词时为空串。"""
-    if turns[-1]["role"] != "assistant":
-        return turns, ""
-    answer = turns[-1].get("content") or ""
-    return turns[:-1], "" if is_empty_answer(answer) else answer
 
 
 def split_key(record: dict[str, Any], kind: str) -> int:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from minimind.dataset.collate import IGNORE, collate_dpo, collate_packed, collate_rl, empty_batch
-from minimind.dataset.encode import split_prompt
+from minimind.dataset.collate import IGNORE, collate_dpo, collate_packed, collate_rl
+from minimind.dataset.conversation import split_prompt
 from minimind.dataset.jsonl import short
 from minimind.dataset.packed import CachedDataset, PackedDataset, lost_words
 from minimind.dataset.packing import trim_to_turns
@@ -226,7 +226,7 @@ class RLAIFDataset(CachedDataset):
 
     @property
     def collate(self):
-        return partial(collate_rl, pad_id=self.pad_id)
+        return collate_rl
 
 
 def reference_counts(cache: TokenCache, docs: np.ndarray) -> Counter[str]:
@@ -251,5 +251,4 @@ __all__: Sequence[str] = (
     "collate_dpo",
     "collate_packed",
     "collate_rl",
-    "empty_batch",
 )

@@ -13,13 +13,12 @@ import torch
 from torch.utils.data import Dataset
 
 from minimind.dataset.cache import build_cache
-from minimind.dataset.collate import IGNORE, collate_packed, empty_batch
-from minimind.dataset.locking import file_lock
+from minimind.dataset.collate import IGNORE, collate_packed
 from minimind.dataset.packing import Packing, pack_documents
 from minimind.dataset.splits import choose
 from minimind.dataset.token_cache import TokenCache
 from minimind.errors import UserError
-from minimind.runtime.files import temporary_folder
+from minimind.runtime.files import file_lock, temporary_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -173,10 +172,6 @@ class PackedDataset(CachedDataset):
         return [int(self.cache.lines[doc]) for doc in self.packing.doc[first:last]]
 
     collate = staticmethod(collate_packed)
-
-    def empty_batch(self, length: int | None = None) -> dict[str, Any]:
-        """没有目标的一批，见 :func:`minimind.dataset.collate.empty_batch`。"""
-        return empty_batch(length or self.row_length, self.pad_id)
 
     def _kept_lengths(self, docs: np.ndarray) -> np.ndarray:
         """每篇装进行里的 token 数；0 表示丢弃。"""

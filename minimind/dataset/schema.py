@@ -16,7 +16,7 @@ JSON）；几 GB 的文件差出几分钟，而且它的报错说不出“怎么
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -213,36 +213,3 @@ def detect_kind(path: str | Path) -> str:
         expected="、".join(f"{kind} {example}" for kind, example in _EXAMPLES.items()),
         fix="用 --kind 指明种类",
     )
-
-
-def iter_records(
-    path: str | Path, kind: str, on_bad_line: str = "error", bad: list[DataError] | None = None
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """逐行给出 ``(行号, 记录)``，行号从 1 起，空行不给。
-
-    Args:
-        path: jsonl 文件。
-        kind: :data:`KINDS` 之一。
-        on_bad_line: ``error`` 遇到坏行就抛出；``skip`` 跳过，错误追加到 ``bad``。
-        bad: 收集被跳过的错误。
-
-    Raises:
-        DataError: 坏行（含文件、行号、字段）。
-    """
-    path = resolve_path(path)
-    check_readable(path)
-    line = 0
-    for start, end in line_ranges(path, 4 << 20):
-        for raw in read_lines(path, start, end):
-            line += 1
-            try:
-                if (record := read_record(raw, kind)) is None:
-                    continue
-            except DataError as error:
-                error = error.at(path, line)
-                if on_bad_line != "skip":
-                    raise error from None
-                if bad is not None:
-                    bad.append(error)
-                continue
-            yield line, record

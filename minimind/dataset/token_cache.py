@@ -8,12 +8,14 @@ import os
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from minimind.dataset.encode import Chunk
 from minimind.dataset.schema import read_record
+
+if TYPE_CHECKING:
+    from minimind.dataset.encode import Chunk
 
 # 文件布局或编码方式变了就加一，旧缓存自然作废
 FORMAT_VERSION = 2

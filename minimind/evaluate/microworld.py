@@ -108,7 +108,6 @@ def evaluate_items(
                 prompts,
                 max_new_tokens=max_new_tokens,
                 eos_ids=stop_ids(model, tokenizer),
-                pad_id=tokenizer.pad_token_id,
                 params=params,
                 batch_size=batch_size,
             ):

@@ -19,7 +19,6 @@ __all__ = [
     "context_length",
     "generate_batch",
     "room_for_prompt",
-    "stream_generate",
     "stream_tokens",
 ]
 
@@ -143,41 +142,18 @@ class _Redecoder:
         return piece
 
 
-def stream_generate(
-    model: torch.nn.Module,
-    tokenizer,
-    prompt_ids: Sequence[int],
-    *,
-    max_new_tokens: int,
-    params: SamplingParams = GREEDY,
-    eos_ids: Collection[int] | None = None,
-) -> Iterator[str]:
-    """逐段产出文字；参数同 :func:`stream_tokens`，结束符默认取分词器的 ``eos_token_id``。"""
-    stream = TextStream(tokenizer)
-    eos_ids = {tokenizer.eos_token_id} if eos_ids is None else eos_ids
-    for token in stream_tokens(
-        model, prompt_ids, max_new_tokens=max_new_tokens, eos_ids=eos_ids, params=params
-    ):
-        if piece := stream.push(token):
-            yield piece
-    if piece := stream.finish():
-        yield piece
-
-
 def generate_batch(
     model: torch.nn.Module,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
     eos_ids: Collection[int],
-    pad_id: int = 0,
     params: SamplingParams = GREEDY,
     batch_size: int = 64,
 ) -> Iterator[tuple[int, Completion]]:
     """整批生成，写完一条产出一条 ``(提示的序号, 结果)``；写完的行让位给排队的。
 
     Args:
-        pad_id: 引擎不填充，这个参数只为旧的调用留着。
         params: 有种子时第 0 条从这个种子开始，其余各有自己的。
         batch_size: 同时写多少条。
 

@@ -84,18 +84,6 @@ class StaticKVCache:
         """已写入多少个位置。"""
         return self._lengths[layer_idx]
 
-    def keep_rows(self, rows: Tensor) -> None:
-        """只留下这些行（批量生成时丢掉已写完的行）。
-
-        Args:
-            rows: ``[B']`` int64。
-        """
-        for layer, length in enumerate(self._lengths):
-            for store in (self.keys, self.values):
-                kept = torch.empty_like(store[layer][: rows.numel()])
-                kept[:, :, :length] = store[layer][rows, :, :length]
-                store[layer] = kept
-
 
 class SlotKVCache:
     """卡上的 KV 缓存：行就是槽位，每个槽位自己有长度，由引擎记；各槽位一样长，一次核算完所有的行。

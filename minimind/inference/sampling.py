@@ -71,12 +71,6 @@ class SamplingParams:
         """去掉种子：每步按它分组。重造一份（含校验）约 6 µs，64 行就是每步 0.4 ms，所以只造一次。"""
         return self if self.seed is None else replace(self, seed=None)
 
-    def make_generator(self, device: torch.device | str) -> torch.Generator | None:
-        """按种子造一个该设备上的随机数发生器；没有种子时返回 ``None``（用全局的）。"""
-        if self.seed is None:
-            return None
-        return torch.Generator(device=device).manual_seed(self.seed)
-
 
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -141,33 +135,6 @@ def _nucleus_floor(probs: Tensor, top_p: float | Tensor) -> Tensor:
         rest_p = top_p[rest] if isinstance(top_p, Tensor) else top_p
         floor[rest] = floor_of(probs[rest].sort(dim=-1, descending=True).values, rest_p)[0]
     return floor
-
-
-def sample(
-    logits: Tensor,
-    params: SamplingParams,
-    generator: torch.Generator | None = None,
-    seen: Tensor | None = None,
-) -> Tensor:
-    """抽下一个 token。
-
-    Args:
-        logits: ``[B, V]``，任意浮点类型；内部用 fp32，半精度的累计概率在 6400 个词上误差可达百分之几。
-        params: 采样参数。
-        generator: :meth:`SamplingParams.make_generator` 的结果。
-        seen: ``[B, V]`` bool，只在有重复惩罚时需要。
-
-    Returns:
-        ``[B]`` int64。
-    """
-    logits = logits.float()
-    if seen is not None:
-        logits = apply_repetition_penalty(logits, seen, params.repetition_penalty)
-    if params.greedy:
-        return logits.argmax(dim=-1)
-    logits = filter_logits(logits / params.temperature, params.top_k, params.top_p, params.min_p)
-    probs = torch.softmax(logits, dim=-1)
-    return torch.multinomial(probs, num_samples=1, generator=generator).squeeze(-1)
 
 
 # ---------------------------------------------------------------- 各行各的参数与随机数（引擎用）

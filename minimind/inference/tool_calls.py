@@ -206,10 +206,3 @@ def _read_whole(raw: str) -> tuple[str, dict[str, Any]]:
     if not isinstance(values, dict):
         raise ValueError("arguments 不是对象")
     return name, values
-
-
-def read_call(raw: str, call_id: str = "") -> ToolCall:
-    """一次读完标签之间的全文。"""
-    scanner = CallScanner()
-    scanner.feed(raw)
-    return scanner.finish(call_id=call_id)

@@ -10,10 +10,9 @@ from pathlib import Path
 
 from minimind.arguments import Arguments, arg, parse_args
 from minimind.console import say
-from minimind.dataset.locking import file_lock
 from minimind.errors import UserError
 from minimind.paths import resolve_path
-from minimind.runtime.files import replacing
+from minimind.runtime.files import file_lock, replacing
 
 from .core import HELDOUT, TRAIN
 from .stages import Corpus

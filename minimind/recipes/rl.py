@@ -13,9 +13,9 @@ from minimind.dataset import RLAIFDataset
 from minimind.model import MiniMindLM
 from minimind.recipes.data import open_datasets
 from minimind.recipes.entry import open_model
+from minimind.recipes.health import RLHealth
 from minimind.rl.arguments import RLArguments
 from minimind.rl.experience import score
-from minimind.rl.health import RLHealth
 from minimind.rl.rewards import Rewards, build_rewards
 from minimind.rl.rollout import LocalRollout
 from minimind.runtime.distributed import is_main_process

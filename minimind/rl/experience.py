@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minimind.dataset import RLAIFDataset
+from minimind.dataset import RLAIFDataset, collate_rl
 from minimind.objectives.policy import mean_and_std, moments, zero_spread
 from minimind.rl.arguments import RLArguments
 from minimind.rl.rewards import Rewards, make_samples
@@ -189,12 +189,8 @@ def score(
     rewards: Rewards, rollout: Rollout, items: list[dict[str, Any]], reasoning: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """总分 ``[R]`` 与各条奖励的分数；开着思考时提示里已写了 ``<think>``，打分前补回去。"""
-    batch = {"messages": [], "references": [], "records": [], "lines": [], "sources": []}
-    for item in items:
-        for name, key in zip(batch, ("messages", "reference", "record", "line", "source")):
-            batch[name].append(item[key])
     texts = [f"<think>\n{text}" if reasoning else text for text in rollout.texts]
-    result = rewards(make_samples(batch, texts, rollout.group, rollout.truncated))
+    result = rewards(make_samples(collate_rl(items), texts, rollout.group, rollout.truncated))
     return result.total, result.parts
 
 

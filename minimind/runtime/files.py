@@ -1,4 +1,4 @@
-"""原子写入：全仓库写“要么完整、要么没有”的文件与目录，都走这里。
+"""原子写入与文件锁：全仓库写“要么完整、要么没有”的文件与目录，都走这里。
 
 同目录里取一个独一无二的临时名字，写完、刷盘，再改名到位；几十个进程同时写同一个文件，最后一个改名的算数，
 谁也不会撞上谁。临时文件写着的时候由写它的进程拿着内核的 flock：被 ``kill -9`` 的进程锁立刻放开，下一次写同一个
@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from minimind.errors import UserError
 
 try:
@@ -30,6 +32,7 @@ except ImportError:  # Windows
 
 # 别的机器写在共享盘上的临时文件看不见它的锁，放这么久才当作残留
 FOREIGN_STALE_SECONDS = 24 * 3600
+POLL_SECONDS = 0.2  # 等别人放锁时多久看一眼
 _HOST = f"{zlib.crc32(platform.node().encode('utf-8', 'surrogateescape')):08x}"
 
 
@@ -221,6 +224,37 @@ def _sync_directory(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def file_lock(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+    """持有 ``path`` 上的独占锁：同一份缓存只由一个进程建，其余的等它建完；退出时删除锁文件，不留痕迹。
+
+    用内核的 flock：持锁的进程哪怕被 ``kill -9``，锁也立刻放开，没有“残留的锁要不要当真”的猜测。
+
+    Args:
+        path: 锁文件，父目录会被建出来。
+        on_wait: 第一次发现锁被别人拿着时调用一次，用来告诉使用者在等什么。
+    """
+    lock, waited, missed = FileLock(path, poll_interval=POLL_SECONDS), False, 0
+    while not lock.is_locked:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire(blocking=waited)
+        except (FileNotFoundError, FileExistsError):  # 别人刚好清掉了空目录；总是这样就是真的建不成
+            missed += 1
+            if missed == 100:
+                raise
+        except Timeout:
+            waited = True
+            if on_wait:
+                on_wait()
+    try:
+        yield
+    finally:
+        if fcntl is not None:  # Windows 上由 filelock 删
+            os.unlink(path)  # 趁还持锁时删：等待者锁上之后发现文件已不在，会重来
+        lock.release()
 
 
 # ---------------------------------------------------------------- 内容

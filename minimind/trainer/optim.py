@@ -21,6 +21,13 @@ RMS_MATCH = 0.2
 # 梯度的范数低于它的矩阵，更新与衰减都乘 (范数 / 它)²：正交化只看方向，1e-10 的舍入残差也会走满一步。
 # 正常训练里单个矩阵的梯度在 1e-5 以上，乘的恰好是 1，一位不变；恰好是 0 的权重一位不动，不衰减
 VANISHING = 1e-6
+# 名字 → 一句说明；``--optimizer`` 的取值与帮助都从这里来
+OPTIMIZERS = {"muon": "矩阵用 Muon，其余用 AdamW", "adamw": "全部用 AdamW"}
+
+
+def describe_optimizers() -> str:
+    """``--help`` 里的一句：每个名字各是什么。"""
+    return "，".join(f"{name}（{what}）" for name, what in OPTIMIZERS.items())
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -19,12 +19,12 @@ from torch.utils.data import Dataset
 from minimind.console import progress, say
 from minimind.dataset.cache import cache_root
 from minimind.dataset.collate import to_device
-from minimind.dataset.locking import file_lock
 from minimind.errors import UserError
 from minimind.objectives.preference import sequence_logprobs
 from minimind.runtime import checkpoint, distributed
 from minimind.runtime.checkpoint import atomic_write, load_file
 from minimind.runtime.device import autocast_context, preserved_rng
+from minimind.runtime.files import file_lock
 
 # 按长度排好再切批，免得短的陪长的填充；一次只取这么多批来排，大数据也不必先全读一遍
 SORTED_BATCHES = 64

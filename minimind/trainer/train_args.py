@@ -9,6 +9,7 @@ from minimind.arguments import Arguments, arg
 from minimind.errors import UserError
 from minimind.model.presets import PRESETS
 from minimind.ranges import DEVICE, MANY
+from minimind.trainer.optim import OPTIMIZERS, describe_optimizers
 
 ON_OFF = (0, 1)
 MAX_SEED = 2**63 - 1  # torch 收得下的
@@ -52,7 +53,7 @@ class TrainArguments(Arguments):
     max_seq_len: int = arg(512, "每行的 token 数（多篇文档会装进同一行）", low=2, high=MAX_LENGTH)
 
     # 优化
-    optimizer: str = arg("muon", "优化器：muon（矩阵用 Muon，其余用 AdamW）或 adamw", ("muon", "adamw"))
+    optimizer: str = arg("muon", f"优化器：{describe_optimizers()}", tuple(OPTIMIZERS))
     learning_rate: float | None = arg(
         None,
         "最高学习率，Muon 与 AdamW 共用；不给则按宽度：预训练 1.5 / 隐层宽度，微调 0.5 / 隐层宽度",

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from data_helpers import chat
 
+from minimind.dataset import building
 from minimind.dataset import cache as cache_module
 from minimind.dataset.cache import build_cache, cache_root
 from minimind.dataset.jsonl import DataError
@@ -50,7 +51,7 @@ def no_rebuild(monkeypatch):
         def fail(*args, **kwargs):
             raise AssertionError("不该重新分词")
 
-        monkeypatch.setattr(cache_module, "_build", fail)
+        monkeypatch.setattr(building, "build_tokens", fail)
 
     return forbid
 
@@ -82,8 +83,8 @@ def test_多进程与单进程逐字节相同(write_jsonl, tokenizer, tmp_path, 
     records = [chat(f"问题{i}" * (i % 9 + 1), f"回答{i}。" * (i % 50 + 1)) for i in range(500)]
     records[100] = "坏行"
     path = write_jsonl(records)
-    monkeypatch.setattr(cache_module, "CHUNK_BYTES", 4096)
-    monkeypatch.setattr(cache_module, "INLINE_BYTES", 0)
+    monkeypatch.setattr(building, "CHUNK_BYTES", 4096)
+    monkeypatch.setattr(building, "INLINE_BYTES", 0)
     caches = [
         build_cache(path, "sft", tokenizer, tmp_path / str(n), num_workers=n, on_bad_line="skip")
         for n in (1, 3)
@@ -109,9 +110,10 @@ def test_没有main保护的脚本也能用(write_jsonl, pickled_tokenizer):
     """子进程不重新导入主脚本。"""
     path = write_jsonl([{"text": "文本" * 200}] * 200)
     script = f"""
+import minimind.dataset.building as b
 import minimind.dataset.cache as c
 print("主程序只跑一次")
-c.INLINE_BYTES = 0; c.CHUNK_BYTES = 1 << 15
+b.INLINE_BYTES = 0; b.CHUNK_BYTES = 1 << 15
 cache = c.build_cache({str(path)!r}, "pretrain", {pickled_tokenizer}, num_workers=2)
 print(len(cache))
 """
@@ -238,12 +240,13 @@ def test_被杀掉的进程的残留会清掉(old_file, tokenizer):
 def test_两个进程同时要同一份缓存只建一次(write_jsonl, own_cache, pickled_tokenizer):
     path = write_jsonl([{"text": f"{i} 这是一段文字" * 20} for i in range(3000)])
     script = f"""
+import minimind.dataset.building as b
 import minimind.dataset.cache as c
-original = c._build
+original = b.build_tokens
 def counted(*args):
     print("建")
     return original(*args)
-c._build = counted
+b.build_tokens = counted
 print(len(c.build_cache({str(path)!r}, "pretrain", {pickled_tokenizer})))
 """
     processes = [
@@ -258,17 +261,17 @@ print(len(c.build_cache({str(path)!r}, "pretrain", {pickled_tokenizer})))
 
 def test_文件在分词途中被改动时不留缓存(write_jsonl, tokenizer, monkeypatch):
     path = write_jsonl(TEXTS)
-    original = cache_module._build
+    original = building.build_tokens
 
     def touched(*args):
         with path.open("ab") as file:
             file.write(b'{"text": "more"}\n')
         return original(*args)
 
-    monkeypatch.setattr(cache_module, "_build", touched)
+    monkeypatch.setattr(building, "build_tokens", touched)
     with pytest.raises(UserError, match="被改动"):
         build_cache(path, "pretrain", tokenizer)
-    monkeypatch.setattr(cache_module, "_build", original)
+    monkeypatch.setattr(building, "build_tokens", original)
     assert len(build_cache(path, "pretrain", tokenizer)) == 301
 
 
@@ -304,7 +307,7 @@ def test_内容相同的两个文件同时建_互不拆台(write_jsonl, own_cach
     """第一个写到一半时第二个才开始：它该等着用现成的，而不是把别人的临时目录当残留删掉。"""
     first, second = (write_jsonl(TEXTS, name) for name in ("一.jsonl", "二.jsonl"))
     halfway, results = threading.Event(), {}
-    add = cache_module.CacheWriter.add
+    add = building.CacheWriter.add
 
     def slow_add(writer, chunk, path):
         if path == first:
@@ -318,7 +321,7 @@ def test_内容相同的两个文件同时建_互不拆台(write_jsonl, own_cach
         except Exception as error:
             results[path] = error
 
-    monkeypatch.setattr(cache_module.CacheWriter, "add", slow_add)
+    monkeypatch.setattr(building.CacheWriter, "add", slow_add)
     threads = [threading.Thread(target=build, args=(path,)) for path in (first, second)]
     threads[0].start()
     assert halfway.wait(30)

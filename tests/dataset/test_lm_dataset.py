@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from minimind.dataset import packed
-from minimind.dataset.collate import collate_packed, empty_batch
+from minimind.dataset.collate import collate_packed
 from minimind.dataset.lm_dataset import DPODataset, PretrainDataset, RLAIFDataset, SFTDataset
 from minimind.errors import UserError
 from minimind.tokenizer import encode_chat, encode_plain, encode_pretrain
@@ -184,15 +184,6 @@ def test_批的边界与各段一致(sft_rows):
     starts = (batch["position_ids"].flatten() == 0).nonzero().flatten()
     assert starts.tolist() == batch["cu_seqlens"][:-1].tolist()
     assert batch["num_tokens"] == sum(row["num_tokens"] for row in rows)
-
-
-def test_空批没有目标而形状完整(sft_rows):
-    batch = sft_rows.empty_batch()
-    assert set(batch) == set(collate_packed([sft_rows[0]]))
-    assert batch["input_ids"].shape == (1, 128)
-    assert (batch["labels"] == -100).all()
-    assert (batch["num_tokens"], batch["max_seqlen"]) == (0, 128)
-    assert empty_batch(7)["cu_seqlens"].tolist() == [0, 7]
 
 
 def test_几倍的行长只改排法不改目标(write_jsonl, tokenizer):
@@ -392,13 +383,9 @@ def test_过长的提示丢弃而不是截断(write_jsonl, tokenizer):
         RLAIFDataset(path, tokenizer, 4)
 
 
-def test_提示的批左侧填充(write_jsonl, tokenizer):
+def test_提示的批只有打分要的几列_不填充(write_jsonl, tokenizer):
     dataset = RLAIFDataset(write_jsonl([chat("短", "甲"), chat("长一些的提问", "乙")]), tokenizer, 64)
-    items = [dataset[0], dataset[1]]
-    batch = dataset.collate(items)
-    for row, mask, item in zip(batch["input_ids"], batch["attention_mask"], items):
-        n = len(item["prompt_ids"])
-        assert row[-n:].tolist() == item["prompt_ids"].tolist()
-        assert mask.tolist() == [0] * (len(row) - n) + [1] * n
+    batch = dataset.collate([dataset[0], dataset[1]])
+    assert set(batch) == {"messages", "references", "records", "lines", "sources"}
     assert batch["references"] == ["甲", "乙"]
     assert np.array_equal(batch["lines"], [1, 2])

@@ -10,7 +10,7 @@ from data_helpers import chat
 from minimind.dataset import DPODataset, RLAIFDataset, SFTDataset, build_cache
 from minimind.dataset.check import main_check
 from minimind.dataset.jsonl import DataError
-from minimind.dataset.schema import iter_records, read_record
+from minimind.dataset.schema import read_record
 from minimind.tokenizer import encode_chat, render_text
 
 USER = {"role": "user", "content": "问"}
@@ -314,9 +314,3 @@ def test_丢弃与截断都说出条数(write_jsonl, tokenizer):
     rl = RLAIFDataset(write_jsonl([chat("问" * 99, "答"), chat("短", "答")], "rl.jsonl"), tokenizer, 64)
     assert rl.lost() == "丢弃 1 个超过 64 个 token 的提示"
     assert SFTDataset(write_jsonl([chat("问", "答")], "short.jsonl"), tokenizer, 64).lost() == ""
-
-
-def test_逐行读出的记录已经改写(write_jsonl):
-    path = write_jsonl([{"messages": [USER, {**ANSWER, "content": "", "function_call": CALL}]}])
-    [(line, record)] = iter_records(path, "sft")
-    assert line == 1 and record["conversations"][1]["tool_calls"] == [CALL]

@@ -3,13 +3,13 @@
 import json
 
 import pytest
+from call_helpers import read_call
 from eval_helpers import saved_pair_argv
 
 from minimind.dataset.jsonl import DataError
 from minimind.evaluate import tools_accuracy
 from minimind.evaluate.generation import Written
 from minimind.evaluate.tools_accuracy import LEVELS, canonical, judge, read_cases, summarize, to_cases
-from minimind.inference.tool_calls import read_call
 from minimind.tokenizer import encode_chat, load_tokenizer
 
 TOOL = {"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}

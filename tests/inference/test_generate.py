@@ -5,7 +5,7 @@ import torch
 from engine_helpers import hf_model, prompts_of, tiny
 
 from minimind.errors import UserError
-from minimind.inference.generate import generate_batch, stream_generate, stream_tokens
+from minimind.inference.generate import TextStream, generate_batch, stream_tokens
 from minimind.inference.sampling import SamplingParams
 from minimind.model import MiniMindConfig, MiniMindForCausalLM
 
@@ -71,11 +71,7 @@ def test_重复惩罚看得见填充之外的提示(model):
     """填充用的 token 不算出现过：左填充的行与单独生成的行一致。"""
     prompts = prompts_of([2, 9])
     params = SamplingParams(temperature=0, repetition_penalty=1.5)
-    together = dict(
-        generate_batch(
-            model, prompts, max_new_tokens=10, eos_ids={EOS}, pad_id=prompts[0][0] + 1, params=params
-        )
-    )
+    together = dict(generate_batch(model, prompts, max_new_tokens=10, eos_ids={EOS}, params=params))
     for index, prompt in enumerate(prompts):
         alone = list(stream_tokens(model, prompt, max_new_tokens=10, eos_ids={EOS}, params=params))
         assert together[index].ids == alone
@@ -110,7 +106,8 @@ def test_流式文字等于整段解码():
     prompt = [tokenizer.bos_token_id, 50, 60]
     options = {"max_new_tokens": 200, "params": params}
     ids = list(stream_tokens(model, prompt, eos_ids={tokenizer.eos_token_id}, **options))
-    pieces = list(stream_generate(model, tokenizer, prompt, **options))
+    stream = TextStream(tokenizer)
+    pieces = list(filter(None, [*map(stream.push, ids), stream.finish()]))
     assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True)
     assert len(pieces) > 20
 

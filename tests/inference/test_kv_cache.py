@@ -25,15 +25,6 @@ def test_写入不搬动已有内容():
     assert first.data_ptr() == second.data_ptr()
 
 
-def test_丢掉写完的行():
-    cache = StaticKVCache(1, 4, 1, 6, 2)
-    piece = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 1, 3, 2)
-    cache.update(piece, piece, 0)
-    cache.keep_rows(torch.tensor([1, 3]))
-    keys, _ = cache.update(piece[[1, 3], :, :1], piece[[1, 3], :, :1], 0)
-    assert keys[:, 0, :, 0].tolist() == [[1.0] * 4, [3.0] * 4]
-
-
 def test_写过头是错误而不是越界():
     cache = StaticKVCache(1, 1, 1, 4, 2)
     with pytest.raises(ValueError, match="容量 4"):

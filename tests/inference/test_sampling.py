@@ -11,8 +11,8 @@ from minimind.inference.sampling import (
     SamplingParams,
     apply_repetition_penalty,
     filter_logits,
-    sample,
     sample_rows,
+    uniforms,
 )
 
 LOGITS = torch.log(torch.tensor([[0.5, 0.25, 0.15, 0.07, 0.03]]))
@@ -24,7 +24,7 @@ def kept(logits: torch.Tensor) -> list[int]:
 
 def test_温度为零就是贪心():
     logits = torch.randn(16, 50)
-    assert torch.equal(sample(logits, GREEDY), logits.argmax(-1))
+    assert torch.equal(sample_rows(logits, [GREEDY] * 16, None)[0], logits.argmax(-1))
 
 
 @pytest.mark.parametrize(
@@ -80,21 +80,20 @@ def test_与_transformers_的截断一致():
         torch.testing.assert_close(ours, theirs)
 
 
-def test_同一种子同一结果_不动全局随机数():
-    logits = torch.randn(64, 200)
-    params = SamplingParams(temperature=1.0, seed=7)
+def test_同一随机数同一结果_不动全局随机数():
+    logits, params = torch.randn(64, 200), [SamplingParams(temperature=1.0)] * 64
+    draws = torch.from_numpy(uniforms(7, 0, 64))
     before = torch.get_rng_state()
-    first = sample(logits, params, params.make_generator("cpu"))
-    second = sample(logits, params, params.make_generator("cpu"))
+    first, second = (sample_rows(logits, params, draws)[0] for _ in range(2))
     assert torch.equal(first, second)
     assert torch.equal(torch.get_rng_state(), before)
-    other = sample(logits, params, SamplingParams(seed=8).make_generator("cpu"))
+    other = sample_rows(logits, params, torch.from_numpy(uniforms(8, 0, 64)))[0]
     assert not torch.equal(first, other)
 
 
 def test_抽样频率符合温度():
-    params = SamplingParams(temperature=0.5, seed=1)
-    draws = sample(LOGITS.expand(20000, 5), params, params.make_generator("cpu"))
+    params = [SamplingParams(temperature=0.5)] * 20000
+    draws, _ = sample_rows(LOGITS.expand(20000, 5), params, torch.from_numpy(uniforms(1, 0, 20000)))
     expected = torch.softmax(LOGITS[0] / 0.5, -1)
     torch.testing.assert_close(torch.bincount(draws, minlength=5) / 20000, expected, atol=0.015, rtol=0)
 
@@ -138,7 +137,7 @@ def test_分组时不看种子():
 def test_温度低到会溢出_就是贪心_没有NaN(temperature):
     logits = torch.randn(8, 300, generator=torch.Generator().manual_seed(0)) * 20
     params = SamplingParams(temperature=temperature, top_k=5, top_p=0.9, min_p=0.1, seed=1)
-    assert params.greedy and torch.equal(sample(logits, params), logits.argmax(-1))
+    assert params.greedy
     ids, logp = sample_rows(logits, [params] * 8, torch.rand(8))
     assert torch.equal(ids, logits.argmax(-1)) and torch.isfinite(logp).all()
 

@@ -4,6 +4,7 @@ import itertools
 import json
 
 import pytest
+from call_helpers import read_call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +19,7 @@ from minimind.inference.reply import (
     TextDelta,
     parse_reply,
 )
-from minimind.inference.tool_calls import CallScanner, read_call
+from minimind.inference.tool_calls import CallScanner
 from minimind.inference.tool_loop import reply_message
 from minimind.tokenizer import encode_chat, encode_plain, load_tokenizer, render_text
 from minimind.tokenizer.loading import codec_of

@@ -13,9 +13,8 @@ from recipe_cases import CASES, log_lines, run_recipe, saved, weights_file
 from trainer_helpers import assert_same_weights, in_processes
 
 from minimind import signals
-from minimind.recipes.health import distillation_health, preference_health
+from minimind.recipes.health import RLHealth, distillation_health, preference_health
 from minimind.rl.experience import Collector
-from minimind.rl.health import RLHealth
 from minimind.rl.rollout import LocalRollout
 from minimind.runtime import distributed
 from minimind.trainer import loop

@@ -4,11 +4,11 @@ import datetime
 import json
 
 import pytest
+from call_helpers import read_call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minimind.errors import UserError
-from minimind.inference.tool_calls import read_call
 from minimind.microworld.tasks import tools as learned
 from minimind.tools import EXAMPLE_TOOLS, Tool, Toolbox, ToolError
 from minimind.tools.clock import read_clock

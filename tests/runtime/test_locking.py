@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -11,13 +12,13 @@ import time
 
 import pytest
 
-from minimind.dataset import locking
-from minimind.dataset.locking import file_lock
+from minimind.runtime import files
+from minimind.runtime.files import file_lock
 
 
 @pytest.fixture(autouse=True)
 def fast_poll(monkeypatch):
-    monkeypatch.setattr(locking, "POLL_SECONDS", 0.0005)
+    monkeypatch.setattr(files, "POLL_SECONDS", 0.0005)
 
 
 def test_同时只有一个持有者且不留锁文件(tmp_path):
@@ -42,6 +43,31 @@ def test_同时只有一个持有者且不留锁文件(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_别人用完收走空目录时照样拿得到(tmp_path):
+    """分词缓存放锁之后把空目录也收走，等着的、刚来的会撞上目录不在的一刻。"""
+    inside, most, failed = 0, 0, []
+
+    def work():
+        nonlocal inside, most
+        try:
+            for _ in range(60):
+                with file_lock(tmp_path / "locks" / "a.lock"):
+                    inside += 1
+                    most = max(most, inside)
+                    inside -= 1
+                with contextlib.suppress(OSError):
+                    (tmp_path / "locks").rmdir()
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (most, failed) == (1, [])
+
+
 def test_出错也放锁(tmp_path):
     with pytest.raises(KeyError), file_lock(tmp_path / "a.lock"):
         raise KeyError
@@ -53,7 +79,7 @@ def test_持锁的进程被杀后锁立刻可用(tmp_path):
     script = f"""
 import time
 from pathlib import Path
-from minimind.dataset.locking import file_lock
+from minimind.runtime.files import file_lock
 with file_lock(Path({str(tmp_path / "a.lock")!r})):
     print("拿到", flush=True)
     time.sleep(600)

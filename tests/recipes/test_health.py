@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from minimind.rl.health import RLHealth
+from minimind.recipes.health import RLHealth
 
 HEALTHY = {
     "reward": 0.4, "reward_std": 0.3, "zero_spread": 0.3, "kl": 0.02, "approx_kl": 0.01, "truncated": 0.02,

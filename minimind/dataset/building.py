@@ -1,0 +1,159 @@
+"""建分词缓存：先检查每一行，再（大文件由一组子进程）分词，写进临时目录，完整之后改名到位。"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minimind.console import format_duration, progress, say
+from minimind.cpus import available_cpus
+from minimind.dataset.encode import id_dtype
+from minimind.dataset.jsonl import DataError, line_ranges
+from minimind.dataset.token_cache import FILES, FORMAT_VERSION, CacheWriter, TokenCache
+from minimind.dataset.workers import WorkerPool, run_inline
+from minimind.errors import UserError
+from minimind.runtime.files import unique_tag
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# 一个任务读多少字节；1 GB 的文件两个子进程分词，全部进程合计的峰值 0.5 GB
+CHUNK_BYTES = 4 << 20
+# 小于这么大的文件在本进程里分词：两秒的活不值得等子进程启动
+INLINE_BYTES = 6 << 20
+MAX_WORKERS = 16
+
+
+def build_tokens(
+    folder: Path,
+    path: Path,
+    kind: str,
+    tokenizer: PreTrainedTokenizerFast,
+    num_workers: int | None,
+    on_bad_line: str,
+    options: dict[str, Any],
+) -> TokenCache:
+    """给 ``path`` 分词，写成缓存 ``folder``；参数同 :func:`minimind.dataset.cache.build_cache`，锁由它拿着。"""
+    size = path.stat().st_size
+    if num_workers is None:
+        num_workers = min(available_cpus(), MAX_WORKERS)
+    num_workers = min(num_workers, -(-size // CHUNK_BYTES))
+    inline = num_workers <= 1 or size <= INLINE_BYTES
+    setup = {"path": path, "kind": kind, "tokenizer": tokenizer, "options": options}
+    with _PoolOrInline(0 if inline else num_workers, setup) as run:
+        if on_bad_line == "error":
+            _scan(run, path, size)
+        return _tokenize(run, folder, path, size, kind, tokenizer)
+
+
+class _PoolOrInline:
+    """把“有没有子进程”收在一处：``run(tasks)`` 按次序给出结果。"""
+
+    def __init__(self, num_workers: int, setup: dict):
+        self.pool = WorkerPool(num_workers, setup) if num_workers else None
+        self.run = self.pool.map if self.pool else functools.partial(run_inline, setup)
+        self.saved = os.environ.get("TOKENIZERS_PARALLELISM")
+
+    def __enter__(self):
+        if self.pool is None and self.saved is None:
+            # 在本进程里用过 tokenizers 的多线程后再 fork（DataLoader），它会打印一大段警告
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        return self.run
+
+    def __exit__(self, *exc) -> None:
+        if self.pool is not None:
+            self.pool.__exit__(*exc)
+        elif self.saved is None:
+            os.environ.pop("TOKENIZERS_PARALLELISM", None)
+
+
+def _scan(run, path: Path, size: int) -> None:
+    """检查每一行，第一个坏行就报错；此时还没有写过任何东西。"""
+    line = 0
+    ranges = list(line_ranges(path, CHUNK_BYTES))
+    with progress(f"检查 {path.name}", size / 1e6, "MB") as bar:
+        for (start, end), (num_lines, bad) in zip(ranges, run([("scan", *r) for r in ranges]), strict=True):
+            if bad:
+                raise DataError.from_dict(bad[0]).at(path, line + bad[0]["line"] + 1)
+            line += num_lines
+            bar.advance((end - start) / 1e6)
+
+
+def make_folder(folder: Path, tries: int = 20) -> None:
+    """建目录连同上级；别的进程收走空目录（见 :func:`minimind.dataset.cache.build_cache`）时再来一次。"""
+    for attempt in range(tries):
+        try:
+            folder.mkdir(parents=True)
+            return
+        except FileNotFoundError:
+            if attempt == tries - 1:
+                raise
+
+
+def _tokenize(run, folder: Path, path: Path, size: int, kind: str, tokenizer: Any) -> TokenCache:
+    """分词，写进临时目录，完整之后改名到位。"""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # 上次被 kill -9 的残留；持着这份内容的锁，不会删到别人正在写的
+    for stale in folder.parent.glob(f"{folder.name}.tmp*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    free = shutil.disk_usage(folder.parent).free
+    if free < size * 0.7:  # 实测缓存约为原文件的 0.6 倍
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    temporary = folder.with_name(f"{folder.name}.tmp-{unique_tag()}")
+    make_folder(temporary)
+    started = time.monotonic()
+    try:
+        with CacheWriter(temporary, id_dtype(tokenizer)) as writer:
+            ranges = list(line_ranges(path, CHUNK_BYTES))
+            with progress(f"分词 {path.name}", size / 1e6, "MB") as bar:
+                tasks = [("encode", *r) for r in ranges]
+                try:
+                    for (start, end), chunk in zip(ranges, run(tasks), strict=True):
+                        writer.add(chunk, path)
+                        bar.advance((end - start) / 1e6)
+                except DataError as error:  # 分词器才发现的问题：行号还是段内的
+                    if error.file is None:
+                        raise error.at(path, writer.num_lines + (error.line or 0) + 1) from error
+                    raise
+        if not writer.num_documents:
+            first = DataError.from_dict(writer.bad[0]) if writer.bad else None
+            raise first or UserError(f"{path} 里没有一条记录", expected="每行一个 JSON 对象")
+        meta = {
+            "version": FORMAT_VERSION,
+            "kind": kind,
+            "dtype": writer.dtype.name,
+            "num_documents": writer.num_documents,
+            "num_tokens": writer.num_tokens,
+            "num_lines": writer.num_lines,
+            "source": {"path": str(path), "bytes": size},
+            "seconds": round(time.monotonic() - started, 3),
+            "bad_count": writer.bad_count,
+            "bad": writer.bad,
+            "bad_kinds": dict(writer.bad_kinds.most_common()),
+            "notes": dict(writer.notes.most_common()),
+            "files": {name: (temporary / f"{name}.bin").stat().st_size for name in ("ids", *FILES)},
+        }
+        with (temporary / "meta.json").open("w", encoding="utf-8") as file:
+            json.dump(meta, file, ensure_ascii=False, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.rename(temporary, folder)
+        except OSError as error:  # 同样内容的另一个文件刚好也建完了
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    if size > INLINE_BYTES:
+        seconds = time.monotonic() - started
+        say(
+            f"分词完成：{writer.num_documents:,} 篇，{writer.num_tokens / 1e6:.1f} M token，"
+            f"用时 {format_duration(seconds)}（{size / 1e6 / seconds:.1f} MB/s）"
+        )
+    return TokenCache(folder, path)
