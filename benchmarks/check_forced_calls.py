@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from minimind.arguments import arg, parse_args
 from minimind.errors import guard
-from minimind.inference.arguments import ModelArguments
+from minimind.inference.arguments import LoadArguments
 
 TOOLS = [
     {
@@ -47,7 +47,7 @@ CHOICES = {
 
 
 @dataclass
-class ForcedArguments(ModelArguments):
+class ForcedArguments(LoadArguments):
     """自己决定与必须调用，写对的个数。"""
 
     questions: int = arg(40, "几道题")

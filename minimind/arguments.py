@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import re
-import sys
 import types
 import typing
 import unicodedata
+from collections.abc import Callable
 from typing import Any, TypeVar
 
+from minimind.chinese_parser import ChineseParser
 from minimind.errors import UserError
-from minimind.ranges import TEXTS, Range, name_fix, shown
-from minimind.spelling import suggest_choice, suggest_flag
+from minimind.public_flags import PublicFlag, accepted, summary, translate
+from minimind.ranges import TEXTS, Range, name_fix, parse_number, shown
+from minimind.spelling import suggest_choice
 
 T = TypeVar("T")
 RANGE_NAMES = tuple(field.name for field in dataclasses.fields(Range))
@@ -39,6 +42,7 @@ def arg(
     metavar: str | None = None,
     optional: bool = False,
     resume: str = "compared",
+    group: str | None = None,
     **limits: float,
 ) -> Any:
     """声明一个命令行参数（dataclass 字段）。
@@ -52,11 +56,12 @@ def arg(
         metavar: 给了就是位置参数，这是它在说明里的名字；默认值是 ``""`` 或 ``()`` 的必须写出。
         optional: ``tuple`` 的位置参数可以一个也不写。
         resume: 训练命令的参数在续训时变了怎么办，:data:`RESUME` 之一。
+        group: ``--help`` 里归在哪一组；不写就是类的那一组。
         limits: 数的范围：``low high above below multiple``，见 :class:`minimind.ranges.Range`。
     """
     metadata = {
         "help": help, "choices": choices, "range": Range(**limits), "text": text, "pattern": pattern,
-        "metavar": metavar, "optional": optional, "resume": resume,
+        "metavar": metavar, "optional": optional, "resume": resume, "group": group,
     }  # fmt: skip
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -75,7 +80,17 @@ def override(parent: type, name: str, default: Any, **changes: Any) -> Any:
 
 @dataclasses.dataclass
 class Arguments:
-    """各命令参数的共同祖先：不论从命令行还是从代码里建，取值都先查一遍，再做别的事。"""
+    """各命令参数的共同祖先：不论从命令行还是从代码里建，取值都先查一遍，再做别的事。
+
+    ``class GRPOArguments(RLArguments, group="GRPO")``：这个类新声明的参数在 ``--help`` 里归这一组。
+    """
+
+    def __init_subclass__(cls, group: str | None = None):
+        super().__init_subclass__()
+        for field in vars(cls).values():
+            if isinstance(field, dataclasses.Field) and "help" in field.metadata:
+                own = field.metadata["group"] or group
+                field.metadata = types.MappingProxyType({**field.metadata, "group": own})
 
     def __post_init__(self):
         check(self)
@@ -180,88 +195,6 @@ def convert(field: dataclasses.Field, kind: type, text: str) -> Any:
     )
 
 
-def parse_number(text: str, kind: type) -> int | float | None:
-    """半角写法的数，``-0.0`` 就是 0；不是数返回 None。"""
-    if not text.isascii():
-        return None
-    try:
-        return kind(text) + kind(0)
-    except ValueError:  # 不是数，或整数长到 Python 不肯读
-        return None
-
-
-class ChineseParser(argparse.ArgumentParser):
-    """标题与报错都用中文的 argparse；报错是 :class:`UserError`，与别的错误同一种写法。"""
-
-    # argparse 只把 -1、-1.5 当负数，-1e-3、-inf 当成参数名，于是说“没有给值”
-    NEGATIVE = re.compile(r"^-(?:\d|\.\d|inf|nan)", re.IGNORECASE)
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, add_help=False, exit_on_error=False, allow_abbrev=False, **kwargs)
-        self._negative_number_matcher = self.NEGATIVE
-        self._positionals.title, self._optionals.title = "位置参数", "选项"
-        self.add_argument("-h", "--help", action="help", default=argparse.SUPPRESS, help="显示这份说明后退出")
-
-    def format_help(self) -> str:
-        return super().format_help().replace("usage:", "用法：", 1)
-
-    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
-        """见 argparse。
-
-        Raises:
-            UserError: 不认识的参数、少了值、少了位置参数。
-        """
-        args = sys.argv[1:] if args is None else list(args)
-        own = args[: args.index("--")] if "--" in args else args
-        # 单横线的长名字：argparse 会把 -hidden_size 读成 -h
-        if typos := [
-            word for word in own if re.match(r"-[A-Za-z]\w", word) and not self.NEGATIVE.match(word)
-        ]:
-            raise self.unknown(typos)
-        try:
-            namespace, extra = self.parse_known_args(args, namespace)
-        except argparse.ArgumentError as error:
-            self.error(str(error), error.argument_name)
-        if extra:
-            raise self.unknown(extra)
-        return namespace
-
-    def unknown(self, words: list[str]) -> UserError:
-        """多出来的参数，各附一个最像的名字。"""
-        fix = f"用 {self.prog} --help 查看全部参数"
-        flags = list(dict.fromkeys(word.split("=")[0] for word in words if word.startswith("-")))
-        if not flags:
-            return UserError(
-                f"多出来的 {shown(words[0])}", where=self.prog, expected="--参数 值 的写法", fix=fix
-            )
-        known = [option[2:] for action in self._actions for option in action.option_strings]
-        near = {flag: suggest_flag(flag.lstrip("-"), known) for flag in flags}
-        if len(flags) == 1 and near[flags[0]]:
-            return UserError(
-                f"没有这个参数；是不是 --{near[flags[0]]}？（{fix}）", where=shown_flag(flags[0])
-            )
-        parts = [shown_flag(flag) + (f"（是不是 --{name}）" if name else "") for flag, name in near.items()]
-        return UserError("没有这个参数", where="、".join(parts), fix=fix)
-
-    def error(self, message: str, argument: str | None = None) -> typing.NoReturn:
-        """argparse 自己发现的：少了值、给开关写了值、少了位置参数。"""
-        fix = f"用 {self.prog} --help 查看全部参数"
-        if argument is None:
-            raise UserError(f"少了位置参数 {message.split(': ')[-1]}", where=self.prog, fix=fix)
-        flag = next((part for part in argument.split("/") if part.startswith("--")), argument)
-        action = self._option_string_actions.get(flag)
-        if action is not None and action.nargs == 0:
-            raise UserError("这个开关不带值", where=flag, fix=f"只写 {flag}")
-        raise UserError(
-            "没有给值", where=flag, expected=f"{flag} 值", fix=f"补上值；值以 - 开头时写成 {flag}=-…"
-        )
-
-
-def shown_flag(flag: str) -> str:
-    """报错里写的参数名，太长的省略。"""
-    return shown(flag, 60).strip("'")
-
-
 def _base_type(annotation: Any) -> type:
     """``int | None`` → ``int``；其余原样。"""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
@@ -285,10 +218,19 @@ def help_of(field: dataclasses.Field, kind: Any) -> str:
 def build_parser(cls: type, prog: str | None = None, description: str | None = None) -> ChineseParser:
     """由 dataclass 生成解析器；``--flag_name`` 与 ``--flag-name`` 都接受，{0,1} 的开关不写值即为 1。
 
-    ``bool`` 字段是不带值的开关，``tuple[str, ...]`` 收下几个值。
+    ``bool`` 字段是不带值的开关，``tuple[str, ...]`` 收下几个值。公共项目的叫法也收，见 :mod:`minimind.public_flags`。
     """
-    parser = ChineseParser(prog=prog, description=description or (cls.__doc__ or "").split("\n")[0])
+    fields = [field.name for field in declared(cls)]
+    parser = ChineseParser(
+        prog=prog, description=description or (cls.__doc__ or "").split("\n")[0], fields=fields
+    )
+    positional = [field.metadata["metavar"] for field in declared(cls) if field.metadata["metavar"]]
+    parser.epilog = summary(fields)
+    parser.usage = " ".join(["%(prog)s", *positional, "[--参数 值]…"])
     hints = typing.get_type_hints(cls)
+    # 命令自己的组在前，越是共用的越往后
+    names = dict.fromkeys(f.metadata["group"] for f in declared(cls) if not f.metadata["metavar"])
+    groups = {name: parser.add_argument_group(name) if name else parser for name in reversed(names)}
     for field in declared(cls):
         rules, kind = field.metadata, _base_type(hints[field.name])
         many = typing.get_origin(kind) is tuple
@@ -310,18 +252,33 @@ def build_parser(cls: type, prog: str | None = None, description: str | None = N
             options["nargs"] = "+"
         elif rules["choices"] and {0, 1} <= set(rules["choices"]):
             options |= {"nargs": "?", "const": 1}
-        names = [field.name] if rules["metavar"] else [f"--{field.name}"]
-        if "_" in field.name and not rules["metavar"]:
-            names.append(f"--{field.name.replace('_', '-')}")
-        parser.add_argument(*names, **options, **({} if rules["metavar"] else {"dest": field.name}))
+        if rules["metavar"]:
+            parser.add_argument(field.name, **options)
+        else:
+            groups[rules["group"]].add_argument(f"--{field.name}", **options)
+    for name, public in accepted(fields).items():
+        field = _public_field(cls, name, public)
+        reader = _reader(field, _base_type(hints[public.like]))
+        parser.add_argument(
+            f"--{name}", type=reader, dest=name, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
     return parser
+
+
+def _public_field(cls: type, name: str, public: PublicFlag) -> dataclasses.Field:
+    """公共项目的叫法也是一个字段：类型与范围随 ``like``，报错时说的是写下的那个名字。"""
+    field = copy.copy(cls.__dataclass_fields__[public.like])  # type: ignore[attr-defined]
+    field.name = name
+    if public.choices:
+        field.metadata = {**field.metadata, "choices": public.choices}
+    return field
 
 
 def _choice_names(choices: tuple) -> str:
     return "{" + ",".join(map(str, choices)) + "}"
 
 
-def _reader(field: dataclasses.Field, kind: type):
+def _reader(field: dataclasses.Field, kind: type) -> Callable[[str], Any]:
     return lambda text: convert(field, kind, text)
 
 
@@ -333,6 +290,11 @@ def parse_args(
     Raises:
         UserError: 有不认识的参数，或取值不对。
     """
-    namespace = build_parser(cls, prog, description).parse_args(argv)
-    values = vars(namespace).items()
-    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values})
+    namespace = vars(build_parser(cls, prog, description).parse_args(argv))
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in namespace.items()}
+    defaults = {field.name: field.default for field in declared(cls)}
+    public = accepted(defaults)
+    given = {name: values.pop(name) for name in public if name in values}
+    for name, value in given.items():
+        check_value(_public_field(cls, name, public[name]), value)
+    return cls(**translate(given, values, defaults))

@@ -11,9 +11,9 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from minimind.arguments import arg, parse_args
+from minimind.arguments import Arguments, arg, parse_args
 from minimind.errors import UserError, guard
-from minimind.inference.arguments import ModelArguments
+from minimind.inference.arguments import LoadArguments
 from minimind.ranges import MANY
 
 CHAT_PROMPTS = (
@@ -44,8 +44,8 @@ TOOL_PROMPTS = (
 
 
 @dataclass
-class ChatArguments(ModelArguments):
-    """与训练好的模型对话。"""
+class SamplingArguments(Arguments, group="采样"):
+    """怎么抽下一个词元。"""
 
     max_new_tokens: int = arg(8192, "回答最多多少个 token", low=1, high=MANY)
     temperature: float = arg(0.85, "采样温度，越大越随机；0 表示每步取概率最大的", low=0, high=100)
@@ -53,6 +53,13 @@ class ChatArguments(ModelArguments):
     top_k: int = arg(0, "只在概率最大的 k 个里抽；0 表示不限", low=0, high=MANY)
     min_p: float = arg(0.0, "丢掉概率低于最大者这么多倍的；0 表示不限", low=0, below=1)
     repetition_penalty: float = arg(1.0, "大于 1 时压低已出现过的 token；1 表示不罚", above=0, high=100)
+    seed: int | None = arg(None, "随机种子；不给则每次不同", low=0, high=2**63 - 1)
+
+
+@dataclass
+class ChatArguments(SamplingArguments, LoadArguments, group="对话"):
+    """与训练好的模型对话。"""
+
     historys: int = arg(0, "携带最近多少条历史消息，一问一答是两条；0 表示每次重新开始", low=0, high=MANY)
     open_thinking: int | None = arg(None, "思考开关：1 先想再答，0 直接答；不给则由模型决定", (0, 1))
     tools: int = arg(0, "给模型几样安全的工具（计算器、时钟、单位换算、词典）并替它执行", (0, 1))
@@ -63,7 +70,6 @@ class ChatArguments(ModelArguments):
     )
     tool_rounds: int = arg(4, "一问里最多执行几轮工具", low=1, high=1000)
     show_speed: int = arg(1, "每次回答后显示速度", (0, 1))
-    seed: int | None = arg(None, "随机种子；不给则每次不同", low=0, high=2**63 - 1)
     mode: str | None = arg(None, "auto 自动测试，manual 手动输入；不给则启动后询问", ("auto", "manual"))
     prompt: str | None = arg(None, "只问这一句，答完退出", text="filled")
 

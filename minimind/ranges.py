@@ -29,6 +29,16 @@ def shown(value: Any, limit: int = 40) -> str:
     return text if len(text) <= limit else f"{text[: limit - 10]}…{text[-9:]}"
 
 
+def parse_number(text: str, kind: type) -> int | float | None:
+    """半角写法的数，``-0.0`` 就是 0；不是数返回 None。"""
+    if not text.isascii():
+        return None
+    try:
+        return kind(text) + kind(0)
+    except ValueError:  # 不是数，或整数长到 Python 不肯读
+        return None
+
+
 @dataclass(frozen=True)
 class Range:
     """数的范围；``low``、``high`` 含端点，``above``、``below`` 不含，``multiple`` 要求是它的整数倍。"""

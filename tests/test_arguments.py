@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import math
 import typing
 
 import pytest
+from command_classes import argument_classes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -24,29 +24,9 @@ WILD = (
 )  # fmt: skip
 
 
-class Caught(Exception):
-    """命令用的参数类，截在建解析器的那一刻。"""
-
-
 @pytest.fixture(scope="module")
 def commands() -> dict[str, type]:
-    """命令 → 它的参数类：真的去运行每个命令，看它用哪个类建解析器。"""
-    real, found = arguments.build_parser, {}
-
-    def spy(cls, *args, **kwargs):
-        raise Caught(cls)
-
-    arguments.build_parser = spy
-    try:
-        for name, command in cli.COMMANDS.items():
-            module, function = command.target.split(":")
-            main = getattr(importlib.import_module(module), function)
-            with pytest.raises(Caught) as caught:
-                main(["--help"])
-            found[name] = caught.value.args[0]
-    finally:
-        arguments.build_parser = real
-    return found
+    return argument_classes()
 
 
 def kind_of(cls: type, name: str) -> type:

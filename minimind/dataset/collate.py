@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 IGNORE = -100
+# 批里交给模型前向的键；其余（如 num_tokens）是给训练循环看的，传进去会让 torch.compile 反复重编
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "cu_seqlens", "max_seqlen")
+
+
+def model_inputs(batch: Mapping[str, Any], *more: str) -> dict[str, Any]:
+    """批里模型前向要的那几样；``more`` 是另外也要的（要模型自己算损失时的 ``labels``）。"""
+    return {name: batch[name] for name in (*MODEL_INPUTS, *more) if name in batch}
 
 
 def collate_packed(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -18,7 +18,23 @@ STAGES = ("pretrain", "sft", "lora", "dpo", "distill", "reason", "ppo", "grpo", 
 
 
 @dataclass
-class DemoArguments(Arguments):
+class CourseArguments(Arguments, group="训练与考试"):
+    """训练多少、考多少、在哪里算。"""
+
+    scale: float = arg(1.0, "微世界训练语料的规模", above=0, high=100)
+    pretrain_epochs: int = arg(1, "预训练轮数", low=1, high=MANY)
+    sft_epochs: int = arg(1, "微调轮数", low=1, high=MANY)
+    pretrain_lr: float = arg(6e-3, "预训练的最高学习率", low=0, high=1)
+    sft_lr: float = arg(1.5e-3, "微调的最高学习率", low=0, high=1)
+    max_steps: int = arg(0, "每个阶段至多多少步；0 表示按课程的安排", low=0, high=MANY)
+    items_per_task: int = arg(0, "每个任务至多考几题；0 表示全部", low=0, high=MANY)
+    batch_size: int = arg(ROWS, f"每步多少行，每行 {ROW_LENGTH} 个词元", low=1, high=65536)
+    device: str = arg("auto", "设备：auto、cpu、cuda:0、npu:0、mps", pattern=DEVICE)
+    seed: int = arg(42, "随机种子", low=0, high=2**63 - 1)
+
+
+@dataclass
+class DemoArguments(CourseArguments, group="演示"):
     """从零走完全程：造数据、九个阶段的训练、评测、出报告、对话。"""
 
     stages: str = arg(
@@ -29,18 +45,8 @@ class DemoArguments(Arguments):
     out_dir: str = arg("out/demo", "数据、权重与日志的目录", text="path")
     report_dir: str = arg("out/report", "报告的目录", text="path")
     preset: str = arg("tiny", "模型尺寸", SIZES)
-    scale: float = arg(1.0, "微世界训练语料的规模", above=0, high=100)
-    pretrain_epochs: int = arg(1, "预训练轮数", low=1, high=MANY)
-    sft_epochs: int = arg(1, "微调轮数", low=1, high=MANY)
-    pretrain_lr: float = arg(6e-3, "预训练的最高学习率", low=0, high=1)
-    sft_lr: float = arg(1.5e-3, "微调的最高学习率", low=0, high=1)
-    max_steps: int = arg(0, "每个阶段至多多少步；0 表示按课程的安排", low=0, high=MANY)
-    items_per_task: int = arg(0, "每个任务至多考几题；0 表示全部", low=0, high=MANY)
-    batch_size: int = arg(ROWS, f"每步多少行，每行 {ROW_LENGTH} 个词元", low=1, high=65536)
     fast: int = arg(0, "只看流程通不通：百分之一的数据、每阶段两三小步、每个任务 1 题", (0, 1))
     chat: int = arg(1, "结束后打开对话（仅当在终端里运行）", (0, 1))
-    device: str = arg("auto", "设备：auto、cpu、cuda:0、npu:0、mps", pattern=DEVICE)
-    seed: int = arg(42, "随机种子", low=0, high=2**63 - 1)
 
     def __post_init__(self):
         super().__post_init__()

@@ -42,7 +42,7 @@ SCORINGS = ("letter", "text")
 
 
 @dataclass
-class ChoiceArguments(EvalArguments):
+class ChoiceArguments(EvalArguments, group="考题"):
     """选择题：比较各选项的对数似然。"""
 
     data_path: str | None = arg(

@@ -20,7 +20,7 @@ from minimind.ranges import MANY
 
 
 @dataclass
-class WorldArguments(EvalArguments):
+class WorldArguments(EvalArguments, group="考题"):
     """微世界的考题：留出的题贪心作答，逐题判分。"""
 
     data_path: str | None = arg(None, "考题 eval.jsonl；不给则现造一份内置的（几秒）", text="path")
@@ -99,7 +99,7 @@ def main_world(argv: list[str] | None = None) -> None:
 
 
 @dataclass
-class BpbArguments(EvalArguments):
+class BpbArguments(EvalArguments, group="文件"):
     """一个文件的每字节比特数：与分词器无关，越低越好。"""
 
     data_path: str | None = arg(

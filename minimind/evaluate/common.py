@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from minimind.arguments import arg
 from minimind.console import format_duration, say
 from minimind.errors import UserError
-from minimind.inference.arguments import ModelArguments
+from minimind.inference.arguments import LoadArguments
 from minimind.paths import file_problem, resolve_path
 from minimind.ranges import MANY
 
@@ -25,7 +25,7 @@ Z95 = 1.959963984540054
 
 
 @dataclass
-class EvalArguments(ModelArguments):
+class EvalArguments(LoadArguments, group="评测"):
     """打开哪个模型、考多少题、结果写到哪里。"""
 
     limit: int = arg(0, "至多考多少题，按种子随机抽；0 表示全部", low=0, high=MANY)

@@ -49,7 +49,7 @@ _UNITS = {"十": 10, "百": 100, "千": 1000}
 
 
 @dataclass
-class GsmArguments(EvalArguments):
+class GsmArguments(EvalArguments, group="考题"):
     """应用题：生成解答，比数值。"""
 
     data_path: str | None = arg(

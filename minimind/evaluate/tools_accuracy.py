@@ -42,7 +42,7 @@ LEVELS = ("called", "format", "name", "exact")
 
 
 @dataclass
-class ToolsArguments(EvalArguments):
+class ToolsArguments(EvalArguments, group="考题"):
     """工具调用：格式、名字、参数逐级看。"""
 
     data_path: str | None = arg(

@@ -8,6 +8,7 @@ from typing import Any
 from minimind.arguments import Arguments, arg, parse_args
 from minimind.console import say
 from minimind.errors import guard
+from minimind.model_arguments import ON_OFF, ModelArguments
 from minimind.paths import resolve_path
 from minimind.ranges import MANY
 
@@ -15,18 +16,13 @@ PRECISIONS = ("auto", "float32", "float16", "bfloat16")
 
 
 @dataclass
-class SourceArguments(Arguments):
+class SourceArguments(ModelArguments, group="来源"):
     """导出哪一份权重。"""
 
     name: str = arg("", "权重的名字，如 full_sft；或 .pth 文件的路径", metavar="名字", text="weight")
     save_dir: str = arg("out", "权重所在的目录", text="path")
     lora_weight: str = arg("None", "先合并进去的 LoRA，逗号分隔几份；None 表示不用", text="weights")
-    hidden_size: int | None = arg(None, "隐层宽度；不给则由权重文件决定", low=1, high=16384)
-    num_hidden_layers: int | None = arg(None, "层数；不给则由权重旁的 JSON 决定", low=1, high=256)
-    use_moe: int | None = arg(None, "是否混合专家；不给则由权重文件决定", (0, 1))
-    arch: str | None = arg(None, "模型结构；不给则由权重旁的 JSON 决定", ("v2", "v3"))
-    tokenizer_path: str | None = arg(None, "分词器目录；不给则用自带的", text="path")
-    inference_rope_scaling: int = arg(0, "把 YaRN 外推写进配置", (0, 1))
+    inference_rope_scaling: int = arg(0, "把 YaRN 外推写进配置", ON_OFF)
     force: bool = arg(False, "覆盖已有的目标")
 
     def open(self) -> Any:
@@ -39,7 +35,7 @@ class SourceArguments(Arguments):
 
 
 @dataclass
-class ExportHFArguments(SourceArguments):
+class ExportHFArguments(SourceArguments, group="去处"):
     """导出成 Hugging Face 目录（safetensors、分词器、对话模板）"""
 
     folder: str = arg("", "写到哪个目录", metavar="目录", text="path")
@@ -52,7 +48,7 @@ class ExportHFArguments(SourceArguments):
 
 
 @dataclass
-class ExportGGUFArguments(SourceArguments):
+class ExportGGUFArguments(SourceArguments, group="去处"):
     """导出成 GGUF 文件，旁边附 Ollama 的 Modelfile"""
 
     file: str = arg("", "写到哪个文件，如 minimind.gguf", metavar="文件", text="path")

@@ -18,11 +18,12 @@ from typing import Any
 from safetensors.torch import save
 from torch import nn
 
-from minimind.arguments import Arguments, arg, parse_args
+from minimind.arguments import arg, parse_args
 from minimind.console import say
 from minimind.errors import UserError, guard
 from minimind.inference.loading import Loaded, load_for_inference
 from minimind.model.model_lora import Adapter, load_adapter
+from minimind.model_arguments import ModelArguments
 from minimind.paths import resolve_path
 from minimind.runtime.adapters import FIX, adapter_names, adapter_path, read_adapter
 from minimind.runtime.checkpoint import (
@@ -39,30 +40,23 @@ PEFT_PREFIX = "base_model.model."
 
 
 @dataclass
-class _BaseArguments(Arguments):
+class _BaseArguments(ModelArguments, group="来源"):
     """底座与 LoRA 在哪里。"""
 
     weight: str = arg("full_sft", "底座权重的名字", text="name")
     lora_weight: str = arg("lora_identity", "LoRA 的名字或 .pth 路径", text="weights")
     save_dir: str = arg("out", "权重所在的目录", text="path")
-    hidden_size: int | None = arg(None, "隐层宽度；不给则由权重文件决定", low=1, high=16384)
-    num_hidden_layers: int | None = arg(
-        None, "层数；不给则由权重旁的 JSON 决定，没有 JSON 时为 8", low=1, high=256
-    )
-    use_moe: int | None = arg(None, "是否混合专家；不给则由权重文件决定", (0, 1))
-    arch: str | None = arg(None, "模型结构；不给则由权重旁的 JSON 决定，没有 JSON 时为 v2", ("v2", "v3"))
-    tokenizer_path: str | None = arg(None, "分词器目录；不给则用自带的", text="path")
 
 
 @dataclass
-class ExportLoRAArguments(_BaseArguments):
+class ExportLoRAArguments(_BaseArguments, group="去处"):
     """把一份 LoRA 写成 peft 的适配器目录。"""
 
     out_dir: str | None = arg(None, "写到哪里；不给则是 {save_dir}/export/{lora 的文件名}", text="path")
 
 
 @dataclass
-class ExportMergeArguments(_BaseArguments):
+class ExportMergeArguments(_BaseArguments, group="去处"):
     """把一份或几份 LoRA（逗号分隔）合并进底座，写成普通权重。"""
 
     save_weight: str = arg(
@@ -122,9 +116,8 @@ def write_peft_adapter(model: nn.Module, adapter: Adapter, folder: Path, base: s
 
 
 def _open(args: _BaseArguments, lora_weight: str) -> Loaded:
-    names = ("weight", "save_dir", "hidden_size", "num_hidden_layers", "use_moe", "arch", "tokenizer_path")
-    options = {name: getattr(args, name) for name in names}
-    return load_for_inference(lora_weight=lora_weight, device="cpu", dtype="float32", **options)
+    options = {name: getattr(args, name) for name in _BaseArguments.__dataclass_fields__}
+    return load_for_inference(**options | {"lora_weight": lora_weight, "device": "cpu", "dtype": "float32"})
 
 
 def _need_names(args: _BaseArguments) -> list[str]:

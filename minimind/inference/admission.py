@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from minimind.inference.prefix_store import PrefixStore
-from minimind.inference.requests import Request, Row, Sequence
+from minimind.inference.requests import Pending, Row, Sequence
 
 # 不设 chunk 时一批读多少个位置。CPU 上再多反而慢（26M 单线程，128 个 token 一条：512 个位置 4,230、2,048 个
 # 4,290、8,192 个 3,210 词元/秒，放不进高速缓存了）；卡上少发几次核
@@ -49,7 +49,7 @@ def default_chunk(device: torch.device) -> int:
 class _Piece:
     """这一步给一个请求做的事：``[start, stop)`` 读进 ``slot``，读完则 ``count`` 个样本从 ``slot`` 起进场。"""
 
-    request: Request
+    pending: Pending
     start: int
     stop: int
     slot: int
@@ -79,26 +79,26 @@ class Admission:
     def __init__(self, decoder: Any, max_slots: int, chunk: int | None, prefixes: PrefixStore | None):
         self.decoder, self.max_slots, self.chunk, self.prefixes = decoder, max_slots, chunk, prefixes
         self.budget = chunk or BATCH_TOKENS.get(decoder.device.type, BATCH_TOKENS_DEVICE)
-        self.queue: deque[Request] = deque()
+        self.queue: deque[Pending] = deque()
         self.computed = self.reused = 0
 
     def cancel(self, chosen: Callable[[Sequence], bool]) -> list[Sequence]:
         """去掉还没进场的样本；样本全没了的请求离队，读到一半的也是，它暂住的槽位随之空出。"""
         gone = []
-        for request in self.queue:
-            gone += [sequence for sequence in request.waiting if chosen(sequence)]
-            request.waiting = [sequence for sequence in request.waiting if not chosen(sequence)]
-            if not request.waiting and request.kept is None and request.read:
+        for pending in self.queue:
+            gone += [sequence for sequence in pending.waiting if chosen(sequence)]
+            pending.waiting = [sequence for sequence in pending.waiting if not chosen(sequence)]
+            if not pending.waiting and pending.kept is None and pending.read:
                 self.decoder.free([self.max_slots - 1])
-        self.queue = deque(request for request in self.queue if request.waiting)
+        self.queue = deque(pending for pending in self.queue if pending.waiting)
         return gone
 
     def forget(self) -> None:
         """权重变了：前缀库清空，已经读了的不再存进去。"""
         if self.prefixes is not None:
             self.prefixes.clear()
-        for request in self.queue:
-            request.shareable = request.shareable and not request.read
+        for pending in self.queue:
+            pending.shareable = pending.shareable and not pending.read
 
     def remember(self, row: Row, slot: int) -> None:
         """离场的一行，提示与回答都存进前缀库。"""
@@ -113,16 +113,16 @@ class Admission:
         fresh = [piece for piece in pieces if piece.stop > piece.start]
         logits: list[Tensor] = []
         if fresh:
-            prompts = [piece.request.prompt_ids[piece.start : piece.stop] for piece in fresh]
+            prompts = [piece.pending.prompt_ids[piece.start : piece.stop] for piece in fresh]
             starts, slots = [piece.start for piece in fresh], [piece.slot for piece in fresh]
-            scoring = {i: piece for i, piece in enumerate(fresh) if piece.request.score is not None}
-            watch = {i: partial(piece.request.note, piece.start) for i, piece in scoring.items()}
+            scoring = {i: piece for i, piece in enumerate(fresh) if piece.pending.request.score is not None}
+            watch = {i: partial(piece.pending.note, piece.start) for i, piece in scoring.items()}
             extra = {"watch": watch} if watch else {}
             logits = list(self.decoder.prefill(prompts, slots, starts, **extra))
             self.computed += sum(map(len, prompts))
         admitted, lines = Admitted([], []), []
         for piece in pieces:
-            line = logits.pop(0) if piece.stop > piece.start else piece.request.kept[1]
+            line = logits.pop(0) if piece.stop > piece.start else piece.pending.kept[1]
             if piece.count:
                 self._enter(piece, line, admitted)
                 lines += [line] * piece.count
@@ -137,8 +137,8 @@ class Admission:
         pieces: list[_Piece] = []
         budget, slot, limit, position = self.budget, first, self.max_slots, 0
         while slot < limit and position < min(len(self.queue), LOOK_AHEAD):
-            request = self.queue[position]
-            length, need = len(request.prompt_ids), self._need(request)
+            pending = self.queue[position]
+            length, need = len(pending.prompt_ids), self._need(pending)
             if need and budget <= 0:
                 break
             room, depth = need, length - need
@@ -150,34 +150,34 @@ class Admission:
                     continue
                 if self.chunk:
                     room = self._bearable(self._share(position, budget), depth)
-            start, reused = self._begin(request)
+            start, reused = self._begin(pending)
             stop = min(length, start + room)
             budget -= (stop - start) * (DEEP + start) // DEEP if self.chunk else stop - start
             if stop < length:
-                pieces.append(_Piece(request, start, stop, self.max_slots - 1, 0, reused))
+                pieces.append(_Piece(pending, start, stop, self.max_slots - 1, 0, reused))
                 limit, position = self.max_slots - 1, position + 1
                 continue
-            count = min(limit - slot, len(request.waiting))
-            pieces.append(_Piece(request, start, stop, slot, count, reused))
+            count = min(limit - slot, len(pending.waiting))
+            pieces.append(_Piece(pending, start, stop, slot, count, reused))
             slot += count
-            if count == len(request.waiting):
+            if count == len(pending.waiting):
                 del self.queue[position]
             else:
                 position += 1
         return pieces
 
-    def _need(self, request: Request) -> int:
+    def _need(self, pending: Pending) -> int:
         """还要算多少个提示位置。"""
-        if request.kept is not None:
+        if pending.kept is not None:
             return 0
-        known = request.read
-        if not known and self._reusable(request):
-            known = self.prefixes.reach(request.prompt_ids[:-1])
-        return len(request.prompt_ids) - known
+        known = pending.read
+        if not known and self._reusable(pending):
+            known = self.prefixes.reach(pending.prompt_ids[:-1])
+        return len(pending.prompt_ids) - known
 
-    def _reusable(self, request: Request) -> bool:
+    def _reusable(self, pending: Pending) -> bool:
         """能不能从前缀库抄。"""
-        return self.prefixes is not None and request.shareable and request.score is None
+        return self.prefixes is not None and pending.shareable and pending.request.score is None
 
     def _share(self, position: int, budget: int) -> int:
         """读不完的长提示这一步读多少：后面有半步就读得完的，让一半给它们。"""
@@ -188,48 +188,48 @@ class Admission:
         """已经读了 ``depth`` 个的提示这一步至多再读几个：读得越深，每个位置要看的键越多。"""
         return -(-budget * DEEP // (DEEP + depth)) if self.chunk else budget
 
-    def _begin(self, request: Request) -> tuple[int, Tensor | None]:
+    def _begin(self, pending: Pending) -> tuple[int, Tensor | None]:
         """从第几个位置读起，与从前缀库抄来的开头。"""
-        if request.kept is not None:
-            return len(request.prompt_ids), None
-        if request.read or not self._reusable(request):
-            return request.read, None
-        start, reused = self.prefixes.match(request.prompt_ids[:-1])  # 至少算一个，要它的 logits
-        request.cached = start
+        if pending.kept is not None:
+            return len(pending.prompt_ids), None
+        if pending.read or not self._reusable(pending):
+            return pending.read, None
+        start, reused = self.prefixes.match(pending.prompt_ids[:-1])  # 至少算一个，要它的 logits
+        pending.cached = start
         self.reused += start
         return start, reused
 
     def _place(self, piece: _Piece) -> None:
         """``start`` 之前的 KV 到位：另存的、前缀库的，或上一步读了一半的。"""
-        request, slot = piece.request, piece.slot
-        if not request.read or request.kept is not None:
-            whole = len(request.prompt_ids)
+        pending, slot = piece.pending, piece.slot
+        if not pending.read or pending.kept is not None:
+            whole = len(pending.prompt_ids)
             self.decoder.open(slot, whole, alone=piece.stop < whole)
-        if request.kept is not None:
-            self.decoder.restore(request.kept[0], [slot])
+        if pending.kept is not None:
+            self.decoder.restore(pending.kept[0], [slot])
         elif piece.reused is not None:
             self.decoder.restore(piece.reused, [slot])
-        elif request.read and slot != self.max_slots - 1:
-            self.decoder.move([self.max_slots - 1], [slot], request.read)
-        request.read = piece.stop
+        elif pending.read and slot != self.max_slots - 1:
+            self.decoder.move([self.max_slots - 1], [slot], pending.read)
+        pending.read = piece.stop
 
     def _enter(self, piece: _Piece, logits: Tensor, admitted: Admitted) -> None:
         """读完了：KV 抄给各个样本，存进前缀库，还有样本没进来的另存一份。"""
-        request, length = piece.request, piece.stop
-        if request.kept is None and request.shareable and self.prefixes is not None:
-            self._store(request.prompt_ids, piece.slot)
+        pending, length = piece.pending, piece.stop
+        if pending.kept is None and pending.shareable and self.prefixes is not None:
+            self._store(pending.prompt_ids, piece.slot)
         if piece.count > 1:
             targets = list(range(piece.slot + 1, piece.slot + piece.count))
             self.decoder.copy([piece.slot] * len(targets), targets, length)
-        taken, request.waiting = request.waiting[: piece.count], request.waiting[piece.count :]
-        if request.waiting and request.kept is None:
-            request.kept = self.decoder.keep(piece.slot, length), logits.clone()
+        taken, pending.waiting = pending.waiting[: piece.count], pending.waiting[piece.count :]
+        if pending.waiting and pending.kept is None:
+            pending.kept = self.decoder.keep(piece.slot, length), logits.clone()
         for sequence in taken:
-            sequence.cached, sequence.scored = request.cached, request.scored
-            hook = request.hook() if request.hook else None
-            row = Row(sequence, request.params, request.limit, hook, request.top_logprobs, request.shareable)
+            sequence.cached, sequence.scored = pending.cached, pending.scored
+            hook = pending.request.hook() if pending.request.hook else None
+            row = Row(sequence, pending.request, hook, pending.shareable)
             admitted.rows.append(row)
-            admitted.seeds.append(request.seed)
+            admitted.seeds.append(pending.seed)
 
     def _store(self, ids: list[int], slot: int) -> None:
         self.prefixes.insert(ids, lambda start, stop: self.decoder.keep(slot, stop, start))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from minimind.arguments import Arguments, arg
+from minimind.arguments import arg
+from minimind.model_arguments import ON_OFF, ModelArguments
 from minimind.ranges import DEVICE
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class ModelArguments(Arguments):
+class LoadArguments(ModelArguments, group="模型"):
     """打开哪个模型；各命令里同名的参数同一个意思。"""
 
     load_from: str = arg(
@@ -29,27 +30,22 @@ class ModelArguments(Arguments):
         "各自的增量相加（a,b 与 b,a 相同）；None 表示不用",
         text="weights",
     )
-    hidden_size: int | None = arg(None, "隐层宽度；不给则由权重文件决定", low=1, high=16384)
-    num_hidden_layers: int | None = arg(
-        None, "层数；不给则由权重旁的 JSON 决定，没有 JSON 时从权重的键数", low=1, high=256
-    )
-    use_moe: int | None = arg(None, "是否混合专家；不给则由权重文件决定", (0, 1))
-    arch: str | None = arg(
-        None, "模型结构；不给则由权重旁的 JSON 决定，没有 JSON 时从权重的键认", ("v2", "v3")
-    )
-    tokenizer_path: str | None = arg(None, "分词器目录；不给则用自带的（HF 目录用它自己的）", text="path")
     chat_template: str | None = arg(
         None, "换一份对话模板：.jinja 文件，或 minimind 表示本项目的；不给则用分词器自己的", text="path"
     )
-    inference_rope_scaling: int = arg(0, "用 YaRN 把上下文外推到训练长度之外", (0, 1))
-    device: str = arg("auto", "设备：auto、cpu、cuda:0、npu:0、mps", pattern=DEVICE)
+    inference_rope_scaling: int = arg(0, "用 YaRN 把上下文外推到训练长度之外", ON_OFF)
+    device: str = arg("auto", "设备：auto、cpu、cuda:0、npu:0、mps", pattern=DEVICE, group="设备")
     dtype: str = arg(
         "auto",
         "计算精度；auto：CPU 用 float32，显卡用半精度。同一种子同一答案只有 float32 保证",
         ("auto", "float32", "bfloat16", "float16"),
+        group="设备",
     )
     quantize: str = arg(
-        "none", "int8：权重存成 8 位，只在 CPU 上，省内存、单路更快，答案略有出入", ("none", "int8")
+        "none",
+        "int8：权重存成 8 位，只在 CPU 上，省内存、单路更快，答案略有出入",
+        ("none", "int8"),
+        group="设备",
     )
 
     def load(self, **changes: Any) -> Loaded:
@@ -60,6 +56,6 @@ class ModelArguments(Arguments):
         """
         from minimind.inference.loading import load_for_inference  # 要载入 torch，--help 不必等它
 
-        options = {name: getattr(self, name) for name in ModelArguments.__dataclass_fields__}
+        options = {name: getattr(self, name) for name in LoadArguments.__dataclass_fields__}
         options["inference_rope_scaling"] = bool(self.inference_rope_scaling)
         return load_for_inference(**{**options, **changes})

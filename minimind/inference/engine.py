@@ -18,7 +18,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +31,7 @@ from minimind.inference.decoder import make_decoder
 from minimind.inference.prefix_store import PrefixStore
 from minimind.inference.requests import (
     LogitsHook,
+    Pending,
     Request,
     Row,
     Sequence,
@@ -39,7 +42,7 @@ from minimind.inference.row_state import RowState
 from minimind.inference.sampling import SamplingParams
 from minimind.runtime.fair_share import fair_share
 
-__all__ = ["Engine", "LogitsHook", "Sequence", "context_length", "room_for_prompt"]
+__all__ = ["Engine", "LogitsHook", "Request", "Sequence", "context_length", "room_for_prompt"]
 
 
 class Engine:
@@ -101,32 +104,25 @@ class Engine:
         prompt_ids: Iterable[int],
         params: SamplingParams,
         max_new_tokens: int,
-        *,
-        n: int = 1,
-        hook: Callable[[], LogitsHook] | None = None,
-        top_logprobs: int | None = None,
-        score: int | None = None,
+        **options: Any,
     ) -> int:
-        """排进队里，返回请求号；``n`` 个样本共用一次提示的计算。
+        """:meth:`add` 的简便写法；``options`` 是 :class:`Request` 其余的各项（``n``、``hook``……）。"""
+        return self.add(Request(list(prompt_ids), params, max_new_tokens, **options))
 
-        Args:
-            hook: 给每个样本造一份干预；有干预的样本在场时每个 token 都要与主机对一次。
-            top_logprobs: 每个 token 另记几个候选，0 表示只记它自己的，``None`` 不记。
-            score: 给提示的每个 token 也打分，另记几个候选；``None`` 不打。
+    def add(self, request: Request) -> int:
+        """排进队里，返回请求号。
 
         Raises:
             UserError: 提示为空或放不下。
         """
-        prompt = list(prompt_ids)
-        limit = room_for_prompt(len(prompt), max_new_tokens, self.max_length)
-        if limit < 1 or n < 1:
-            raise ValueError(f"max_new_tokens 与 n 至少为 1，得到 {max_new_tokens} 与 {n}")
-        seed = params.seed if params.seed is not None else int(torch.randint(2**62, ()))
+        limit = room_for_prompt(len(request.prompt_ids), request.limit, self.max_length)
+        if limit < 1 or request.n < 1:
+            raise ValueError(f"max_new_tokens 与 n 至少为 1，得到 {request.limit} 与 {request.n}")
+        given = request.params.seed
+        seed = given if given is not None else int(torch.randint(2**62, ()))
         request_id, self._next_id = self._next_id, self._next_id + 1
-        waiting = [Sequence(request_id, index, prompt) for index in range(n)]
-        self._admission.queue.append(
-            Request(request_id, prompt, params, limit, seed, waiting, hook, top_logprobs, score=score)
-        )
+        waiting = [Sequence(request_id, index, request.prompt_ids) for index in range(request.n)]
+        self._admission.queue.append(Pending(replace(request, limit=limit), seed, waiting))
         return request_id
 
     @torch.inference_mode()
@@ -198,8 +194,8 @@ class Engine:
         rows, state = len(self._rows), self._state
         lengths = [row.length for row in self._rows]
         # 谁也不会写过自己的上限；写出结束符的行陪跑到对账为止，多写的丢掉
-        steps = min(self.stride, min(row.limit - len(row.sequence.ids) for row in self._rows))
-        if any(row.hook or row.top_logprobs is not None for row in self._rows):
+        steps = min(self.stride, min(row.request.limit - len(row.sequence.ids) for row in self._rows))
+        if any(row.hook or row.request.top_logprobs is not None for row in self._rows):
             steps = 1
         all_ids, all_logp = [], []
         for offset in range(steps):
@@ -223,7 +219,7 @@ class Engine:
                 stop = row.hook.accept(token) if row.hook else False
                 if stop or token in self.eos_ids:
                     sequence.finished = "stop"
-                elif len(sequence.ids) >= row.limit:
+                elif len(sequence.ids) >= row.request.limit:
                     sequence.finished = "length"
                 else:
                     continue

@@ -1,4 +1,7 @@
-"""引擎里的几样数据：请求、它的各个样本、正在写的一行；提示放不放得下也在这里判。"""
+"""引擎里的几样数据：请求（从 HTTP 到写着的一行都是这一份）、排队时的进度、它的各个样本、正在写的一行。
+
+提示放不放得下也在这里判。
+"""
 
 from __future__ import annotations
 
@@ -50,9 +53,32 @@ class Sequence:
     scored: list[tuple[float, tuple[tuple[int, float], ...]]] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Request:
-    """排着的请求。
+    """要写什么。服务、信箱、引擎、槽位里都是同一份，谁也不改它。
+
+    Args:
+        prompt_ids: 提示，``n`` 个样本共用一次计算。
+        limit: 每个样本最多写多少个 token；引擎排队时按上下文收紧。
+        hook: 给每个样本造一份干预；有干预的样本在场时每个 token 都要与主机对一次。
+        top_logprobs: 每个 token 另记几个候选，0 表示只记它自己的，``None`` 不记。
+        score: 给提示的每个 token 也打分，另记几个候选；``None`` 不打。要打分的提示每个位置都得算，不从前缀库抄。
+        processed: 报出的对数概率用抽样时的分布（温度、惩罚、截断之后），候选的不变；引擎两样都记，送出时才挑。
+    """
+
+    prompt_ids: list[int]
+    params: SamplingParams
+    limit: int
+    n: int = 1
+    hook: Callable[[], LogitsHook] | None = None
+    top_logprobs: int | None = None
+    score: int | None = None
+    processed: bool = False
+
+
+@dataclass
+class Pending:
+    """排着的请求读到了哪里。
 
     Args:
         waiting: 还没进场的样本。
@@ -60,24 +86,22 @@ class Request:
         kept: 槽位不够 n 个时，提示的 KV 与末尾 logits 先存着。
         cached: 见 :class:`Sequence`。
         shareable: 算出的 KV 能不能给别的请求用；读了之后换过权重就不能了。
-        score: 给提示的每个 token 打分，另记几个候选；``None`` 不打。要打分的提示每个位置都得算，不从前缀库抄。
-        scored: 已经打了的。
+        scored: 已经打了的分。
     """
 
-    id: int
-    prompt_ids: list[int]
-    params: SamplingParams
-    limit: int
+    request: Request
     seed: int
     waiting: list[Sequence]
-    hook: Callable[[], LogitsHook] | None = None
-    top_logprobs: int | None = None
     read: int = 0
     kept: Any = None
     cached: int = 0
     shareable: bool = True
-    score: int | None = None
     scored: list[tuple[float, tuple[tuple[int, float], ...]]] = field(default_factory=list)
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """它的提示。"""
+        return self.request.prompt_ids
 
     def note(self, start: int, logits: Tensor) -> None:
         """记下位置 ``start`` 起的一段 logits ``[T, V]`` 给后一个 token 的分数；提示的最后一个位置没有后一个。"""
@@ -86,9 +110,10 @@ class Request:
             return
         logp = logits[: len(targets)].float().log_softmax(-1)
         index = torch.tensor(targets, device=logits.device)[:, None]
-        values, near = logp.topk(max(1, self.score), dim=-1)
+        k = self.request.score
+        values, near = logp.topk(max(1, k), dim=-1)
         rows = zip(logp.gather(1, index)[:, 0].tolist(), near.tolist(), values.tolist())
-        self.scored += [(own, tuple(zip(ids[: self.score], best[: self.score]))) for own, ids, best in rows]
+        self.scored += [(own, tuple(zip(ids[:k], best[:k]))) for own, ids, best in rows]
 
 
 @dataclass
@@ -96,10 +121,8 @@ class Row:
     """正在写的一行。"""
 
     sequence: Sequence
-    params: SamplingParams
-    limit: int
+    request: Request
     hook: LogitsHook | None = None
-    top_logprobs: int | None = None
     shareable: bool = True
 
     @property

@@ -30,22 +30,24 @@ class RowState:
 
     def enter(self, rows: Sequence[Row], first: int, seeds: Sequence[int]) -> None:
         """新行住进第 ``first`` 个起的槽位：位置、随机数与出现过的 token。"""
-        longest = max(row.limit for row in rows)
+        longest = max(row.request.limit for row in rows)
         if self.uniforms.shape[1] < longest:
             grown = torch.zeros(self.max_slots, longest, device=self.device)
             grown[:, : self.uniforms.shape[1]] = self.uniforms
             self.uniforms = grown
         table = torch.zeros(len(rows), self.uniforms.shape[1])
         for line, row, seed in zip(table, rows, seeds):
-            if not row.params.greedy:
-                line[: row.limit] = torch.from_numpy(uniforms(seed, row.sequence.index, row.limit))
+            if not row.request.params.greedy:
+                line[: row.request.limit] = torch.from_numpy(
+                    uniforms(seed, row.sequence.index, row.request.limit)
+                )
         block = slice(first, first + len(rows))
         self.uniforms[block] = table.to(self.device)
         # 位置指刚写下的 token；第一个 token 抽出来之后才是提示的长度
         lengths = [len(row.sequence.prompt_ids) - 1 for row in rows]
         self.positions[block] = torch.tensor(lengths, device=self.device)
         self.written[block] = 0
-        if any(row.params.repetition_penalty != 1 for row in rows) and self.seen is None:
+        if any(row.request.params.repetition_penalty != 1 for row in rows) and self.seen is None:
             shape = (self.max_slots, self.vocab_size)
             self.seen = torch.zeros(shape, dtype=torch.bool, device=self.device)
         if self.seen is not None:
@@ -64,13 +66,13 @@ class RowState:
             token 与对数概率，都是 ``[行数]``。
         """
         block = slice(first, first + len(rows))
-        params = [row.params for row in rows]
+        params = [row.request.params for row in rows]
         uniform = None
         if not all(one.greedy for one in params):  # 贪心用不着随机数：单路时省下四个小算子
             step = self.written[block].clamp_max(self.uniforms.shape[1] - 1)
             uniform = self.uniforms[block].gather(1, step[:, None])[:, 0]
         penalised = self.seen is not None and any(one.repetition_penalty != 1 for one in params)
-        watched = [i for i, row in enumerate(rows) if row.top_logprobs is not None]
+        watched = [i for i, row in enumerate(rows) if row.request.top_logprobs is not None]
         plain = logits[watched].float() if watched else None
         logits = adjust(logits, rows)
         ids, logp = sample_rows(logits, params, uniform, self.seen[block] if penalised else None)
@@ -104,7 +106,7 @@ def note_top(logits: Tensor, ids: Tensor, rows: Sequence[Row]) -> None:
     """记下候选：``logits [W, V]`` 是模型原本的，``ids [W]`` 是抽到的。"""
     logp = logits.log_softmax(-1)
     own = logp.gather(1, ids[:, None])[:, 0].tolist()
-    values, near = logp.topk(max(1, max(row.top_logprobs for row in rows)), dim=-1)
+    values, near = logp.topk(max(1, max(row.request.top_logprobs for row in rows)), dim=-1)
     for row, mine, value, token in zip(rows, own, values.tolist(), near.tolist()):
-        k = row.top_logprobs
+        k = row.request.top_logprobs
         row.sequence.top.append((mine, tuple(zip(token[:k], value[:k]))))

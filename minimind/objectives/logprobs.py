@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-IGNORE = -100
+from minimind.dataset.collate import IGNORE, model_inputs
 
 
 class TargetLogits(NamedTuple):
@@ -51,8 +51,7 @@ def target_logits(model: nn.Module, batch: dict[str, Any]) -> TargetLogits:
             ``cu_seqlens``、``max_seqlen``，左填充的批还有 ``attention_mask``。
     """
     mask = target_mask(batch["labels"])
-    names = ("input_ids", "attention_mask", "position_ids", "cu_seqlens", "max_seqlen")
-    out = model(**{name: batch[name] for name in names if name in batch}, logits_to_keep=mask)
+    out = model(**model_inputs(batch), logits_to_keep=mask)
     targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)[mask]
     return TargetLogits(out.logits, targets, target_rows(batch, mask), out.aux_loss)
 

@@ -27,6 +27,8 @@ from torch import nn
 
 from minimind.arguments import arg, check, override
 from minimind.dataset import SFTDataset, collate_packed
+from minimind.dataset.collate import model_inputs
+from minimind.model_arguments import ON_OFF
 from minimind.objectives.distillation import DIVERGENCES, chunked_loss, distillation_loss
 from minimind.objectives.logprobs import target_mask
 from minimind.recipes.data import open_datasets
@@ -38,11 +40,11 @@ from minimind.rl.rollout import LocalRollout
 from minimind.trainer.loop import TrainResult, train
 from minimind.trainer.recipe import LossResult, Recipe
 from minimind.trainer.reference import weights_hash
-from minimind.trainer.train_args import LAYERS, MAX_LENGTH, ON_OFF, WIDTHS, TrainArguments
+from minimind.trainer.train_args import LAYERS, MAX_LENGTH, WIDTHS, TrainArguments
 
 
 @dataclass
-class DistillationArguments(TrainArguments):
+class DistillationArguments(TrainArguments, group="蒸馏"):
     """知识蒸馏：小模型跟着大模型学。"""
 
     save_weight: str = override(TrainArguments, "save_weight", "full_dist")
@@ -100,8 +102,7 @@ def distill_loss(
         batch: SFT 的打包行；``on_policy`` 为真的批是学生自己的回答，没有交叉熵。
         teacher: 教师，不求梯度。
     """
-    names = ("input_ids", "position_ids", "cu_seqlens", "max_seqlen")
-    inputs = {name: batch[name] for name in names}
+    inputs = model_inputs(batch)
     mask = target_mask(batch["labels"])
     targets = batch["labels"][:, 1:][mask[:, :-1]]
     out = model(**inputs, return_logits=False)

@@ -28,6 +28,7 @@ from torch import nn
 
 from minimind.arguments import arg, override
 from minimind.dataset import DPODataset
+from minimind.model_arguments import ON_OFF
 from minimind.objectives.preference import LOSS_TYPES, preference_loss, sequence_logprobs
 from minimind.recipes.data import open_datasets
 from minimind.recipes.entry import entry, open_model
@@ -41,11 +42,11 @@ from minimind.trainer.reference import (
     cached_pair_logprobs,
     weights_hash,
 )
-from minimind.trainer.train_args import ON_OFF, TrainArguments
+from minimind.trainer.train_args import TrainArguments
 
 
 @dataclass
-class DPOArguments(TrainArguments):
+class DPOArguments(TrainArguments, group="偏好优化"):
     """直接偏好优化：让模型更愿意说好的那个回答。"""
 
     save_weight: str = override(TrainArguments, "save_weight", "dpo")

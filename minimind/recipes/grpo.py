@@ -32,7 +32,7 @@ from minimind.trainer.run import Run
 
 
 @dataclass
-class GRPOArguments(RLArguments):
+class GRPOArguments(RLArguments, group="GRPO"):
     """GRPO：同题多答，组内比较。"""
 
     loss_type: str = arg("dapo", "损失怎样归约：dapo（全步词元平均）、grpo、dr_grpo、bnpo、cispo", LOSS_TYPES)

@@ -32,7 +32,7 @@ from minimind.trainer.train_args import TrainArguments
 
 
 @dataclass
-class LoRAArguments(TrainArguments):
+class LoRAArguments(TrainArguments, group="LoRA"):
     """LoRA 微调：只训练低秩增量，换身份、换口吻、补一个领域。"""
 
     lora_name: str = arg(
@@ -49,8 +49,11 @@ class LoRAArguments(TrainArguments):
         "或逗号分隔的层名，如 q_proj,v_proj",
         text="filled",
     )
-    save_weight: str | None = arg(
-        None, "同 --lora_name（各训练命令都有的参数）；不给则用 --lora_name", text="name", resume="harmless"
+    save_weight: str | None = override(
+        TrainArguments,
+        "save_weight",
+        None,
+        help="同 --lora_name（各训练命令都有的参数）；不给则用 --lora_name",
     )
     from_weight: str = override(TrainArguments, "from_weight", "full_sft")
     epochs: int = override(TrainArguments, "epochs", 50)

@@ -48,7 +48,7 @@ from minimind.trainer.run import Run
 
 
 @dataclass
-class PPOArguments(RLArguments):
+class PPOArguments(RLArguments, group="PPO"):
     """PPO：策略与价值网络，截断的更新。"""
 
     clip_epsilon: float = arg(0.2, "比值截断在 1 ± clip_epsilon", above=0, below=1)

@@ -36,7 +36,7 @@ REASON_TAGS = (THINK, END_THINK, ANSWER, END_ANSWER)
 
 
 @dataclass
-class ReasonArguments(TrainArguments):
+class ReasonArguments(TrainArguments, group="推理"):
     """推理微调：先想（<think>）再答（<answer>）。"""
 
     tag_weight: float = arg(10.0, "四个标签词元的损失权重；1 表示与别的词元一样", above=0, high=1000)

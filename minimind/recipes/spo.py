@@ -36,7 +36,7 @@ from minimind.trainer.run import Run
 
 
 @dataclass
-class SPOArguments(RLArguments):
+class SPOArguments(RLArguments, group="SPO"):
     """SPO：单条采样，和自己过去的成绩比。"""
 
     epsilon: float = arg(0.2, "比值截断的下限 1 − epsilon", above=0, below=1)

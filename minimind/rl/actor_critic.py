@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minimind.dataset.collate import model_inputs
 from minimind.model import MiniMindLM
 from minimind.objectives.logprobs import TargetLogits, target_logits, target_mask
-
-INPUTS = ("input_ids", "attention_mask", "position_ids", "cu_seqlens", "max_seqlen")
 
 
 class Critic(nn.Module):
@@ -28,7 +27,7 @@ class Critic(nn.Module):
 
     def forward(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """``[N]`` fp32：写出每个目标词元之前的状态的价值；以及负载均衡损失（稠密模型为 0）。"""
-        hidden, aux_loss = self.model(**{name: batch[name] for name in INPUTS if name in batch})
+        hidden, aux_loss = self.model(**model_inputs(batch))
         states = hidden[target_mask(batch["labels"])].float()
         with torch.autocast(states.device.type, enabled=False):
             return states @ self.value_weight + self.value_bias, aux_loss

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from minimind.arguments import arg, override
+from minimind.arguments import Arguments, arg, override
 from minimind.errors import UserError
+from minimind.model_arguments import ON_OFF
 from minimind.ranges import URL
-from minimind.trainer.train_args import MAX_LENGTH, ON_OFF, TrainArguments
+from minimind.trainer.train_args import MAX_LENGTH, TrainArguments
 
 
 @dataclass
-class RLArguments(TrainArguments):
-    """强化学习的共用参数：一步采样 batch_size × accumulation_steps × 进程数 个提示，每个答 num_generations 次。"""
+class RolloutArguments(Arguments, group="采样"):
+    """怎么采样。"""
 
-    # 采样
     max_gen_len: int = arg(128, "回答最多多少个 token", low=1, high=MAX_LENGTH)
     num_generations: int = arg(8, "每个提示采样几条回答", low=1, high=1024)
     temperature: float = arg(
@@ -46,7 +46,11 @@ class RLArguments(TrainArguments):
         16, "训练时一次前向放多少条回答（省内存用，不影响结果）", low=1, high=65536, resume="rounding"
     )
 
-    # 奖励
+
+@dataclass
+class RewardArguments(Arguments, group="奖励"):
+    """怎么打分。"""
+
     reward: str | None = arg(
         None,
         "奖励，例如 auto、exact:1,format:0.5、文件.py:函数；不给则用可验证的规则，有奖励模型就用它",
@@ -58,9 +62,17 @@ class RLArguments(TrainArguments):
     )
     trust_remote_code: int = arg(0, "允许执行奖励模型目录里自带的代码", ON_OFF, resume="harmless")
 
-    from_weight: str | None = arg(
-        None, "从哪个权重开始（名字）；不给则 full_sft，--reasoning 1 时 reason", text="name"
-    )  # type: ignore[assignment]
+
+@dataclass
+class RLArguments(RolloutArguments, RewardArguments, TrainArguments):
+    """强化学习的共用参数：一步采样 batch_size × accumulation_steps × 进程数 个提示，每个答 num_generations 次。"""
+
+    from_weight: str | None = override(  # type: ignore[assignment]
+        TrainArguments,
+        "from_weight",
+        None,
+        help="从哪个权重开始（名字）；不给则 full_sft，--reasoning 1 时 reason",
+    )
     batch_size: int = override(TrainArguments, "batch_size", 2, help="每个进程每个微批次的提示数")
     max_seq_len: int = override(TrainArguments, "max_seq_len", 512, help="提示的长度上限，更长的丢弃并计数")
     # 微调的一成多：步子再大，采样很快只剩一种写法（tiny 上每步 128 条，3e-4 比 1e-3 多涨一倍多）

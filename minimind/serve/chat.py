@@ -8,16 +8,26 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any, NamedTuple
 
 from minimind.errors import UserError
+from minimind.inference.engine import Request
 from minimind.inference.reply import ReplyParser
 from minimind.serve.errors import ApiError
-from minimind.serve.forms import Constrained, Exactly, FormHook, Free, Stage, Thinking, call_stages
 from minimind.serve.generation import Job, Settings, check_ids, fit, new_id, progress_of, usage_of
 from minimind.serve.grammar import CompiledText
-from minimind.serve.hooks import make_hook
+from minimind.serve.hooks import (
+    Constrained,
+    Exactly,
+    FormHook,
+    Free,
+    Stage,
+    Thinking,
+    call_stages,
+    make_hook,
+)
+from minimind.serve.messages import Conversation, FunctionSpec, plain_message
 from minimind.serve.metrics import Metrics
 from minimind.serve.models import ServedModel
 from minimind.serve.samples import ChatSample
-from minimind.serve.schemas import ChatRequest, Conversation, FunctionSpec, Message
+from minimind.serve.schemas import ChatRequest
 from minimind.serve.stops import StopMatcher
 from minimind.serve.tickets import Ticket
 from minimind.tokenizer import encode_chat, encode_plain, encode_unfinished
@@ -26,46 +36,6 @@ from minimind.tokenizer.special import END_THINK, END_TOOL_CALL, THINK, TOOL_CAL
 from minimind.tokenizer.templates import opens_thinking
 
 THINK_TAGS = {THINK, END_THINK}
-
-
-def plain_message(message: Message) -> dict[str, Any]:
-    """OpenAI 的消息 → 渲染器认识的：developer 即 system，function 即 tool，内容合成一段文字。
-
-    Raises:
-        ApiError: 内容里有文字以外的东西（图片、声音）。
-    """
-    role = {"developer": "system", "function": "tool"}.get(message.role, message.role)
-    content = message.content
-    if isinstance(content, list):
-        content = "".join(map(part_text, content))
-    plain: dict[str, Any] = {"role": role, "content": content or message.refusal or ""}
-    if message.reasoning_content is not None and role == "assistant":
-        plain["reasoning_content"] = message.reasoning_content
-    calls = [call.model_dump(exclude_none=True) for call in message.tool_calls or ()]
-    if not calls and message.function_call:
-        calls = [{"type": "function", "function": message.function_call.model_dump(exclude_none=True)}]
-    if calls and role == "assistant":
-        plain["tool_calls"] = calls
-    if role == "tool":  # 有的模型自己的模板要
-        plain |= {
-            key: value for key in ("name", "tool_call_id") if (value := getattr(message, key)) is not None
-        }
-    return plain
-
-
-def part_text(part: dict[str, Any] | str) -> str:
-    """一段内容的文字；拒绝的话也是文字。
-
-    Raises:
-        ApiError: 不是文字。
-    """
-    if isinstance(part, str):
-        return part
-    kind = part.get("type")
-    text = part.get("refusal" if kind == "refusal" else "text")
-    if kind not in ("text", "input_text", "output_text", "refusal") or not isinstance(text, str):
-        raise ApiError(400, f"只支持文字，不支持 {str(kind)[:40]}", param="messages.content")
-    return text
 
 
 class Prompt(NamedTuple):
@@ -127,15 +97,15 @@ class ChatAnswer:
         elif constraint:
             form = self._text_form(model.grammar.constrained(constraint))
         prompt += self.opening
-        self.job = Job(
-            model,
+        wanted = Request(
             prompt,
             request.params(),
             fit(prompt, request.limit, model),
-            request.samples,
-            make_hook(request, model.eos_ids, form and (lambda: FormHook(form()))),
-            (request.top_logprobs or 0) if request.logprobs else None,
+            n=request.samples,
+            hook=make_hook(request, model.eos_ids, form and (lambda: FormHook(form()))),
+            top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         )
+        self.job = Job(model, wanted)
 
     @property
     def _tags(self) -> dict[str, int]:

@@ -6,11 +6,11 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from minimind.arguments import arg, parse_args
+from minimind.arguments import Arguments, arg, override, parse_args
 from minimind.console import say
 from minimind.distribution import install_command
 from minimind.errors import UserError, guard
-from minimind.inference.arguments import ModelArguments
+from minimind.inference.arguments import LoadArguments
 from minimind.paths import resolve_path
 from minimind.ranges import MANY
 
@@ -19,29 +19,14 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass
-class ServeArguments(ModelArguments):
-    """OpenAI 兼容的服务与网页。"""
+class EngineArguments(Arguments, group="并发与时限"):
+    """同时写多少、存多少、等多久。"""
 
-    lora_weight: str = arg(
-        "None",
-        "LoRA 的名字或 .pth，逗号分隔；每一份另成一个模型（底座的权重共用一份），请求时 model 写它的名字；None 表示不用",
-        text="weights",
-    )
-    model_name: str | None = arg(None, "底座在 API 里叫什么；不给则 minimind", text="filled")
-    host: str = arg("127.0.0.1", "监听的地址；对外开放时请同时设 --api_key", pattern=HOST)
-    port: int = arg(8998, "端口；0 由系统挑一个空着的", low=0, high=65535)
-    api_key: str | None = arg(None, "要求客户端带的密钥；不给则不要求", text="filled")
-    cors: str | None = arg(None, "允许跨源请求的来源，逗号分隔；不给则不放行", text="filled")
     max_slots: int = arg(32, "同时写多少个样本", low=1, high=4096)
     max_queue: int = arg(128, "另外最多排多少个样本，再多就答 429", low=0, high=MANY)
     max_length: int = arg(8192, "提示加回答的上限，不超过模型的上下文", low=2, high=MANY)
     prefill_chunk: int = arg(
         0, "一步最多读多少个提示词元，其间别人照写；0 由设备定：CPU 256，显卡 2048", low=0, high=MANY
-    )
-    allowed_hosts: str | None = arg(
-        None,
-        "除了 localhost 与监听的地址，请求的 Host 还认哪些名字，逗号分隔；* 都认（防 DNS 重绑定）",
-        text="filled",
     )
     prefix_cache_tokens: int = arg(
         16384,
@@ -49,14 +34,36 @@ class ServeArguments(ModelArguments):
         low=0,
         high=MANY,
     )
+    cuda_graphs: int = arg(0, "CUDA 上把一步解码录成图，省去主机逐个发射；稠密模型才有，默认不开", (0, 1))
+    request_seconds: float = arg(600.0, "一个请求最多多少秒", above=0, high=MANY)
+    shutdown_seconds: float = arg(120.0, "停机时最多等在写的多少秒", low=0, high=MANY)
+
+
+@dataclass
+class ServeArguments(EngineArguments, LoadArguments, group="服务"):
+    """OpenAI 兼容的服务与网页。"""
+
+    lora_weight: str = override(
+        LoadArguments,
+        "lora_weight",
+        "None",
+        help="LoRA 的名字或 .pth，逗号分隔；每一份另成一个模型（底座的权重共用一份），请求时 model 写它的名字；None 表示不用",
+    )
+    model_name: str | None = arg(None, "底座在 API 里叫什么；不给则 minimind", text="filled")
+    host: str = arg("127.0.0.1", "监听的地址；对外开放时请同时设 --api_key", pattern=HOST)
+    port: int = arg(8998, "端口；0 由系统挑一个空着的", low=0, high=65535)
+    api_key: str | None = arg(None, "要求客户端带的密钥；不给则不要求", text="filled")
+    cors: str | None = arg(None, "允许跨源请求的来源，逗号分隔；不给则不放行", text="filled")
+    allowed_hosts: str | None = arg(
+        None,
+        "除了 localhost 与监听的地址，请求的 Host 还认哪些名字，逗号分隔；* 都认（防 DNS 重绑定）",
+        text="filled",
+    )
     reload_dir: str | None = arg(
         None,
         "强化学习的远程采样用：允许 POST /collective_rpc 让底座重读这个目录的 model.safetensors；对外开放时须有 --api_key",
         text="path",
     )
-    cuda_graphs: int = arg(0, "CUDA 上把一步解码录成图，省去主机逐个发射；稠密模型才有，默认不开", (0, 1))
-    request_seconds: float = arg(600.0, "一个请求最多多少秒", above=0, high=MANY)
-    shutdown_seconds: float = arg(120.0, "停机时最多等在写的多少秒", low=0, high=MANY)
 
 
 def adapter_ids(paths: list[Path], base: str) -> list[str]:

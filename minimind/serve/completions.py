@@ -7,11 +7,11 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+from minimind.inference.engine import Request
 from minimind.inference.generate import TextStream
 from minimind.serve.errors import ApiError
-from minimind.serve.forms import Constrained, FormHook
 from minimind.serve.generation import Job, Settings, check_ids, fit, new_id, progress_of, submit, usage_of
-from minimind.serve.hooks import make_hook
+from minimind.serve.hooks import Constrained, FormHook, make_hook
 from minimind.serve.metrics import Metrics
 from minimind.serve.models import ServedModel
 from minimind.serve.samples import TextSample
@@ -52,14 +52,16 @@ class TextAnswer:
         self.jobs = [
             Job(
                 model,
-                prompt,
-                request.params(),
-                fit(prompt, asked, model),
-                1 if self.only_score else request.samples,
-                make_hook(request, model.eos_ids, form),
-                top,
-                request.logprobs_mode == "processed_logprobs",
-                score,
+                Request(
+                    prompt,
+                    request.params(),
+                    fit(prompt, asked, model),
+                    n=1 if self.only_score else request.samples,
+                    hook=make_hook(request, model.eos_ids, form),
+                    top_logprobs=top,
+                    score=score,
+                    processed=request.logprobs_mode == "processed_logprobs",
+                ),
             )
             for prompt in prompts
         ]
@@ -73,9 +75,9 @@ class TextAnswer:
     def submit(self, settings: Settings) -> list[Ticket]:
         """排进引擎；后面的排不进时，前面的也取消。只要提示的文字时不必排。"""
         tickets: list[Ticket] = []
-        if self.only_score and self.jobs[0].score is None:
+        if self.only_score and self.jobs[0].request.score is None:
             return tickets
-        runner, total = self.model.runner, sum(job.n for job in self.jobs)
+        runner, total = self.model.runner, sum(job.request.n for job in self.jobs)
         if total > (most := runner.max_slots + runner.max_queue):
             raise ApiError(
                 400, f"{len(self.jobs)} 条提示共要 {total} 个样本，服务器至多 {most} 个", param="prompt"
@@ -114,7 +116,7 @@ class TextAnswer:
         job, text = self.jobs[which], self.texts[which]
         skip = int(text is not None)
         if text is None:
-            text = self.model.tokenizer.decode(job.prompt, skip_special_tokens=False)
+            text = self.model.tokenizer.decode(job.request.prompt_ids, skip_special_tokens=False)
         return text, ticket.scored[skip:] if ticket is not None else []
 
     def _take(
@@ -135,7 +137,7 @@ class TextAnswer:
             choice["logprobs"] = sample.take_logprobs(self.model.vocabulary, prompt)
         if self.request.return_token_ids:
             choice["token_ids"] = sample.take_ids()
-            choice["prompt_token_ids"] = self.jobs[sample.index // self.request.samples].prompt
+            choice["prompt_token_ids"] = self.jobs[sample.index // self.request.samples].request.prompt_ids
         return choice
 
     def _echoes(self, which: int, samples: list[TextSample], ticket: Ticket | None) -> list[dict[str, Any]]:

@@ -6,17 +6,16 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from starlette.requests import Request
+from starlette.requests import Request as HttpRequest
 
 from minimind.errors import UserError
-from minimind.inference.engine import LogitsHook
-from minimind.inference.sampling import SamplingParams
+from minimind.inference.engine import Request
 from minimind.serve.errors import ApiError
 from minimind.serve.metrics import Metrics
 from minimind.serve.models import ServedModel
@@ -50,17 +49,10 @@ class Settings:
 
 @dataclass
 class Job:
-    """排进引擎的一次生成。"""
+    """排进引擎的一次生成，与它的计时。"""
 
     model: ServedModel
-    prompt: list[int]
-    params: SamplingParams
-    limit: int
-    n: int = 1
-    hook: Callable[[], LogitsHook] | None = None
-    top_logprobs: int | None = None
-    processed: bool = False
-    score: int | None = None
+    request: Request
     start: float = field(default_factory=time.perf_counter)
     first: float | None = None
     written: int = 0
@@ -105,21 +97,10 @@ def submit(job: Job, settings: Settings) -> Ticket:
         ApiError: 排满了（429）或正在停机（503），带 ``Retry-After``。
     """
     runner = job.model.runner
-    if job.n > runner.max_slots + runner.max_queue:
-        raise ApiError(
-            400, f"一次要 {job.n} 个样本，服务器至多 {runner.max_slots + runner.max_queue} 个", param="n"
-        )
+    if (n := job.request.n) > (most := runner.max_slots + runner.max_queue):
+        raise ApiError(400, f"一次要 {n} 个样本，服务器至多 {most} 个", param="n")
     try:
-        return runner.submit(
-            job.prompt,
-            job.params,
-            job.limit,
-            n=job.n,
-            hook=job.hook,
-            top_logprobs=job.top_logprobs,
-            processed=job.processed,
-            score=job.score,
-        )
+        return runner.submit(job.request)
     except QueueFull:
         raise ApiError(
             429, "排队的请求太多，请稍后再试", code="queue_full", retry_after=settings.retry_after
@@ -143,8 +124,9 @@ async def progress_of(
     Raises:
         ApiError: 超时（503），或引擎出错（500）。
     """
-    model, left = job.model, job.n
-    metrics.prompt_tokens.inc(len(job.prompt))
+    model, n, length = job.model, job.request.n, len(job.request.prompt_ids)
+    left = n
+    metrics.prompt_tokens.inc(length)
     late = ApiError(503, f"超过了 {settings.request_seconds:g} 秒的时限", code="timeout")
     remaining = job.start + settings.request_seconds - time.perf_counter()
     timer = ticket.events.loop.call_later(max(remaining, 0.0), ticket.events.put, late)
@@ -161,7 +143,7 @@ async def progress_of(
                     metrics.first_token.observe(job.first - job.start)
                     job.cached = event.cached
                     metrics.prompt_reused.inc(event.cached)
-                    metrics.prompt_computed.inc(len(job.prompt) - event.cached)
+                    metrics.prompt_computed.inc(length - event.cached)
                 job.written += len(event.tokens)
                 metrics.generated_tokens.inc(len(event.tokens))
             left -= event.finished is not None
@@ -172,8 +154,8 @@ async def progress_of(
             model.runner.cancel(ticket)
         now = time.perf_counter()
         metrics.duration.observe(now - job.start)
-        if job.first is not None and job.written > job.n:
-            metrics.per_token.observe((now - job.first) / (job.written - job.n) * job.n)
+        if job.first is not None and job.written > n:
+            metrics.per_token.observe((now - job.first) / (job.written - n) * n)
 
 
 def engine_error(error: Exception) -> ApiError:
@@ -189,7 +171,7 @@ def engine_error(error: Exception) -> ApiError:
 
 
 @asynccontextmanager
-async def until_disconnected(request: Request) -> AsyncIterator[None]:
+async def until_disconnected(request: HttpRequest) -> AsyncIterator[None]:
     """不流式的请求：客户端走了就取消里面的事（流式的由 Starlette 自己管）。"""
     task = asyncio.current_task()
 
@@ -211,7 +193,7 @@ def new_id(prefix: str) -> str:
 
 def usage_of(jobs: Sequence[Job], written: int) -> dict[str, Any]:
     """用量；写出的词元含结束符，没有重算的提示词元另记在 ``cached_tokens``。"""
-    prompt_tokens = sum(len(job.prompt) for job in jobs)
+    prompt_tokens = sum(len(job.request.prompt_ids) for job in jobs)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": written,

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from minimind.distribution import install_command
 from minimind.serve.errors import ApiError
-from minimind.serve.schemas import Constraint, FunctionSpec
+from minimind.serve.messages import FunctionSpec
+from minimind.serve.sampling_fields import Constraint
 from minimind.tokenizer.render import dump_json
 
 ANY_OBJECT = {"type": "object"}

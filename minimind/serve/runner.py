@@ -17,28 +17,17 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Future, InvalidStateError
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from typing import Any
 
 from torch import nn
 
 from minimind.inference.admission import default_chunk
-from minimind.inference.engine import Engine, LogitsHook
+from minimind.inference.engine import Engine, Request
 from minimind.inference.engine import Sequence as Sample
-from minimind.inference.sampling import SamplingParams
 from minimind.serve.recovery import Vacant, deferred, let_go
-from minimind.serve.scoring import prompt_scores
-from minimind.serve.tickets import (
-    EngineDown,
-    Mailbox,
-    Progress,
-    QueueFull,
-    ShuttingDown,
-    Ticket,
-    TokenOut,
-    post,
-)
+from minimind.serve.tickets import EngineDown, Ledger, Mailbox, QueueFull, ShuttingDown, Ticket, post
 
 log = logging.getLogger("minimind.serve")
 
@@ -89,60 +78,37 @@ class EngineRunner:
         self.max_length = self.engine.max_length
         self.step_seconds, self._clock = step_seconds, clock
         self._began: float | None = None  # 这一轮从什么时候开始；闲着是 None
-        self._stuck = False
-        self._failure: str | None = None
+        self._stuck, self._failure = False, None  # 卡住了；或坏在哪里
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
-        self._open: dict[int, Ticket] = {}  # 提交了还没写完的，按 id()；排着的、引擎里的都在
-        self._promised: set[Future] = set()  # 答应了还没做的事
-        self._tickets: dict[int, Ticket] = {}
+        self._ledger = Ledger(self._wake)
+        self._tickets: dict[int, Ticket] = {}  # 引擎里的，按请求号
         self._when_idle: list[Callable[[], None]] = []  # 等空闲时做的事
         self._held: list[Ticket] = []  # 有这样的事时，新来的先等着
         self._pauses: set[object] = set()  # 停着的缘由，见 paused
         self._refusing = self._closing = False
-        self.in_flight = 0  # 排队与在写的样本数
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
     # ---------------------------------------------------------------- 事件循环一侧
 
-    def submit(
-        self,
-        prompt: Sequence[int],
-        params: SamplingParams,
-        limit: int,
-        *,
-        n: int = 1,
-        hook: Callable[[], LogitsHook] | None = None,
-        top_logprobs: int | None = None,
-        processed: bool = False,
-        score: int | None = None,
-    ) -> Ticket:
+    def submit(self, request: Request) -> Ticket:
         """排进队里。
-
-        Args:
-            hook: 每个样本一份的干预（约束、偏置、惩罚）。
-            top_logprobs: 每个词元要几个候选；``None`` 表示连它自己的对数概率也不要。
-            processed: 词元自己的对数概率按抽样时的分布报（温度、惩罚、截断之后），候选的不变。
-            score: 给提示的每个词元也打分，要几个候选；打分与别的请求一样分块、排队。
 
         Raises:
             QueueFull: 排满了。
             ShuttingDown: 正在停机。
             EngineDown: 引擎坏了。
         """
-        events = Mailbox(asyncio.get_running_loop())
-        ticket = Ticket(list(prompt), params, limit, n, hook, top_logprobs, events, processed, score)
-        ticket.sent, ticket.open = [0] * n, n
+        ticket = Ticket(request, Mailbox(asyncio.get_running_loop()))
         with self._wake:
             if self._refusing or self._closing:
                 raise ShuttingDown
             if trouble := self.trouble:
                 raise EngineDown(trouble)
-            if self.in_flight + n > self.max_slots + self.max_queue:
+            if self.in_flight + request.n > self.max_slots + self.max_queue:
                 raise QueueFull
-            self.in_flight += n
-            self._open[id(ticket)] = ticket
+            self._ledger.add(ticket)
             self._commands.append(lambda: self._start(ticket))
             self._wake.notify()
         return ticket
@@ -175,10 +141,9 @@ class EngineRunner:
         with self._wake:
             if trouble := self.trouble:
                 raise EngineDown(trouble)
-            self._promised.add(result)
+            self._ledger.promise(result)
             self._commands.append(command)
             self._wake.notify()
-        result.add_done_callback(self._promised.discard)
         return await asyncio.wrap_future(result)
 
     def refuse(self) -> None:
@@ -196,6 +161,11 @@ class EngineRunner:
     def abandon(self) -> None:
         """在写的与排队的都不要了，各得到一个 :class:`ShuttingDown`；信号处理函数里也可以叫。"""
         self._command(lambda: self._drop_all(ShuttingDown()))
+
+    @property
+    def in_flight(self) -> int:
+        """排队与在写的样本数。"""
+        return self._ledger.samples
 
     @property
     def idle(self) -> bool:
@@ -224,7 +194,7 @@ class EngineRunner:
                 self._stuck = self._thread.is_alive()
                 self._failure = None if self._stuck else trouble
                 self._wake.notify()  # 若恰好走完了，线程在等
-        self._disappoint(EngineDown(trouble))
+        self._ledger.disappoint(EngineDown(trouble))
 
     def _command(self, work: Callable[[], None]) -> None:
         with self._wake:
@@ -241,7 +211,7 @@ class EngineRunner:
             self._failure = f"引擎出错之后没能重建（{type(error).__name__}: {error}）"
             log.critical("%s", self._failure, exc_info=error)
             let_go(error)
-            self._disappoint(EngineDown(self._failure))
+            self._ledger.disappoint(EngineDown(self._failure))
 
     def _turn(self) -> bool:
         """做完排着的命令，再走一步；要停了返回假。"""
@@ -281,15 +251,7 @@ class EngineRunner:
             self._held.append(ticket)
             return
         try:
-            ticket.request_id = self.engine.add_request(
-                ticket.prompt,
-                ticket.params,
-                ticket.limit,
-                n=ticket.n,
-                hook=ticket.hook,
-                top_logprobs=ticket.top_logprobs,
-                score=ticket.score,
-            )
+            ticket.request_id = self.engine.add(ticket.request)
         except Exception as error:
             self._finish(ticket, ticket.open)
             post([(ticket, error)])
@@ -327,30 +289,14 @@ class EngineRunner:
             ticket = self._tickets.get(sample.request_id)
             if ticket is None:
                 continue
-            start, ticket.sent[sample.index] = ticket.sent[sample.index], len(sample.ids)
-            tokens = [self._token(sample, at, ticket.processed) for at in range(start, len(sample.ids))]
-            if ticket.score is not None and tokens and not ticket.scored:
-                ticket.scored = prompt_scores(sample)
-            if tokens or sample.finished:
-                events.append((ticket, Progress(sample.index, tokens, sample.finished, sample.cached)))
+            if progress := ticket.take(sample):
+                events.append((ticket, progress))
             if sample.finished:
                 self._finish(ticket, 1)
         post(events)
 
-    @staticmethod
-    def _token(sample: Sample, at: int, processed: bool) -> TokenOut:
-        if not sample.top:
-            return TokenOut(sample.ids[at])
-        logprob, top = sample.top[at]
-        return TokenOut(sample.ids[at], sample.logprobs[at] if processed else logprob, top)
-
     def _finish(self, ticket: Ticket, samples: int) -> None:
-        with self._wake:
-            samples = min(samples, ticket.open)
-            ticket.open -= samples
-            self.in_flight -= samples
-            if ticket.open == 0:
-                self._open.pop(id(ticket), None)
+        self._ledger.close(ticket, samples)
         if ticket.open == 0 and ticket.request_id is not None:
             self._tickets.pop(ticket.request_id, None)
 
@@ -363,7 +309,7 @@ class EngineRunner:
         let_go(error)
         self.engine = Vacant()
         shown = error if isinstance(error, Exception) else EngineDown(repr(error))
-        self._disappoint(shown, promises=False)
+        self._ledger.disappoint(shown, promises=False)
         self._tickets.clear()
         self._held.clear()
         gc.collect()  # 前缀库的树是环
@@ -376,23 +322,4 @@ class EngineRunner:
         """在途的都不要了；引擎里的也停掉。"""
         for ticket in list(self._tickets.values()):
             self.engine.cancel(ticket.request_id)
-        self._disappoint(error, promises=False)
-
-    def _disappoint(self, error: Exception, promises: bool = True) -> None:
-        """在途的请求都得到这个错误；``promises`` 为真时，答应了的事也是。哪个线程里都可以叫。"""
-        with self._wake:
-            tickets = list(self._open.values())
-            self._open.clear()
-            for ticket in tickets:
-                self.in_flight -= ticket.open
-                ticket.open = 0
-            promised = list(self._promised) if promises else []
-        try:
-            post([(ticket, error) for ticket in tickets])
-        except Exception as trouble:  # 一起送不成就一个一个送，不因为一个而全都等着
-            log.error("送不出错误，逐个再送", exc_info=trouble)
-            for ticket in tickets:
-                ticket.tell(error)
-        for future in promised:
-            with contextlib.suppress(InvalidStateError):  # 恰好做完了
-                future.set_exception(error)
+        self._ledger.disappoint(error, promises=False)

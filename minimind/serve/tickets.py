@@ -1,4 +1,4 @@
-"""请求与引擎线程之间来往的东西：一个请求的凭据、它的信箱、写出的词元。
+"""请求与引擎线程之间来往的东西：一个请求的凭据、它的信箱、写出的词元与分数、全部在途的一本账。
 
 引擎线程只管 :func:`post`，事件循环只管从各自的 :class:`Mailbox` 里取。
 """
@@ -6,14 +6,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import threading
 from collections import deque
-from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from minimind.inference.engine import LogitsHook
-from minimind.inference.sampling import SamplingParams
+from minimind.inference.engine import Request
+from minimind.inference.engine import Sequence as Sample
+
+log = logging.getLogger("minimind.serve")
 
 
 class QueueFull(Exception):
@@ -78,19 +82,31 @@ class Mailbox:
 class Ticket:
     """一个在途的请求；``events`` 里依次是 :class:`Progress`，或引擎出的错。"""
 
-    prompt: list[int]
-    params: SamplingParams
-    limit: int
-    n: int
-    hook: Callable[[], LogitsHook] | None
-    top_logprobs: int | None
+    request: Request
     events: Mailbox
-    processed: bool = False
-    score: int | None = None  # 给提示也打分，要几个候选
-    scored: list[TokenOut] = field(default_factory=list)  # 第一个进展送到时已经齐了
-    request_id: int | None = None
-    sent: list[int] = field(default_factory=list)
-    open: int = 0  # 还没写完的样本数
+    scored: list[TokenOut] = field(default_factory=list)  # 提示的分数，第一个进展送到时已经齐了
+    request_id: int | None = None  # 引擎里的号码
+    sent: list[int] = field(init=False)  # 各样本已经送了几个词元
+    open: int = field(init=False)  # 还没写完的样本数
+
+    def __post_init__(self):
+        self.sent, self.open = [0] * self.request.n, self.request.n
+
+    def take(self, sample: Sample) -> Progress | None:
+        """``sample`` 新写出的；没有新的是 ``None``。"""
+        start, self.sent[sample.index] = self.sent[sample.index], len(sample.ids)
+        tokens = [self._token(sample, at) for at in range(start, len(sample.ids))]
+        if self.request.score is not None and tokens and not self.scored:
+            self.scored = prompt_scores(sample)
+        if not tokens and not sample.finished:
+            return None
+        return Progress(sample.index, tokens, sample.finished, sample.cached)
+
+    def _token(self, sample: Sample, at: int) -> TokenOut:
+        if not sample.top:
+            return TokenOut(sample.ids[at])
+        logprob, top = sample.top[at]
+        return TokenOut(sample.ids[at], sample.logprobs[at] if self.request.processed else logprob, top)
 
     def tell(self, event: Any) -> None:
         """从别的线程送一件；事件循环已经关了就没人要了。"""
@@ -114,3 +130,62 @@ def post(events: list[tuple[Ticket, Any]]) -> None:
     for loop, batch in by_loop.items():
         with suppress(RuntimeError):  # 只有循环关了才抛，那就没人要了
             loop.call_soon_threadsafe(open_all, batch)
+
+
+def prompt_scores(sample: Sample) -> list[TokenOut]:
+    """提示里每个词元在前文之下的对数概率（引擎读提示时顺带算的）；第一个没有前文，记 ``nan``。"""
+    first, *rest = sample.prompt_ids
+    scored = [TokenOut(token, *score) for token, score in zip(rest, sample.scored, strict=True)]
+    return [TokenOut(first, float("nan")), *scored]
+
+
+class Ledger:
+    """一本账：在途的请求、答应了还没做的事；哪个线程里都可以叫。
+
+    Args:
+        lock: 与引擎线程共用的锁；查限额与记账要一气做完时，外面先拿着它。
+    """
+
+    def __init__(self, lock: threading.Condition):
+        self._lock = lock
+        self._tickets: dict[int, Ticket] = {}  # 提交了还没写完的，按 id()；排着的、引擎里的都在
+        self._promised: set[Future] = set()
+        self.samples = 0  # 排队与在写的样本数
+
+    def add(self, ticket: Ticket) -> None:
+        """提交了。"""
+        self._tickets[id(ticket)] = ticket
+        self.samples += ticket.open
+
+    def promise(self, result: Future) -> None:
+        """答应了一件事。"""
+        self._promised.add(result)
+        result.add_done_callback(self._promised.discard)
+
+    def close(self, ticket: Ticket, samples: int) -> None:
+        """写完了几个样本。"""
+        with self._lock:
+            samples = min(samples, ticket.open)
+            ticket.open -= samples
+            self.samples -= samples
+            if ticket.open == 0:
+                self._tickets.pop(id(ticket), None)
+
+    def disappoint(self, error: Exception, promises: bool = True) -> None:
+        """在途的请求都得到这个错误；``promises`` 为真时，答应了的事也是。"""
+        with self._lock:
+            tickets = list(self._tickets.values())
+            self._tickets.clear()
+            for ticket in tickets:
+                self.samples -= ticket.open
+                ticket.open = 0
+            promised = list(self._promised) if promises else []
+        try:
+            post([(ticket, error) for ticket in tickets])
+        except Exception as trouble:  # 一起送不成就一个一个送，不因为一个而全都等着
+            log.error("送不出错误，逐个再送", exc_info=trouble)
+            for ticket in tickets:
+                ticket.tell(error)
+        for future in promised:
+            with suppress(InvalidStateError):  # 恰好做完了
+                future.set_exception(error)

@@ -9,20 +9,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from minimind.dataset.collate import model_inputs
+
 Batch = dict[str, Any]
 Window = list[tuple[list[int], Batch]]  # 一次更新的各微批次：（样本编号，批）；编号为空的是凑数的批
 LossResult = tuple[Tensor, dict[str, Any]]
 
-# 批里交给模型的键；其余（如 num_tokens）是给训练循环看的，传进去会让 torch.compile 反复重编
-MODEL_INPUTS = (
-    "input_ids", "attention_mask", "position_ids", "labels", "loss_weights", "cu_seqlens", "max_seqlen",
-)  # fmt: skip
-
 
 def language_model_loss(model: nn.Module, batch: Batch) -> LossResult:
     """预训练与 SFT 的损失：目标词元上的交叉熵之和，混合专家再加负载均衡损失（乘目标数，与前者同一口径）。"""
-    inputs = {key: value for key, value in batch.items() if key in MODEL_INPUTS}
-    out = model(**inputs, return_logits=False)
+    out = model(**model_inputs(batch, "labels", "loss_weights"), return_logits=False)
     ce, aux = out.loss_sum, out.aux_loss * out.target_count
     if not aux.requires_grad:  # 稠密模型，或不在训练
         return ce, {}

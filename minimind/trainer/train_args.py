@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from minimind.arguments import Arguments, arg
+from minimind.arguments import Arguments, arg, override
 from minimind.errors import UserError
 from minimind.model.presets import PRESETS
+from minimind.model_arguments import ON_OFF, ModelArguments
 from minimind.ranges import DEVICE, MANY
 from minimind.trainer.optim import OPTIMIZERS, describe_optimizers
 
-ON_OFF = (0, 1)
 MAX_SEED = 2**63 - 1  # torch 收得下的
 MAX_LENGTH = 32768  # 模型的位置上限 max_position_embeddings
 # 八个头、每头的维数是偶数（旋转位置编码两两成对）：宽度要是 16 的倍数
@@ -20,39 +20,69 @@ LAYERS = {"low": 1, "high": 256}
 
 
 @dataclass
-class TrainArguments(Arguments):
-    """训练的共用参数。"""
+class StartArguments(ModelArguments, group="模型"):
+    """训练哪个模型，从哪里开始。"""
 
-    # 输出
-    save_dir: str = arg("out", "权重与日志的目录", text="path", resume="harmless")
-    save_weight: str = arg(
-        "pretrain",
-        "保存权重的名字，文件为 {save_dir}/{save_weight}_{hidden_size}[_moe].pth",
-        text="name",
-        resume="harmless",
+    preset: str | None = arg(
+        None,
+        "预设尺寸（tiny、small、base、moe）；给出后以它为准，各尺寸参数不再起作用",
+        tuple(PRESETS),
+        resume="content",
     )
-    checkpoint_dir: str = arg("checkpoints", "续训存档的目录", text="path", resume="harmless")
-    log_interval: int = arg(10, "每多少个优化步打印一行日志", low=0, high=MANY, resume="harmless")
-    save_interval: int = arg(
-        200, "每多少个优化步保存一次；0 表示只在结束时保存", low=0, high=MANY, resume="harmless"
+    hidden_size: int = override(ModelArguments, "hidden_size", 512, help="隐层宽度", **WIDTHS)
+    num_hidden_layers: int = override(ModelArguments, "num_hidden_layers", 8, help="层数")
+    use_moe: int = override(ModelArguments, "use_moe", 0, help="是否用混合专家（0 否，1 是）")
+    arch: str = override(
+        ModelArguments, "arch", "v2", help="模型结构：v2（默认）或 v3（QK 归一化，与 Qwen3 同构）"
+    )
+    tokenizer_path: str | None = override(
+        ModelArguments, "tokenizer_path", None, help="分词器目录；不给则用自带的 6400 词表"
+    )
+    from_weight: str = arg("none", "从哪个权重开始（名字，如 pretrain）；none 表示从头训练", text="name")
+    from_resume: int = arg(0, "是否从续训存档继续（0 否，1 是）", ON_OFF, resume="harmless")
+
+
+@dataclass
+class DataArguments(Arguments, group="数据"):
+    """训练与验证的数据。"""
+
+    data_path: str | None = arg(
+        None,
+        "训练数据 jsonl；不给则找 dataset/ 下的惯用文件，再没有就用内置的微世界",
+        text="path",
+        resume="content",
+    )
+    on_bad_line: str = arg(
+        "error", "遇到坏行：error 报错停下，skip 跳过并计数", ("error", "skip"), resume="content"
+    )
+    val_path: str | None = arg(
+        None, "验证数据；不给则从训练数据里按文档划出 val_ratio", text="path", resume="content"
+    )
+    val_ratio: float = arg(0.005, "划作验证的文档比例；0 表示不验证", low=0, below=1)
+    val_max_rows: int = arg(
+        256, "每次验证至多用多少行（固定的随机子集）；0 表示全部", low=0, high=MANY, resume="noted"
+    )
+    eval_interval: int = arg(
+        200, "每多少个优化步验证一次；0 表示只在结束时验证", low=0, high=MANY, resume="harmless"
     )
 
-    keep_checkpoints: int = arg(
-        1,
-        "留最近几次存档：1 只有最新的；更多则每次另存为 {save_weight}_step{步数}，超出的删掉旧的",
-        low=1,
-        high=MANY,
-        resume="harmless",
-    )
 
-    # 训练量
+@dataclass
+class AmountArguments(Arguments, group="训练量"):
+    """训练多少。"""
+
     epochs: int = arg(1, "训练轮数", low=1, high=MANY, resume="noted")
     max_steps: int = arg(0, "至多训练多少个优化步；0 表示由轮数决定", low=0, high=MANY, resume="noted")
     batch_size: int = arg(32, "每个进程每个微批次的行数", low=1, high=65536, resume="noted")
     accumulation_steps: int = arg(1, "多少个微批次合成一个优化步", low=1, high=65536, resume="noted")
     max_seq_len: int = arg(512, "每行的 token 数（多篇文档会装进同一行）", low=2, high=MAX_LENGTH)
+    seed: int = arg(42, "随机种子：初始化、数据顺序与 dropout 都由它决定", low=0, high=MAX_SEED)
 
-    # 优化
+
+@dataclass
+class OptimizerArguments(Arguments, group="优化"):
+    """优化器与学习率。"""
+
     optimizer: str = arg("muon", f"优化器：{describe_optimizers()}", tuple(OPTIMIZERS))
     learning_rate: float | None = arg(
         None,
@@ -77,7 +107,11 @@ class TrainArguments(Arguments):
     )
     grad_clip: float = arg(1.0, "梯度范数上限；0 表示不裁剪", low=0, high=MANY, resume="noted")
 
-    # 设备
+
+@dataclass
+class DeviceArguments(Arguments, group="设备"):
+    """在哪里算、用什么精度。"""
+
     device: str = arg(
         "auto",
         "设备：auto、cpu、cuda:0、npu:0、mps；auto 依次找 NPU、CUDA、MPS、CPU",
@@ -103,49 +137,31 @@ class TrainArguments(Arguments):
         high=256,
         resume="harmless",
     )
-    seed: int = arg(42, "随机种子：初始化、数据顺序与 dropout 都由它决定", low=0, high=MAX_SEED)
 
-    # 模型
-    preset: str | None = arg(
-        None,
-        "预设尺寸（tiny、small、base、moe）；给出后以它为准，下面的尺寸参数不再起作用",
-        tuple(PRESETS),
-        resume="content",
-    )
-    hidden_size: int = arg(512, "隐层宽度", **WIDTHS, resume="content")
-    num_hidden_layers: int = arg(8, "层数", **LAYERS, resume="content")
-    use_moe: int = arg(0, "是否用混合专家（0 否，1 是）", ON_OFF, resume="content")
-    arch: str = arg(
-        "v2", "模型结构：v2（默认）或 v3（QK 归一化，与 Qwen3 同构）", ("v2", "v3"), resume="content"
-    )
-    tokenizer_path: str | None = arg(
-        None, "分词器目录；不给则用自带的 6400 词表", text="path", resume="content"
-    )
-    from_weight: str = arg("none", "从哪个权重开始（名字，如 pretrain）；none 表示从头训练", text="name")
-    from_resume: int = arg(0, "是否从续训存档继续（0 否，1 是）", ON_OFF, resume="harmless")
 
-    # 数据
-    data_path: str | None = arg(
-        None,
-        "训练数据 jsonl；不给则找 dataset/ 下的惯用文件，再没有就用内置的微世界",
-        text="path",
-        resume="content",
-    )
-    on_bad_line: str = arg(
-        "error", "遇到坏行：error 报错停下，skip 跳过并计数", ("error", "skip"), resume="content"
-    )
-    val_path: str | None = arg(
-        None, "验证数据；不给则从训练数据里按文档划出 val_ratio", text="path", resume="content"
-    )
-    val_ratio: float = arg(0.005, "划作验证的文档比例；0 表示不验证", low=0, below=1)
-    val_max_rows: int = arg(
-        256, "每次验证至多用多少行（固定的随机子集）；0 表示全部", low=0, high=MANY, resume="noted"
-    )
-    eval_interval: int = arg(
-        200, "每多少个优化步验证一次；0 表示只在结束时验证", low=0, high=MANY, resume="harmless"
-    )
+@dataclass
+class OutputArguments(Arguments, group="存档与日志"):
+    """写到哪里，多久写一次。"""
 
-    # 记录
+    save_dir: str = arg("out", "权重与日志的目录", text="path", resume="harmless")
+    save_weight: str = arg(
+        "pretrain",
+        "保存权重的名字，文件为 {save_dir}/{save_weight}_{hidden_size}[_moe].pth",
+        text="name",
+        resume="harmless",
+    )
+    checkpoint_dir: str = arg("checkpoints", "续训存档的目录", text="path", resume="harmless")
+    log_interval: int = arg(10, "每多少个优化步打印一行日志", low=0, high=MANY, resume="harmless")
+    save_interval: int = arg(
+        200, "每多少个优化步保存一次；0 表示只在结束时保存", low=0, high=MANY, resume="harmless"
+    )
+    keep_checkpoints: int = arg(
+        1,
+        "留最近几次存档：1 只有最新的；更多则每次另存为 {save_weight}_step{步数}，超出的删掉旧的",
+        low=1,
+        high=MANY,
+        resume="harmless",
+    )
     tracker: str = arg(
         "none", "除 JSON 行之外的记录工具", ("none", "swanlab", "wandb", "tensorboard"), resume="harmless"
     )
@@ -153,6 +169,13 @@ class TrainArguments(Arguments):
         0, "同 --tracker swanlab（沿用旧参数名；旧项目的这个开关用的就是 swanlab）", ON_OFF, resume="harmless"
     )
     wandb_project: str = arg("MiniMind", "记录工具里的项目名", text="filled", resume="harmless")
+
+
+@dataclass
+class TrainArguments(
+    StartArguments, DataArguments, AmountArguments, OptimizerArguments, DeviceArguments, OutputArguments
+):
+    """训练的共用参数。"""
 
     # 学习率 × 隐层宽度。宽度 256 时 6e-3 最好，512 时 3e-3 好过 6e-3（docs/quality.md），所以按宽度反比
     LEARNING_RATE_TIMES_WIDTH: ClassVar[float] = 1.5

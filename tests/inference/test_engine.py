@@ -1,12 +1,14 @@
 """推理引擎：连续批处理不改变任何一个样本；对数概率是真的；提示只算一次；种子说了算。"""
 
+from dataclasses import FrozenInstanceError, replace
+
 import pytest
 import torch
 from engine_helpers import drain, hf_model, prompts_of, tiny
 
 from minimind.errors import UserError
 from minimind.inference.decoder import ForwardDecoder, FusedDecoder
-from minimind.inference.engine import Engine
+from minimind.inference.engine import Engine, Request
 from minimind.inference.sampling import GREEDY, SamplingParams
 
 EOS = {5, 9, 20, 23, 33}  # 常抽到的几个，长短才会参差
@@ -227,3 +229,26 @@ def test_提示不合适_说清楚():
     with pytest.raises(ValueError, match="至少为 1"):
         engine.add_request([5], GREEDY, 0)
     assert not engine.has_unfinished
+
+
+def test_一个请求从排队到写着的一行是同一份记录_谁也改不了(model):
+    request = Request([5, 6, 7], SamplingParams(temperature=1.0, seed=1), 10**6, n=2, top_logprobs=1)
+    engine = Engine(model, eos_ids=set(), max_slots=4)
+    engine.add(request)
+    engine.step()
+    held = [row.request for row in engine._rows]
+    room = model.config.max_position_embeddings - 3
+    assert held[0] is held[1] and held[0] == replace(request, limit=room), "只有上限随上下文收紧"
+    with pytest.raises(FrozenInstanceError):
+        request.limit = 1
+    engine.cancel(0)
+    short = Engine(model, eos_ids=set(), max_slots=4)
+    number = short.add_request([5, 6, 7], request.params, 6, n=2, top_logprobs=1)
+    same = Engine(model, eos_ids=set(), max_slots=4)
+    assert same.add(replace(request, limit=6)) == number
+    mine, theirs = drain(short), drain(same)
+    assert {key: (one.ids, one.top) for key, one in mine.items()} == {
+        key: (one.ids, one.top) for key, one in theirs.items()
+    }
+    with pytest.raises(TypeError, match="top_logprob"):
+        short.add_request([5], request.params, 1, top_logprob=1)

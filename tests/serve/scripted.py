@@ -10,7 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -69,11 +69,11 @@ def scripted(server, *scripts: Script) -> Iterator[None]:
     runner, waiting = server.runner, deque(scripts)
     submit, tokenizer = runner.submit, server.table.default.tokenizer
 
-    def submit_scripted(prompt, params, limit, **options):
+    def submit_scripted(request):
         if waiting:
             script = waiting.popleft()
-            options["hook"] = lambda: ScriptHook(script, script.ids(tokenizer))
-        return submit(prompt, params, limit, **options)
+            request = replace(request, hook=lambda: ScriptHook(script, script.ids(tokenizer)))
+        return submit(request)
 
     runner.submit = submit_scripted
     try:

@@ -14,7 +14,9 @@ from live_server import LiveServer, served, tiny_loaded
 from waiting import free_port, is_up, until
 
 from minimind.inference.engine import Engine
+from minimind.inference.sampling import SamplingParams
 from minimind.serve import runner as runner_module
+from minimind.serve import tickets as tickets_module
 from minimind.serve.app import create_app
 from minimind.serve.generation import Settings
 from minimind.serve.hooks import BiasHook
@@ -119,6 +121,7 @@ def test_送词元时出错_在途的立刻得到错误_之后照常(server, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(runner_module, "post", post)
+        patch.setattr(tickets_module, "post", post)
         assert ask(server).status_code == 500
     works_again(server)
 
@@ -180,7 +183,7 @@ def test_重建之前先放掉旧引擎():
 
     runner._new_engine = rebuild
     runner.engine.decoder.prefill = broken
-    request = {"params": runner_module.SamplingParams(temperature=0), "max_new_tokens": 3}
+    request = {"params": SamplingParams(temperature=0), "max_new_tokens": 3}
     runner._command(lambda: runner.engine.add_request([3, 4, 5], **request))
     until(lambda: alive, lambda: "没有重建")
     runner.close()

@@ -134,7 +134,7 @@ def test_模板渲染的调用_逐个词元都写得出(model, seed):
         calls = [random_call(rng) for _ in range(rng.choice([1, 1, 2, 3]))]
         ids = written(model.tokenizer, {"tool_calls": calls})
         assert ids[0] == made.opening[0]
-        refused, _ = walk(made.job.hook(), ids[1:])
+        refused, _ = walk(made.job.request.hook(), ids[1:])
         assert refused is None, (calls, model.tokenizer.decode(ids[: refused + 2]))
 
 
@@ -144,7 +144,7 @@ def test_点名的只许那一个_别的与坏的写不出(model):
     right = written(
         model.tokenizer, {"tool_calls": [{"name": "calculator", "arguments": {"expression": "1"}}]}
     )
-    assert walk(made.job.hook(), right[1:])[0] is None
+    assert walk(made.job.request.hook(), right[1:])[0] is None
     for wrong in (
         {"name": "clock", "arguments": {}},
         {"name": "calculator", "arguments": {}},
@@ -152,12 +152,12 @@ def test_点名的只许那一个_别的与坏的写不出(model):
         {"name": "calculator", "arguments": {"expression": "1", "more": 2}},
     ):
         ids = written(model.tokenizer, {"tool_calls": [wrong]})
-        assert walk(made.job.hook(), ids[1:])[0] is not None, wrong
+        assert walk(made.job.request.hook(), ids[1:])[0] is not None, wrong
 
 
 def test_参数的字符串里写不出真的标签(model):
     made = answer(model, tools=[CALCULATOR], tool_choice="required")
-    hook = made.job.hook()
+    hook = made.job.request.hook()
     assert (
         walk(hook, encode_plain(model.tokenizer, '\n{"name": "calculator", "arguments": {"expression": "1'))[
             0
@@ -174,9 +174,9 @@ def test_parallel_tool_calls为假_写完一个就停(model):
     calls = [{"name": "clock", "arguments": {}}, {"name": "clock", "arguments": {}}]
     one, two = (written(model.tokenizer, {"tool_calls": calls[:n]})[1:] for n in (1, 2))
     single = answer(model, tools=TOOLS, tool_choice="required", parallel_tool_calls=False)
-    assert walk(single.job.hook(), one[:-1]) == (None, True), "收尾的标签写下就停"
+    assert walk(single.job.request.hook(), one[:-1]) == (None, True), "收尾的标签写下就停"
     several = answer(model, tools=TOOLS, tool_choice="required")
-    assert walk(several.job.hook(), two) == (None, True)
+    assert walk(several.job.request.hook(), two) == (None, True)
 
 
 def test_要思考时_想完空一行再调用_想停笔就是想完了(model):
@@ -184,8 +184,8 @@ def test_要思考时_想完空一行再调用_想停笔就是想完了(model):
     assert made.opening == [] and made.thinking
     message = {"reasoning_content": "先想想", "tool_calls": [{"name": "clock", "arguments": {}}]}
     ids = written(model.tokenizer, message)[2:]  # 提示里已有 <think> 与换行
-    assert walk(made.job.hook(), ids) == (None, True)
-    hook, logits = made.job.hook(), torch.zeros(6400)
+    assert walk(made.job.request.hook(), ids) == (None, True)
+    hook, logits = made.job.request.hook(), torch.zeros(6400)
     eos, end = model.tokenizer.eos_token_id, codec_of(model.tokenizer).controls["</think>"]
     logits[eos] = 9.0
     hook.adjust(logits)
@@ -196,9 +196,9 @@ def test_json与思考同用_约束的是思考之后(model):
     form = {"type": "json_object"}
     made = answer(model, response_format=form, chat_template_kwargs={"enable_thinking": True})
     ids = written(model.tokenizer, {"reasoning_content": '想 {"', "content": '{"a": [1, "b"]}'})[2:]
-    assert walk(made.job.hook(), ids) == (None, True)
+    assert walk(made.job.request.hook(), ids) == (None, True)
     bad = written(model.tokenizer, {"reasoning_content": "想", "content": "不是"})[2:]
-    assert walk(made.job.hook(), bad)[0] is not None
+    assert walk(made.job.request.hook(), bad)[0] is not None
 
 
 def schema_of(properties):
@@ -210,9 +210,9 @@ def test_键按schema的次序_不按字母(model):
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     made = answer(model, response_format=form)
     right = '{"z": 1, "a": "b", "名": true}'
-    assert walk(made.job.hook(), encode_plain(model.tokenizer, right))[0] is None
+    assert walk(made.job.request.hook(), encode_plain(model.tokenizer, right))[0] is None
     wrong = '{"a": "b", "z": 1, "名": true}'
-    assert walk(made.job.hook(), encode_plain(model.tokenizer, wrong))[0] is not None
+    assert walk(made.job.request.hook(), encode_plain(model.tokenizer, wrong))[0] is not None
 
 
 @pytest.mark.parametrize("schema", [{}, True, {"title": "随便"}])
@@ -221,17 +221,17 @@ def test_空的schema也约束_任何一个JSON值(model, schema):
     made = answer(model, response_format=form)
     for right in ('"字"', "[1, {}]", "null", '{"a": -1.5}'):
         ids = [*encode_plain(model.tokenizer, right), model.tokenizer.eos_token_id]
-        assert walk(made.job.hook(), ids)[0] is None, right
-    assert walk(made.job.hook(), encode_plain(model.tokenizer, "你好"))[0] == 0
+        assert walk(made.job.request.hook(), ids)[0] is None, right
+    assert walk(made.job.request.hook(), encode_plain(model.tokenizer, "你好"))[0] == 0
 
 
 def test_给了工具又要JSON_可以写JSON也可以调用(model):
     made = answer(model, tools=TOOLS, response_format={"type": "json_object"})
     eos = model.tokenizer.eos_token_id
-    assert walk(made.job.hook(), [*encode_plain(model.tokenizer, '{"a": 1}'), eos])[0] is None
+    assert walk(made.job.request.hook(), [*encode_plain(model.tokenizer, '{"a": 1}'), eos])[0] is None
     call = written(model.tokenizer, {"tool_calls": [{"name": "clock", "arguments": {}}]})
-    assert walk(made.job.hook(), call)[0] is None
-    assert walk(made.job.hook(), encode_plain(model.tokenizer, "好"))[0] == 0
+    assert walk(made.job.request.hook(), call)[0] is None
+    assert walk(made.job.request.hook(), encode_plain(model.tokenizer, "好"))[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -253,8 +253,8 @@ def test_给了工具又要JSON_可以写JSON也可以调用(model):
 def test_别的约束写法(model, fields, right, wrong):
     made = answer(model, **fields)
     eos = model.tokenizer.eos_token_id
-    assert walk(made.job.hook(), [*encode_plain(model.tokenizer, right), eos]) == (None, True)
-    assert walk(made.job.hook(), [*encode_plain(model.tokenizer, wrong), eos])[0] is not None
+    assert walk(made.job.request.hook(), [*encode_plain(model.tokenizer, right), eos]) == (None, True)
+    assert walk(made.job.request.hook(), [*encode_plain(model.tokenizer, wrong), eos])[0] is not None
     assert CompletionRequest.model_validate({"prompt": "x", **fields}).constraint
 
 
@@ -290,5 +290,5 @@ def test_json里键的次序进到文法_工具的也是(model):
     made = answer(model, tools=[asked], tool_choice="required")
     arguments = {name: 1 for name in names}
     ids = written(model.tokenizer, {"tool_calls": [{"name": "f", "arguments": arguments}]})
-    assert walk(made.job.hook(), ids[1:]) == (None, True)
+    assert walk(made.job.request.hook(), ids[1:]) == (None, True)
     assert list(json.loads(json.dumps(arguments))) == names
