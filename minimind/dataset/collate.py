@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from minimind.model.kernels import keep_lengths_on_host
+
 IGNORE = -100
 # 批里交给模型前向的键；其余（如 num_tokens）是给训练循环看的，传进去会让 torch.compile 反复重编
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "cu_seqlens", "max_seqlen")
@@ -43,9 +45,11 @@ def _boundaries(segments: Sequence[int]) -> dict[str, Any]:
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """张量搬到设备上，其余（如 ``max_seqlen``）原样。"""
+    """张量搬到设备上，其余（如 ``max_seqlen``）原样；没有变长内核的设备上，段界 ``cu_seqlens`` 留在主机，前向不必读回来。"""
+    stay = {"cu_seqlens"} if keep_lengths_on_host(device) else set()
     return {
-        k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()
+        k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) and k not in stay else v
+        for k, v in batch.items()
     }
 
 

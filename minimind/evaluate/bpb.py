@@ -132,7 +132,7 @@ def packed_loss(model: torch.nn.Module, batch: dict[str, Any]) -> LossResult:
     """
     ids, labels = batch["input_ids"], batch["labels"]
     places = torch.arange(ids.numel(), device=ids.device)
-    document = torch.bucketize(places, batch["cu_seqlens"][1:].long(), right=True).view_as(ids)
+    document = torch.bucketize(places, batch["cu_seqlens"][1:].long().to(ids.device), right=True).view_as(ids)
     visible = (document.unsqueeze(2) == document.unsqueeze(1)).tril().unsqueeze(1)
     bias = torch.zeros(visible.shape, dtype=model.dtype, device=ids.device)
     bias.masked_fill_(~visible, torch.finfo(model.dtype).min)

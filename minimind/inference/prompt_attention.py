@@ -10,10 +10,11 @@ from torch import Tensor
 
 from minimind.model.kernels import (
     AttentionPlan,
+    Buckets,
     attention,
     matmul_nt,
+    packed_attention,
     segment_attention,
-    varlen_attention,
     varlen_available,
 )
 
@@ -85,7 +86,7 @@ class BlockedAttention:
 
 
 class DeviceAttention:
-    """卡上的：都从头读用变长内核（没有就逐段），有接着读的就逐条算。"""
+    """卡上的：都从头读用变长内核（没有就长度相近的成批），有接着读的就逐条算。"""
 
     def __init__(
         self,
@@ -106,22 +107,18 @@ class DeviceAttention:
             edges = torch.tensor([0, *ends], dtype=torch.int32, device=device)
             self.plan = AttentionPlan("varlen", cu_seqlens=edges, max_seqlen=max(lengths))
         else:
-            self.plan = AttentionPlan("segments", segments)
+            self.plan = AttentionPlan("buckets", buckets=Buckets.of(segments, device))
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """见 :func:`prompt_attention`。"""
         if self.plan is not None:
-            kernel = varlen_attention if self.plan.mode == "varlen" else segment_attention
-            return kernel(q, k, v, self.plan)
+            return packed_attention(q, k, v, self.plan)
         out = torch.empty_like(q)
         for rows, slot, mask in self.pieces:
-            if mask is None:
-                plan = AttentionPlan("segments", [(0, rows.stop - rows.start)])
-                out[rows] = segment_attention(q[rows], k[rows], v[rows], plan)
-            else:
-                stop = mask.shape[1]
-                past = keys[slot, None, :, :stop], values[slot, None, :, :stop]
-                out[rows] = attention(q[rows].transpose(0, 1)[None], *past, mask, False)[0].transpose(0, 1)
+            stop = rows.stop - rows.start if mask is None else mask.shape[1]
+            past = keys[slot, None, :, :stop], values[slot, None, :, :stop]
+            one = attention(q[rows].transpose(0, 1)[None], *past, mask, mask is None)
+            out[rows] = one[0].transpose(0, 1)
         return out
 
 

@@ -254,10 +254,10 @@ class MiniMindForCausalLM(MiniMindLM, PreTrainedModel, GenerationMixin):
         odd = {k: v for k, v in options.items() if v is not None and usual.get(k, usual) != v}
         if odd:
             raise ValueError(f"梯度重算不支持 {odd}：只有每层都算、use_reentrant=False 这一种")
-        self.model.gradient_checkpointing = True
+        self.model.gradient_checkpointing = self.config.num_hidden_layers
 
     def gradient_checkpointing_disable(self) -> None:
-        self.model.gradient_checkpointing = False
+        self.model.gradient_checkpointing = 0
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any

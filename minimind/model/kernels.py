@@ -104,7 +104,13 @@ def refuse_wrapped(what: str, layer: nn.Module) -> None:
 def compute_dtype(x: Tensor) -> torch.dtype:
     """矩阵乘将用的精度：自动混合精度开着就是它的精度，否则是 x 自己的。"""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    mixed = not x.is_meta and torch.is_autocast_enabled(device)  # meta 上没有自动混合精度，问它是错误
+    return torch.get_autocast_dtype(device) if mixed else x.dtype
+
+
+def autocast_off(x: Tensor) -> contextlib.AbstractContextManager:
+    """里面照张量自己的精度算。"""
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 class _RMSNormCPU(torch.autograd.Function):
@@ -145,9 +151,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class AttentionPlan:
     """一次前向里各层共用的注意力安排，只算一次，层里不与主机同步。
 
-    mode: "segments" 按 cu_seqlens（展平到 B·T 的边界）分段，段内因果，段间不可见；segments 是读出来的起止位置，
+    mode: "segments"（CPU）按 cu_seqlens（展平到 B·T 的边界）分段，段内因果，段间不可见；segments 是读出来的起止位置，
             编译时没有；
         "varlen" 同样的意思交给 CUDA 变长内核，边界在 cu_seqlens、max_seqlen；
+        "buckets" 同样的意思，没有变长内核的地方：长度相近的段补齐成批，见 Buckets；编译时没有 buckets；
         "sdpa" 用 mask [B 或 1, 1, T, S]（布尔，True 可见；或加性浮点），没有 mask 时按 causal，
         causal=False 即全部可见（逐词元解码）。
     """
@@ -156,6 +163,7 @@ class AttentionPlan:
     segments: list[tuple[int, int]] | None = None
     cu_seqlens: Tensor | None = None
     max_seqlen: int = 0
+    buckets: Buckets | None = None
     mask: Tensor | None = None
     causal: bool = True
 
@@ -246,6 +254,7 @@ class _SegmentAttentionCPU(torch.autograd.Function):
 
 
 def _segments(cu_seqlens: Tensor) -> list[tuple[int, int]]:
+    """各段的起止位置，空段不要；cu_seqlens 在卡上就要读回来一次。"""
     return [(start, stop) for start, stop in pairwise(cu_seqlens.tolist()) if stop > start]
 
 
@@ -290,25 +299,70 @@ def _ungroup(x: Tensor, rows: slice) -> Tensor:
     return x.view(kv_heads, -1, rows.stop - rows.start, dim).permute(2, 0, 1, 3).flatten(1, 2)
 
 
-def segment_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, dropout: float = 0.0) -> Tensor:
-    """注意力不出段：q [N, heads, D]，k、v [N, kv_heads, D] → [N, heads, D]。"""
-    if q.device.type != "cpu" or dropout:
-        return _segment_by_segment(q, k, v, plan, dropout)
+def segment_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
+    """CPU 上注意力不出段：q [N, heads, D]，k、v [N, kv_heads, D] → [N, heads, D]。"""
     if torch.compiler.is_compiling():
         return _segment_op(q, k, v, plan.cu_seqlens)
     return _SegmentAttentionCPU.apply(q, k, v, plan.segments)
 
 
+@dataclass
+class Buckets:
+    """长度相近的段补齐成批的排法：不建整行的 T×T，也不逐段调用；补在末尾，因果注意力里真词元看不到它们。
+
+    shapes: 各批的（段数 n，长度 L）。
+    take: [Σ n·L]，依次排下各批要取的行；补的位置重复取段的最后一行。
+    place: [N]，每一行的结果在 take 里的位置。
+    """
+
+    SHORTEST = 32  # 不足的并进同一批：再分细，调用的次数多过省下的计算
+    SCORES = 2**23  # 一批至多 n·L² 这么多：没有融合内核的设备会把分数整块存下来
+
+    shapes: list[tuple[int, int]]
+    take: Tensor
+    place: Tensor
+
+    @classmethod
+    def of(cls, segments: list[tuple[int, int]], device: torch.device) -> Buckets:
+        """在主机上排好，一次送到 ``device``：不必从卡上读任何东西。"""
+        similar: dict[int, list[tuple[int, int]]] = {}
+        for start, stop in segments:
+            power = (
+                1 << (max(stop - start, cls.SHORTEST) - 1).bit_length()
+            )  # 不小于它的 2 的幂，或它的四分之三
+            fits = 3 * power // 4 if stop - start <= 3 * power // 4 else power
+            similar.setdefault(fits, []).append((start, stop))
+        shapes, take, at = [], [], 0
+        place = torch.empty(segments[-1][1], dtype=torch.int64)
+        for fits, members in sorted(similar.items()):
+            most = max(1, cls.SCORES // fits**2)
+            for batch in (members[i : i + most] for i in range(0, len(members), most)):
+                length = max(stop - start for start, stop in batch)
+                for start, stop in batch:
+                    take.append(torch.arange(start, start + length).clamp_(max=stop - 1))
+                    place[start:stop] = torch.arange(at, at + stop - start)
+                    at += length
+                shapes.append((len(batch), length))
+        both = torch.cat((*take, place)).to(device, non_blocking=True)
+        return cls(shapes, both[:at], both[at:])
+
+
 # 段的长短批批不同，编译它只会反复重编译。公开的 torch.compiler.disable 在这里就要读入编译器，约 1 s 处理器时间；
 # torch 自己用的这个到第一次调用才读
 @torch._disable_dynamo
-def _segment_by_segment(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, dropout: float) -> Tensor:
-    """同 `segment_attention`，逐段一次 SDPA：CPU 上有 dropout 时，以及 NPU、MPS。"""
-    q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
-    segments = _segments(plan.cu_seqlens) if plan.segments is None else plan.segments
-    pieces = ((q[:, :, s:e], k[:, :, s:e], v[:, :, s:e]) for s, e in segments)
-    out = torch.cat([attention(*piece, mask=None, causal=True, dropout=dropout) for piece in pieces], dim=2)
-    return out.squeeze(0).transpose(0, 1)
+def bucket_attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, dropout: float = 0.0, attend: Any = None
+) -> Tensor:
+    """同 `segment_attention`，按 :class:`Buckets` 一批一批地算；``attend`` 是每批用的注意力，默认 `attention`。"""
+    buckets = plan.buckets or Buckets.of(_segments(plan.cu_seqlens), q.device)
+    # 补的位置梯度恰为 0，所以反向只取真词元那一份
+    q, k, v = (_Rearrange.apply(t, buckets.take, buckets.place, 1) for t in (q, k, v))
+    sizes = [n * length for n, length in buckets.shapes]
+    outs = []
+    for shape, *pieces in zip(buckets.shapes, *(t.split(sizes) for t in (q, k, v))):
+        batch = (t.unflatten(0, shape).transpose(1, 2) for t in pieces)  # [n, heads, L, D]
+        outs.append((attend or attention)(*batch, None, True, dropout).transpose(1, 2).flatten(0, 1))
+    return torch.cat(outs).index_select(0, buckets.place)
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
@@ -323,18 +377,37 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Te
     return varlen_attn(q, k, v, plan.cu_seqlens, plan.cu_seqlens, plan.max_seqlen, plan.max_seqlen, **options)
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, dropout: float = 0.0) -> Tensor:
-    """打包的行上的注意力，按 ``plan.mode`` 走：q [N, heads, D]，k、v [N, kv_heads, D] → [N, heads, D]。"""
-    if plan.mode == "varlen":
-        return varlen_attention(q, k, v, plan)
-    return segment_attention(q, k, v, plan, dropout)
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, dropout: float = 0.0, attend: Any = None
+) -> Tensor:
+    """打包的行上的注意力，按 ``plan.mode`` 走：q [N, heads, D]，k、v [N, kv_heads, D] → [N, heads, D]。
+
+    dropout、attend 只有 "buckets" 认，有这两样时安排的就是它。
+    """
+    if plan.mode == "buckets":
+        return bucket_attention(q, k, v, plan, dropout, attend)
+    return (varlen_attention if plan.mode == "varlen" else segment_attention)(q, k, v, plan)
+
+
+def has_flash(device: torch.device) -> bool:
+    """CUDA，算力 8.0 以上：flash 内核要这一代的卡。"""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def varlen_available(x: Tensor) -> bool:
-    """变长 flash 内核能不能用：CUDA、算力 8.0 以上、半精度。"""
-    if varlen_attn is None or not x.is_cuda or compute_dtype(x) == torch.float32:
-        return False
-    return torch.cuda.get_device_capability(x.device) >= (8, 0)
+    """变长 flash 内核能不能用：CUDA、算力 8.0 以上、半精度、torch>=2.10。"""
+    half = compute_dtype(x) != torch.float32
+    return varlen_attn is not None and half and has_flash(x.device)
+
+
+def segments_available(x: Tensor) -> bool:
+    """分块的 CPU 注意力能不能用。"""
+    return x.device.type == "cpu"
+
+
+def keep_lengths_on_host(device: torch.device) -> bool:
+    """批搬到 ``device`` 上时段界要不要留在主机：没有变长内核的设备（NPU、MPS、旧卡）上，安排由主机来做。"""
+    return device.type != "cpu" and (varlen_attn is None or not has_flash(device))
 
 
 def expand_heads(x: Tensor, q: Tensor) -> Tensor:
@@ -347,8 +420,12 @@ def attention(
 ) -> Tensor:
     """SDPA：q [B, heads, T, D]，k、v [B, kv_heads, S, D] → [B, heads, T, D]。"""
     gqa = q.shape[1] != k.shape[1]
-    if gqa and q.device.type != "cpu" and (mask is not None or q.dtype == torch.float32 or not q.is_cuda):
-        # CUDA 上只有半精度、无 mask 的 flash 内核直接吃 GQA，否则退回全量 softmax，不如先展开头；NPU、MPS 同样展开
+    if (
+        gqa
+        and q.device.type != "cpu"
+        and (mask is not None or q.dtype == torch.float32 or not has_flash(q.device))
+    ):
+        # 只有半精度、无 mask 的 flash 内核直接吃 GQA，否则退回全量 softmax，不如先展开头；旧卡、NPU、MPS 同样展开
         k, v, gqa = expand_heads(k, q), expand_heads(v, q), False
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None, enable_gqa=gqa
@@ -384,12 +461,15 @@ def plan_attention(
         if flash and not dropout and varlen_available(x):
             if max_seqlen is None or compiling:
                 max_seqlen = T  # 编译时用行长这个上界，免得每批的最长文档都触发重编译
-            return AttentionPlan("varlen", cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
-        if flash and device.type != "cuda":
-            segments = None if compiling else _segments(cu_seqlens)
+            edges = cu_seqlens.to(device, non_blocking=True)
+            return AttentionPlan("varlen", cu_seqlens=edges, max_seqlen=max_seqlen)
+        segments = None if compiling else _segments(cu_seqlens)
+        if segments and segments[-1][1] != B * T:
+            raise ValueError(f"cu_seqlens 的末尾应是 B·T = {B * T}，得到 {segments[-1][1]}")
+        if flash and not dropout and segments_available(x):
             return AttentionPlan("segments", segments, cu_seqlens)
-        document = torch.bucketize(torch.arange(B * T, device=device), cu_seqlens[1:], right=True).view(B, T)
-        return AttentionPlan(mask=(document.unsqueeze(2) == document.unsqueeze(1)).tril().unsqueeze(1))
+        buckets = Buckets.of(segments, device) if segments else None
+        return AttentionPlan("buckets", cu_seqlens=cu_seqlens, buckets=buckets)
     if attention_mask is not None and attention_mask.dim() == 4:
         return AttentionPlan(mask=attention_mask)
     if attention_mask is not None and attention_mask.shape != (B, S):
@@ -401,7 +481,7 @@ def plan_attention(
         attention_mask = None
     if attention_mask is None and (T == 1 or past == 0):
         # 128 以下分块没有好处，一次 SDPA 更省调度
-        if device.type == "cpu" and T >= 128 and flash and not cached and not compiling:
+        if segments_available(x) and T >= 128 and flash and not dropout and not cached and not compiling:
             segments = [(i, i + T) for i in range(0, B * T, T)]
             return AttentionPlan("segments", segments, torch.arange(0, B * T + 1, T))
         return AttentionPlan(causal=T > 1)
@@ -469,7 +549,7 @@ def grouped_swiglu(experts: nn.ModuleList, x: Tensor, count: Tensor) -> Tensor:
     def stacked(name: str) -> Tensor:  # [E, 入, 出]
         return torch.stack([getattr(e, name).weight.to(x.dtype) for e in experts]).transpose(1, 2)
 
-    with torch.autocast(x.device.type, enabled=False):
+    with autocast_off(x):
         gate = F.grouped_mm(x, stacked("gate_proj"), offs=ends)
         up = F.grouped_mm(x, stacked("up_proj"), offs=ends)
         return F.grouped_mm(F.silu(gate) * up, stacked("down_proj"), offs=ends)
@@ -485,7 +565,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, target, loss_weight, chunk, need_grad):
         dtype = compute_dtype(hidden)
         need_weight = need_grad and ctx.needs_input_grad[1]  # 输出头冻结（LoRA）时省一次矩阵乘
-        with torch.autocast(hidden.device.type, enabled=False):
+        with autocast_off(hidden):
             w = weight.to(dtype)
             grad_hidden = torch.empty_like(hidden) if need_grad else None
             grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -23,8 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, PretrainedConfig
 
 from .kernels import (  # isort: skip
-    AttentionPlan, ExpertOrder, attention, expand_heads, grouped_mm_available, grouped_swiglu, linear,
-    linear_cross_entropy, packed_attention, plan_attention, refuse_wrapped, rms_norm,
+    AttentionPlan, ExpertOrder, attention, autocast_off, expand_heads, grouped_mm_available, grouped_swiglu,
+    linear, linear_cross_entropy, packed_attention, plan_attention, refuse_wrapped, rms_norm,
 )  # fmt: skip
 
 IGNORE_INDEX = -100
@@ -261,7 +262,8 @@ class Attention(nn.Module):
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         dropout = self.dropout if self.training else 0.0
         if plan.mode != "sdpa":  # 几篇首尾相连，各看各的
-            out = packed_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), plan, dropout)
+            q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+            out = packed_attention(q, k, v, plan, dropout, self.attend)
         else:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
             if cache is not None:
@@ -314,7 +316,7 @@ class MoE(nn.Module):
         B, T, H = x.shape
         flat = x.reshape(-1, H)
         refuse_wrapped("路由器 gate", self.gate)
-        with torch.autocast(x.device.type, enabled=False):  # 路由差一点就换专家，用 fp32
+        with autocast_off(x):  # 路由差一点就换专家，用 fp32
             score = linear(flat.float(), self.gate.weight.float()).softmax(-1)
         weight, expert = score.topk(self.top_k, dim=-1, sorted=False)
         if self.norm_topk and (self.top_k > 1 or self.norm_single):
@@ -385,6 +387,8 @@ class Block(nn.Module):
 class MiniMindModel(nn.Module):
     """词嵌入、若干层、末尾归一化。"""
 
+    recompute = staticmethod(partial(checkpoint, use_reentrant=False))
+
     def __init__(self, config: MiniMindConfig):
         super().__init__()
         self.config = config
@@ -392,7 +396,7 @@ class MiniMindModel(nn.Module):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self._frequencies: Tensor | None = None
-        self.gradient_checkpointing = False  # 反向时重算各层
+        self.gradient_checkpointing = 0  # 前几层不存中间结果，反向时重算
 
     def forward(
         self, input_ids, attention_mask=None, position_ids=None, cache=None, cu_seqlens=None, max_seqlen=None,
@@ -410,9 +414,8 @@ class MiniMindModel(nn.Module):
         dropout = bool(self.config.dropout) and self.training
         cached, flash = cache is not None, self.config.flash_attn
         plan = plan_attention(x, past, attention_mask, cu_seqlens, max_seqlen, cached, flash, dropout)
-        valid = (
-            None  # 哪些是真词元：补齐的位置不计入专家的负载均衡；打包行的尾巴没有 mask，靠补齐用的词元认出来
-        )
+        # 哪些是真词元：补齐的位置不计入专家的负载均衡；打包行的尾巴没有 mask，靠补齐用的词元认出来
+        valid = None
         if self.config.use_moe and attention_mask is not None and attention_mask.dim() == 2:
             valid = attention_mask[:, -T:].bool()
         elif self.config.use_moe and cu_seqlens is not None and input_ids is not None:
@@ -420,11 +423,9 @@ class MiniMindModel(nn.Module):
         if dropout:
             x = F.dropout(x, self.config.dropout)
         aux_total = torch.zeros((), device=x.device)
-        for layer in self.layers:
-            if self.gradient_checkpointing and self.training:
-                x, aux = checkpoint(layer, x, rope, plan, valid, cache, use_reentrant=False)
-            else:
-                x, aux = layer(x, rope, plan, valid, cache)
+        for i, layer in enumerate(self.layers):
+            again = self.training and i < self.gradient_checkpointing
+            x, aux = (partial(self.recompute, layer) if again else layer)(x, rope, plan, valid, cache)
             if aux is not None:
                 aux_total = aux_total + aux
         return self.norm(x), aux_total
@@ -436,10 +437,8 @@ class MiniMindModel(nn.Module):
             ValueError: 有一篇超过 max_position_embeddings。
         """
         limit, longest, lengths = self.config.max_position_embeddings, past + T, None
-        if cu_seqlens is not None and max_seqlen is not None:
-            longest = max_seqlen
-        elif cu_seqlens is not None:
-            lengths = cu_seqlens.diff()
+        if cu_seqlens is not None:
+            longest, lengths = max_seqlen, cu_seqlens.diff() if max_seqlen is None else None
         elif position_ids is not None and not past:
             lengths = position_ids + 1
         if lengths is not None:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimind.model.kernels import compute_dtype, matmul_nt
+from minimind.model.kernels import autocast_off, compute_dtype, matmul_nt
 
 DIVERGENCES = ("forward", "reverse", "jsd")
 
@@ -100,7 +100,7 @@ class _Chunked(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if need_grad else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_grad else None
         totals: list[Tensor] = []
-        with torch.autocast(hidden.device.type, enabled=False):
+        with autocast_off(hidden):
             for start in range(0, len(hidden), chunk):
                 rows = slice(start, start + chunk)
                 y = targets[rows]

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimind.objectives.logprobs import selected_logprobs, sequence_sums, target_logits, target_mask
+from minimind.objectives.logprobs import sequence_sums, target_logits, target_mask
 
 LOSS_TYPES = ("sigmoid", "sigmoid_norm", "ipo")
 
@@ -41,7 +41,7 @@ def sequence_logprobs(model: nn.Module, batch: dict[str, Any]) -> SequenceScores
     """
     predicted = target_logits(model, batch)
     rows = target_mask(batch["labels"]).nonzero()[:, 0]  # 第几行；batch 里的段还包括填充
-    logps = selected_logprobs(predicted.logits, predicted.targets)
+    logps = predicted.logprobs()
     size = len(batch["labels"])
     lengths = sequence_sums(torch.ones_like(logps), rows, size)
     return SequenceScores(sequence_sums(logps, rows, size), lengths, predicted.aux_loss)

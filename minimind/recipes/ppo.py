@@ -23,7 +23,6 @@ from torch import nn
 
 from minimind.arguments import arg, override
 from minimind.errors import UserError
-from minimind.objectives.logprobs import entropy_of, selected_logprobs
 from minimind.objectives.policy import (
     clipped_loss,
     explained_variance,
@@ -112,15 +111,15 @@ def estimate(run: Run, experience: Experience, reference: nn.Module | None, args
 def ppo_loss(model: nn.Module, batch: Batch, args: PPOArguments) -> LossResult:
     """策略与价值的损失之和，分母是回答的词元数；``model`` 是 :class:`ActorCritic` 或它的包装。"""
     policy, values, critic_aux = model(batch)
-    logp, n = selected_logprobs(policy.logits, policy.targets, args.temperature), policy.targets.numel()
-    clip = args.clip_epsilon
+    logp, entropy = policy.logprobs_and_entropy(args.temperature)
+    n, clip = policy.targets.numel(), args.clip_epsilon
     loss, clipped = clipped_loss(logp, batch["old_logps"], batch["advantages"], clip, clip)
     critic = value_loss(values, batch["old_values"], batch["returns"], args.value_clip).sum()
     metrics = {
         "value_loss": critic.detach(),
         "clip_share": clipped.sum(),
         "approx_kl": drift(logp, batch["old_logps"]).sum(),
-        "entropy": entropy_of(policy.logits, args.temperature).sum(),
+        "entropy": entropy.sum(),
     }
     return loss.sum() + args.vf_coef * critic + (policy.aux_loss + critic_aux) * n, metrics
 

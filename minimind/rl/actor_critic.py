@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from minimind.dataset.collate import model_inputs
 from minimind.model import MiniMindLM
+from minimind.model.kernels import autocast_off
 from minimind.objectives.logprobs import TargetLogits, target_logits, target_mask
 
 
@@ -29,7 +30,7 @@ class Critic(nn.Module):
         """``[N]`` fp32：写出每个目标词元之前的状态的价值；以及负载均衡损失（稠密模型为 0）。"""
         hidden, aux_loss = self.model(**model_inputs(batch))
         states = hidden[target_mask(batch["labels"])].float()
-        with torch.autocast(states.device.type, enabled=False):
+        with autocast_off(states):
             return states @ self.value_weight + self.value_bias, aux_loss
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from minimind.dataset.collate import to_device
-from minimind.objectives.logprobs import entropy_of, selected_logprobs, target_logits
+from minimind.objectives.logprobs import target_logits
 from minimind.objectives.policy import grpo_loss, token_weights
 from minimind.rl.experience import Experience, global_moments
 from minimind.rl.rollout import response_batch
@@ -50,7 +50,7 @@ def policy_loss(args: Any, loss_type: str) -> tuple[Callable, Callable]:
     def loss(model: nn.Module, batch: Batch) -> LossResult:
         weights, number = token_weights(batch["lengths"], loss_type, args.max_gen_len)
         out = target_logits(model, batch)
-        logp = selected_logprobs(out.logits, out.targets, args.temperature)
+        logp, entropy = out.logprobs_and_entropy(args.temperature)
         total, sums = grpo_loss(
             logp,
             batch["old_logps"],
@@ -63,7 +63,7 @@ def policy_loss(args: Any, loss_type: str) -> tuple[Callable, Callable]:
             ref_logp=batch.get("ref_logps"),
         )
         sums["approx_kl"] = drift(logp, batch["old_logps"]).sum()
-        sums["entropy"] = entropy_of(out.logits, args.temperature).sum()
+        sums["entropy"] = entropy.sum()
         metrics = {name: (value, logp.numel()) for name, value in sums.items()}
         return total + out.aux_loss * number, metrics
 
@@ -79,8 +79,7 @@ def response_logps(model: nn.Module, experience: Experience, run: Run, args: Any
     """
 
     def logps(batch: Batch) -> Tensor:
-        out = target_logits(model, batch)
-        return selected_logprobs(out.logits, out.targets, args.temperature)
+        return target_logits(model, batch).logprobs(args.temperature)
 
     was_training = model.training
     model.eval()  # 有 dropout 的模型也要给出确定的值

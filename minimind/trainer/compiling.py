@@ -20,7 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from minimind.console import format_duration, say
 from minimind.dataset.collate import to_device
 from minimind.model import flops_per_token
-from minimind.model.model_minimind import MLP, Attention, Block, MoE
+from minimind.model.kernels import segments_available, varlen_available
+from minimind.model.model_minimind import MLP, Attention, Block, MiniMindModel, MoE
 from minimind.runtime.device import autocast_context, preserved_rng
 from minimind.runtime.distributed import any_process, gather_objects
 from minimind.trainer.recipe import Batch, Window
@@ -54,9 +55,6 @@ class CompiledBlocks(nn.Module):
     def __init__(self, model: nn.Module, backend: str | Callable = "inductor"):
         super().__init__()
         self.module, self.backend, self.state = model, backend, "unchecked"
-        # CPU 上有 dropout 时注意力逐段走 SDPA，不能进图，只编译前馈
-        on_cpu = next(model.parameters()).device.type == "cpu"
-        self.attention_fits = not (on_cpu and has_dropout(model))
         self.first_shape: torch.Size | None = None
         self.capacity = 0
         self._compiled: dict[type, Callable] = {}
@@ -102,6 +100,13 @@ class CompiledBlocks(nn.Module):
         self.first_shape = self.first_shape or shape
         return shape[1:] == self.first_shape[1:] and shape[0] < self.first_shape[0]
 
+    @property
+    def attention_fits(self) -> bool:
+        """注意力能不能进图：按长度成批的（有 dropout，或设备没有变长内核）形状批批不同，进不了，只编译前馈。"""
+        weight = next(self.module.parameters())
+        plain = has_dropout(self.module) or not getattr(self.module.config, "flash_attn", True)
+        return not plain and (segments_available(weight) or varlen_available(weight))
+
     def units(self) -> Iterator[nn.Module]:
         """编译的单位：一般是整层；混合专家的层，词元的分法批批不同，只编译注意力与共享专家。"""
         for layer in self.module.modules():
@@ -118,14 +123,22 @@ class CompiledBlocks(nn.Module):
     @contextlib.contextmanager
     def _swapped(self) -> Iterator[None]:
         """里面各单位的 ``forward`` 是编译过的；同一类的单位共用一个编译结果。"""
-        units = list(self.units())
+        units, trunks = list(self.units()), [m for m in self.module.modules() if isinstance(m, MiniMindModel)]
         for unit in units:
             unit.forward = functools.partial(self._compiled_forward(type(unit)), unit)
+        for trunk in trunks:  # 反向时重算的那一遍也要换成编译过的
+            trunk.recompute = functools.partial(MiniMindModel.recompute, context_fn=self._recomputing)
         try:
             yield
         finally:
             for unit in units:
                 del unit.forward
+            for trunk in trunks:
+                del trunk.recompute
+
+    def _recomputing(self) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+        """:func:`torch.utils.checkpoint.checkpoint` 的 ``context_fn``：前向时已经换好，重算时再换一次。"""
+        return contextlib.nullcontext(), self._swapped()
 
     def _compiled_forward(self, kind: type) -> Callable:
         if kind not in self._compiled:

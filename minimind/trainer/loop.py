@@ -31,6 +31,7 @@ from minimind.trainer.archive import Archive, keep_best
 from minimind.trainer.compiling import compile_and_check
 from minimind.trainer.journal import announce, announce_total, conclude, log_interval
 from minimind.trainer.loader import training_batches
+from minimind.trainer.memory import explain_out_of_memory
 from minimind.trainer.optim import set_learning_rate
 from minimind.trainer.recipe import Data, Recipe
 from minimind.trainer.run import Run
@@ -55,6 +56,7 @@ class TrainResult:
     metrics: dict[str, float]
 
 
+@explain_out_of_memory
 def train(args: Any, recipe: Recipe, model: nn.Module, tokenizer: Any, data: Data) -> TrainResult:
     """训练 ``model`` 到 ``args`` 规定的步数，期间记录、存盘、验证；可从任意一次存盘逐位续上。
 

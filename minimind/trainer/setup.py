@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from minimind.console import say
 from minimind.dataset.collate import to_device
 from minimind.errors import UserError
+from minimind.model.model_minimind import MiniMindModel
 from minimind.runtime import checkpoint, distributed
 from minimind.runtime.device import (
     DTYPES,
@@ -51,6 +52,7 @@ def set_up(args: Any, recipe: Recipe, model: nn.Module, tokenizer: Any, data: Da
         weights = checkpoint.weights_path(model.config, args.save_weight, args.save_dir)
         recipe = replace(recipe, weights=weights)
     device = next(model.parameters()).device
+    recompute_layers(model, args.checkpoint_layers)
     model.train()
     identity = resume.identity_of(recipe, data, tokenizer)
     resume.check_same_everywhere(identity, model, data)
@@ -86,6 +88,24 @@ def set_up(args: Any, recipe: Recipe, model: nn.Module, tokenizer: Any, data: Da
     run.wrapped = wrap(run)
     seed(run, saved)
     return run
+
+
+def recompute_layers(model: nn.Module, layers: str) -> None:
+    """``--checkpoint_layers``：每个主干（强化学习的价值网络也有一个）的前几层反向时重算。
+
+    Raises:
+        UserError: 比模型的层数还多。
+    """
+    trunks = [module for module in model.modules() if isinstance(module, MiniMindModel)]
+    for trunk in trunks:
+        trunk.gradient_checkpointing = len(trunk.layers) if layers == "all" else int(layers)
+        if trunk.gradient_checkpointing > len(trunk.layers):
+            raise UserError(
+                f"要重算 {layers} 层",
+                where="--checkpoint_layers",
+                expected=f"至多 {len(trunk.layers)} 层，这个模型的全部",
+                fix="全部重算写 --checkpoint_layers all",
+            )
 
 
 def decide_numerics(
@@ -147,8 +167,8 @@ def wrap(run: Run) -> nn.Module:
     wrapped = maybe_compile(run.model, run.args.use_compile, run)
     if not torch.distributed.is_initialized():
         return wrapped
-    ids = [run.device.index] if run.device.type in ("cuda", "npu") else None
-    return DistributedDataParallel(wrapped, device_ids=ids, gradient_as_bucket_view=True)
+    # 不给 device_ids：给了它会把批里的张量再搬一遍，连留在主机的段界一起
+    return DistributedDataParallel(wrapped, gradient_as_bucket_view=True)
 
 
 def seed(run: Run, saved: dict[str, Any]) -> None:

@@ -75,6 +75,12 @@ class AmountArguments(Arguments, group="训练量"):
     max_steps: int = arg(0, "至多训练多少个优化步；0 表示由轮数决定", low=0, high=MANY, resume="noted")
     batch_size: int = arg(32, "每个进程每个微批次的行数", low=1, high=65536, resume="noted")
     accumulation_steps: int = arg(1, "多少个微批次合成一个优化步", low=1, high=65536, resume="noted")
+    checkpoint_layers: str = arg(
+        "0",
+        "反向时重算前几层、不存它们的中间结果：省显存，多花至多三分之一的时间，结果不变；0 不重算，all 全部",
+        pattern=(r"all|[0-9]{1,3}", "0 到 999 的层数，或 all", "不是层数："),
+        resume="harmless",
+    )
     max_seq_len: int = arg(512, "每行的 token 数（多篇文档会装进同一行）", low=2, high=MAX_LENGTH)
     seed: int = arg(42, "随机种子：初始化、数据顺序与 dropout 都由它决定", low=0, high=MAX_SEED)
 
@@ -191,6 +197,7 @@ class TrainArguments(
 
     def __post_init__(self):
         """查取值，填上随宽度而定的学习率。"""
+        self.checkpoint_layers = str(self.checkpoint_layers)  # 代码里也可以写数
         super().__post_init__()
         if self.learning_rate is None:
             self.learning_rate = self.LEARNING_RATE_TIMES_WIDTH / self.width

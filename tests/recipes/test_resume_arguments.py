@@ -22,7 +22,7 @@ RECIPES = list(CASES)
 HARMLESS = {
     "save_dir", "save_weight", "checkpoint_dir", "log_interval", "save_interval", "num_workers", "from_resume",
     "eval_interval", "keep_checkpoints", "tracker", "use_wandb", "wandb_project", "lora_name", "rollout_kind", "rollout_weights_dir",
-    "trust_remote_code",
+    "trust_remote_code", "checkpoint_layers",
 }  # fmt: skip
 NOTED = {
     "epochs", "max_steps", "batch_size", "accumulation_steps", "learning_rate", "schedule", "warmup_ratio",

@@ -304,6 +304,8 @@ def test_模型文件载入两份_编译的算子照样可用(backend, tmp_path,
     import importlib
     import shutil
 
+    from transformers import AutoConfig
+
     from minimind.model import model_minimind
 
     shutil.copytree(Path(model_minimind.__file__).parent, tmp_path / "second_copy")
@@ -322,6 +324,7 @@ def test_模型文件载入两份_编译的算子照样可用(backend, tmp_path,
     finally:
         for name in [name for name in sys.modules if name.startswith("second_copy")]:
             del sys.modules[name]
+        AutoConfig.register("minimind", model_minimind.MiniMindConfig, exist_ok=True)  # 第二份把自己登记上了
 
 
 def test_DDP两个进程得出同一个结论(tmp_path):
