@@ -14,26 +14,9 @@ from dataclasses import dataclass
 from minimind.arguments import Arguments, arg, parse_args
 from minimind.errors import UserError, guard
 from minimind.inference.arguments import LoadArguments
+from minimind.inference.prompts import CHAT_PROMPTS, PLAIN_PROMPTS
 from minimind.ranges import MANY
 
-CHAT_PROMPTS = (
-    "你是谁？",
-    "介绍一下你自己会做什么。",
-    "为什么天空是蓝色的？",
-    "3 加 5 等于多少？",
-    "解释一下光合作用的基本过程。",
-    "用 Python 写一个求最大公约数的函数。",
-    "明天要下雨，出门前该准备什么？",
-    "Please introduce yourself in one sentence.",
-)
-PLAIN_PROMPTS = (
-    "从前有一座山，",
-    "春天来了，",
-    "世界上最长的河流",
-    "科学家发现，",
-    "学习编程的第一步是",
-    "Once upon a time,",
-)
 TOOL_PROMPTS = (
     "用计算器算 347*28。",
     "北京现在几点？",

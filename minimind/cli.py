@@ -36,6 +36,9 @@ COMMANDS = {
     "grpo": Command("minimind.recipes.grpo:main", "强化学习：GRPO，同题多答、组内比较", "训练"),
     "spo": Command("minimind.recipes.spo:main", "强化学习：SPO，单条采样、和自己的过去比", "训练"),
     "report": Command("minimind.report.training:main", "把训练日志画成曲线，写成报告", "训练"),
+    "watch": Command(
+        "minimind.watch.cli:main", "在浏览器里看训练：曲线、还要多久、样例，正在跑的与跑完的", "训练"
+    ),
     "eval choice": Command("minimind.evaluate.choice:main", "选择题：C-Eval、CMMLU、AGIEval 的布局", "评测"),
     "eval gsm": Command("minimind.evaluate.gsm:main", "GSM8K 式的应用题，中英文", "评测"),
     "eval tools": Command("minimind.evaluate.tools_accuracy:main", "工具调用：格式、名字、参数", "评测"),

@@ -54,7 +54,7 @@ LAYERS = {
         "eval_llm",
         "trainer_commands",
     ),
-    "成品": ("recipes", "serve", "evaluate", "report", "selftest", "tools"),
+    "成品": ("recipes", "serve", "watch", "evaluate", "report", "selftest", "tools"),
     "训练": ("rl", "trainer"),
     "推理、公式、导出": ("inference", "objectives", "export"),
     "运行": ("runtime",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -27,3 +28,27 @@ def shared_dir() -> Path:
     if not SHARED.is_dir():
         pytest.skip("仓库旁边没有 ../shared，跳过依赖参考数据的测试")
     return SHARED
+
+
+@pytest.fixture(scope="module")
+def browser(root_dir):
+    """无头 Chromium；没有就跳过。
+
+    只活一个文件那么久：playwright 的事件循环开着时，同一进程里别的测试不能 ``asyncio.run``。
+    """
+    playwright_api = pytest.importorskip(
+        "playwright.sync_api", reason="没有装 playwright，跳过浏览器里的测试"
+    )
+
+    sys.path.insert(0, str(root_dir / "benchmarks"))
+    try:
+        from browser import HOW, find_browser
+    finally:
+        sys.path.remove(str(root_dir / "benchmarks"))
+    playwright_api.expect.set_options(timeout=30_000)
+    with playwright_api.sync_playwright() as playwright:
+        path = find_browser(playwright)
+        if path is None:
+            pytest.skip(f"没有浏览器，跳过网页的测试；{HOW}")
+        with playwright.chromium.launch(executable_path=path) as chromium:
+            yield chromium

@@ -147,6 +147,7 @@ REFUSED = [
     ("eval choice", "limit", "-1"), ("eval choice", "scoring", "words"), ("eval gsm", "shots", "1"),
     ("eval bpb", "max_length", "1"), ("eval bpb", "max_length", "1000000000"), ("eval world", "batch_size", "0"), ("eval tools", "max_length", "-1"),
     ("data make-microworld", "scale", "nan"), ("tokenizer train", "vocab_size", "0"),
+    ("watch", "port", "70000"), ("watch", "host", "http://x"), ("watch", "save_dir", " "), ("pretrain", "watch", "2"), ("pretrain", "sample_prompts", ""),
     ("report", "weight", "a/b"), ("export lora", "hidden_size", "0"), ("export merge", "save_weight", "a/b"),
 ]  # fmt: skip
 

@@ -9,6 +9,7 @@ from minimind.arguments import parse_args
 from minimind.errors import guard
 from minimind.model import MiniMindLM
 from minimind.trainer.trainer_utils import init_model, model_config, shutdown_distributed, start_run
+from minimind.watch.beside import page_beside
 
 
 def entry(arguments: type, run: Callable[[Any], Any]) -> Callable[..., int]:
@@ -24,7 +25,8 @@ def entry(arguments: type, run: Callable[[Any], Any]) -> Callable[..., int]:
         """命令行入口。"""
         args = parse_args(arguments, argv)
         try:
-            run(args)
+            with page_beside(args.save_dir, bool(args.watch)):
+                run(args)
         except BaseException as error:
             shutdown_distributed(error)
             raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from minimind.trainer.loader import epoch_order
 from minimind.trainer.loop import TrainResult, train
 from minimind.trainer.recipe import Data, Recipe
 from minimind.trainer.reference import StartingPoint
+from minimind.trainer.samples import Sampler, is_count
 
 
 @dataclass
@@ -93,8 +94,8 @@ def train_stage(
 
 def held_out_score(
     args: RLArguments, stage: Stage, policy: Callable[[nn.Module], nn.Module]
-) -> Callable[[nn.Module, int], dict[str, float]] | None:
-    """``on_eval``：贪心回答留出的题，报平均得分、写不完的比例与长度；没有留出题时为 None。
+) -> Callable[[nn.Module, int], dict[str, Any]] | None:
+    """``on_eval``：贪心回答留出的题，报平均得分、写不完的比例与长度，附样例与各任务答对的比例；没有留出题时为 None。
 
     训练前先考一次，说出起点。
 
@@ -105,12 +106,19 @@ def held_out_score(
         return None
     chosen = epoch_order(len(stage.val_ds), args.seed, 0)[: args.val_max_rows or len(stage.val_ds)]
     items = [stage.val_ds[int(i)] for i in chosen]
+    own = None  # 样例就用留出的题；使用者另给了一个文件的，答他的
+    if not is_count(args.sample_prompts):
+        own = Sampler.for_run(args, "rl", stage.model.config, stage.tokenizer)
 
-    def answer(model: nn.Module) -> dict[str, float]:
+    def answer(model: nn.Module) -> dict[str, Any]:
         sampler = LocalRollout(model, stage.tokenizer, max_new_tokens=args.max_gen_len, temperature=0.0)
         rollout = sampler.generate([item["prompt_ids"].tolist() for item in items], 1, 0)
-        scores, _ = score(stage.rewards, rollout, items, bool(args.reasoning))
+        scores, parts = score(stage.rewards, rollout, items, bool(args.reasoning))
+        prompts = [item["messages"][-1]["content"] or "" for item in items]
+        shown = [{"prompt": prompt, "answer": text} for prompt, text in zip(prompts, rollout.texts)]
         return {
+            "samples": shown if own is None else own.answer(model),
+            "tasks": correct_by_task(items, parts.get("auto", scores).tolist()),
             "val_reward": float(scores.mean()),
             "val_truncated": sum(rollout.truncated) / len(rollout),
             "val_length": sum(map(len, rollout.responses)) / len(rollout),
@@ -120,3 +128,12 @@ def held_out_score(
         reward = answer(stage.model)["val_reward"]
         say(f"训练前：留出的 {len(items)} 题贪心作答，平均得分 {reward:.3f}。")
     return lambda model, step: answer(policy(model))
+
+
+def correct_by_task(items: Sequence[dict[str, Any]], scores: Sequence[float]) -> dict[str, float]:
+    """各任务得满分（1 分）的比例；题里没写任务的不算。"""
+    groups: dict[str, list[bool]] = {}
+    for item, got in zip(items, scores):
+        if isinstance(task := item["record"].get("task"), str):
+            groups.setdefault(task, []).append(got >= 1)
+    return {task: sum(right) / len(right) for task, right in groups.items()}

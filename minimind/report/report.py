@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from minimind.runtime.files import write_text
+from minimind.trainer.exhibits import KINDS
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class Report:
         metrics: 记分牌。
         tasks: 每个任务的题数与前后正确率 ``{任务: {"items", "before", "after"}}``。
         samples: 样例。
+        timelines: ``{日志: {提示: [(步, 回答)]}}``：训练途中同样的提示怎么答，步数从小到大。
+        rollouts: ``{日志: [采样的回答]}``：强化学习最后一次样例里最好、居中、最差的，各带总分与各条奖励。
         figures: 图片文件名（与报告在同一目录）及说明。
         failures: 没有走完的阶段及原因。
     """
@@ -73,6 +76,8 @@ class Report:
     metrics: list[Metric] = field(default_factory=list)
     tasks: dict[str, dict] = field(default_factory=dict)
     samples: list[BeforeAfter] = field(default_factory=list)
+    timelines: dict[str, dict[str, list[tuple[int, str]]]] = field(default_factory=dict)
+    rollouts: dict[str, list[dict]] = field(default_factory=dict)
     figures: dict[str, str] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
 
@@ -109,6 +114,22 @@ class Report:
                     f"- 微调前：{_inline(sample.before)}\n"
                     f"- 微调后：{_inline(sample.after)}"
                 )
+        for log, prompts in self.timelines.items():
+            blocks.append(f"## {log}：同样的提示，训练途中怎么答（贪心，原样）")
+            for prompt, answers in prompts.items():
+                lines = [f"- 第 {step:,} 步：{_inline(answer)}" for step, answer in answers]
+                blocks.append("\n".join([f"问：{_inline(prompt)}", "", *lines]))
+        for log, picked in self.rollouts.items():
+            rows = [
+                [KINDS.get(one["kind"], one["kind"]), _inline(one["prompt"]), _inline(one["answer"])]
+                + [
+                    f"{one['reward']:g}",
+                    "，".join(f"{part} {value:g}" for part, value in one["parts"].items()),
+                ]
+                for one in picked
+            ]
+            header = ["", "问", "采样的回答", "奖励", "各条奖励"]
+            blocks += [f"## {log}：最后一次采样里最好、居中、最差的", _table(header, rows)]
         return "\n\n".join(blocks) + "\n"
 
     def write(self, folder: str | Path) -> Path:

@@ -51,6 +51,18 @@ def summarize(records: list[dict]) -> str:
     return "，".join(parts)
 
 
+def timeline(records: list[dict], moments: int = 4) -> dict[str, list[tuple[int, str]]]:
+    """样例：``{提示: [(步, 回答)]}``，从头到尾均匀地取至多 ``moments`` 次；没有样例是空的。"""
+    shown = [record for record in records if record.get("samples")]
+    last = len(shown) - 1
+    picked = sorted({round(k * last / (moments - 1)) for k in range(moments)}) if shown else []
+    found: dict[str, list[tuple[int, str]]] = {}
+    for record in (shown[i] for i in picked):
+        for one in record["samples"]:
+            found.setdefault(one["prompt"], []).append((record["step"], one["answer"]))
+    return found
+
+
 def build(save_dir: Path, folder: Path, weight: str | None = None) -> Report:
     """读日志、画图，返回还没写盘的报告。
 
@@ -69,6 +81,10 @@ def build(save_dir: Path, folder: Path, weight: str | None = None) -> Report:
     report = Report(title="训练报告")
     for name, records in found.items():
         report.facts[name] = summarize(records)
+        if prompts := timeline(records):
+            report.timelines[name] = prompts
+        if rollouts := [record["rollouts"] for record in records if record.get("rollouts")]:
+            report.rollouts[name] = rollouts[-1]
         if plot_stage(records, name, folder / f"{name}.png"):
             report.figures[f"{name}.png"] = f"{name} 曲线"
     return report

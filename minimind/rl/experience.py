@@ -17,6 +17,7 @@ from minimind.rl.rewards import Rewards, make_samples
 from minimind.rl.rollout import LocalRollout, Rollout, response_batch
 from minimind.runtime.device import mix_seeds, stat_dtype
 from minimind.runtime.distributed import all_reduce_sum, barrier, gather_objects, is_main_process, rank
+from minimind.trainer.exhibits import extremes
 from minimind.trainer.recipe import Batch, Window
 from minimind.trainer.run import Run
 
@@ -109,6 +110,10 @@ class Collector:
         seed = mix_seeds(self.args.seed, run.state.step, rank())
         experience, parts = self.sample(run, prompts, self.args.num_generations, seed)
         self._record(run, experience, parts)
+        questions = [self.train_ds[i]["messages"][-1]["content"] or "" for i in experience.prompts]
+        run.exhibits["rollouts"] = extremes(
+            questions, experience.rollout.texts, experience.scores.tolist(), parts
+        )
         return experience
 
     def push_weights(self, run: Run) -> None:

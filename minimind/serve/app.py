@@ -7,14 +7,12 @@ import logging
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
-from fastapi.staticfiles import StaticFiles
+from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
@@ -26,6 +24,7 @@ from minimind.serve.generation import Settings, check_ids, submit, until_disconn
 from minimind.serve.guard import Guard
 from minimind.serve.metrics import Metrics
 from minimind.serve.models import ModelTable, ServedModel
+from minimind.serve.pages import STATIC, PageFiles, index
 from minimind.serve.reload import add_reload
 from minimind.serve.schemas import (
     ChatRequest,
@@ -38,14 +37,6 @@ from minimind.tokenizer import encode_plain
 
 log = logging.getLogger("minimind.serve")
 
-STATIC = Path(__file__).parent / "static"
-# 页面只用自己的脚本与样式；样式里的宽度是逐个设的，所以放行内联样式
-PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:",
-    "Cache-Control": "no-cache",
-}
-# 脚本与样式随版本变：浏览器可以存，每次用之前问一声变了没有（没变是 304）
-STATIC_HEADERS = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
 IGNORED_HEADER = "X-MiniMind-Ignored-Fields"
 MAX_NAMES = 20  # 头里最多列几个不起作用的字段；日志里记过的最多记几百个
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -244,19 +235,10 @@ def add_status(app: FastAPI, metrics: Metrics) -> None:
         return Response(metrics.render(), media_type=metrics.content_type)
 
 
-class PageFiles(StaticFiles):
-    """网页的脚本与样式，带上缓存的规矩。"""
-
-    def file_response(self, *args: Any, **kwargs: Any) -> Response:
-        response = super().file_response(*args, **kwargs)
-        response.headers.update(STATIC_HEADERS)
-        return response
-
-
 def add_page(app: FastAPI) -> None:
     """网页：几个静态文件，不用外部资源。"""
     app.mount("/static", PageFiles(directory=STATIC), name="static")
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
-        return FileResponse(STATIC / "index.html", headers=PAGE_HEADERS)
+        return index(STATIC)

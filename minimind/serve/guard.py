@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hmac
-import ipaddress
-import socket
 from typing import Any
 
 from h11 import LocalProtocolError
@@ -17,30 +15,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minimind.serve.errors import ApiError
 from minimind.serve.generation import Settings
+from minimind.serve.hosts import refusal, unknown_host
 from minimind.serve.metrics import Metrics
 
 # 不要密钥也能看的：探活与页面（页面里再填密钥）
 OPEN_PATHS = ("/health", "/", "/favicon.ico")
 OPEN_PREFIX = "/static/"
-
-
-# 监听这些地址就是监听全部
-EVERYWHERE = ("0.0.0.0", "::", "")
-
-
-def host_name(value: str) -> str:
-    """``Host`` 头 → 主机名：去掉端口、方括号与末尾的点，小写。"""
-    value = value.strip().lower()
-    if value.startswith("["):
-        return value[1:].partition("]")[0]
-    return value.partition(":")[0].rstrip(".") if value.count(":") < 2 else value
-
-
-def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    try:
-        return ipaddress.ip_address(name)
-    except ValueError:
-        return None
 
 
 class Guard:
@@ -82,26 +62,12 @@ class Guard:
             self.metrics.requests.labels(path, str(status)).inc()
 
     def _check_host(self, headers: Headers) -> None:
-        """防 DNS 重绑定：别处的网页把自己的域名指到本机，浏览器就当是同源，但 ``Host`` 还是它的域名。
-
-        有密钥时它拿不到密钥，不必查；监听全部地址时，直接写 IP 的不会是重绑定，放行。
-        """
-        allowed, bound = self.settings.allowed_hosts, host_name(self.settings.host)
-        if self.settings.api_key is not None or "*" in allowed or "host" not in headers:
+        """防 DNS 重绑定；有密钥时别处的网页拿不到密钥，不必查。"""
+        if self.settings.api_key is not None:
             return
-        name = host_name(headers["host"])
-        address = _address(name)
-        known = {"localhost", bound, *map(host_name, allowed)}
-        if bound in EVERYWHERE:
-            known.add(socket.gethostname().lower())
-        if name in known or (address and (address.is_loopback or bound in EVERYWHERE)):
-            return
-        raise ApiError(
-            403,
-            f"不认识的 Host {name[:80]!r}：这台服务器只认 localhost 与监听的地址；确实要用这个名字，"
-            f"启动时加 --allowed_hosts {name[:80]}",
-            code="host_not_allowed",
-        )
+        name = unknown_host(headers.get("host"), self.settings.host, self.settings.allowed_hosts)
+        if name is not None:
+            raise ApiError(403, refusal(name), code="host_not_allowed")
 
     def _check_key(self, scope: Scope, headers: Headers) -> None:
         path = scope["path"]

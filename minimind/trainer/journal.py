@@ -11,13 +11,14 @@ from minimind.runtime.device import device_name, peak_memory_bytes
 from minimind.runtime.distributed import world_size
 from minimind.trainer.meter import events_left
 from minimind.trainer.run import Run
+from minimind.trainer.tracking import write_card
 
 # 走过这么多步就估全程用时（头一步含预热，不作数）；一步就要几十秒的，等不到那么久
 FIRST_STEPS, SLOW_SECONDS = 3, 20.0
 
 
 def announce(run: Run) -> None:
-    """开始前的一段话：模型、数据、步数、精度、设备。"""
+    """开始前的一段话：模型、数据、步数、精度、设备；日志旁边写下卡片。"""
     args, data, peak = run.args, run.data, run.numerics["peak_flops"]
     row_length, documents = (getattr(data.train, k, 0) for k in ("row_length", "num_documents"))
     trainable = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
@@ -40,6 +41,17 @@ def announce(run: Run) -> None:
         f"设备：{device_name(run.device)}，精度 {run.numerics['dtype']}"
         + (f"，矩阵乘峰值 {peak / 1e12:.2f} TFLOPS" if peak else "")
     )
+    if run.journal.log is not None:
+        card = {
+            "recipe": run.recipe.name,
+            "total_steps": run.state.total_steps,
+            "epochs": args.epochs,
+            "processes": world_size(),
+            "parameters": count_parameters(run.model),
+            "device": run.device.type,
+            "dtype": run.numerics["dtype"],
+        }
+        write_card(run.journal.path, card)
 
 
 def announce_total(run: Run) -> None:

@@ -27,8 +27,10 @@ from minimind.runtime.distributed import any_process, barrier, broadcast_object,
 from minimind.runtime.fair_share import fair_share
 from minimind.runtime.interrupt import StopSignal
 from minimind.tokenizer import token_byte_lengths
+from minimind.trainer import samples
 from minimind.trainer.archive import Archive, keep_best
 from minimind.trainer.compiling import compile_and_check
+from minimind.trainer.exhibits import EXHIBITS
 from minimind.trainer.journal import announce, announce_total, conclude, log_interval
 from minimind.trainer.loader import training_batches
 from minimind.trainer.memory import explain_out_of_memory
@@ -175,7 +177,7 @@ def evaluate(run: Run, archive: Archive, stop: StopSignal) -> bool:
     Returns:
         是否做完；收到退出信号就半途放弃，续训时会补上。
     """
-    state, recipe, result = run.state, run.recipe, {}
+    state, recipe, result, shown = run.state, run.recipe, {}, dict(run.exhibits)
     with run.meter.pause("eval"):
         if run.data.val is not None:
             lengths = None if run.tokenizer is None else torch.from_numpy(token_byte_lengths(run.tokenizer))
@@ -198,18 +200,24 @@ def evaluate(run: Run, archive: Archive, stop: StopSignal) -> bool:
             if is_main_process():
                 with preserved_rng(run.device):
                     run.model.eval()
-                    result = {**result, **recipe.on_eval(run.model, state.step)}
+                    found = recipe.on_eval(run.model, state.step)
+                    shown |= {key: found[key] for key in EXHIBITS if key in found}
+                    result |= {key: value for key, value in found.items() if key not in shown}
                     run.model.train()
             barrier()
+        shown = samples.take(run.samples, run.model, run.device, shown)
     state.metrics = result
     if is_main_process() and state.saved_step == state.step:
         write_sidecar(recipe.weights, archive.sidecar())
         keep_best(run, result)
+    if shown:  # 先写：验证的那一行在，样例一定在
+        run.journal.write({"step": state.step, **shown}, state.step)
     run.journal.write(
         {"step": state.step, "epoch": state.epoch_for_people, **result, "time": state.seconds}, state.step
     )
     words = {"val_loss": "损失", "val_bpb": "每字节比特数"}
     say(f"验证（第 {state.step} 步）：" + "，".join(f"{words.get(k, k)} {v:.4f}" for k, v in result.items()))
+    samples.show(shown)
     return True
 
 

@@ -55,7 +55,8 @@ class Recipe:
             一步之内可以更新几次。可以是生成器：下一窗开始时上一窗已经更新完。各进程给出的窗数必须相同；
             过程中的指标用 :meth:`minimind.trainer.run.Run.record` 记下。默认就用取到的那一窗。
         health: 每行日志之后调用 ``health(record)``，返回的每一句是发现的毛病，照样打印。
-        on_eval: 每次验证后在主进程调用 ``on_eval(model, step)``，返回的指标一并记录。
+        on_eval: 每次验证后在主进程调用 ``on_eval(model, step)``，返回的指标一并记录；另可带着
+            :data:`minimind.trainer.exhibits.EXHIBITS` 里的几样，随样例一起看。
         extra_state: 配方自己要存进续训存档的对象，有 ``state_dict``（给出拷贝）与 ``load_state_dict``。
         identity: 数据与分词器之外，结果还依赖哪些文件：``{"教师": 内容的指纹}``；写进存档，续训时核对。
         weights: 权重写到哪里，默认 ``{save_dir}/{save_weight}_{hidden_size}[_moe].pth``。
@@ -69,7 +70,7 @@ class Recipe:
     count: Callable[[Batch], float] = count_targets
     prepare: Callable[[Any, Window], Iterable[Window]] | None = None
     health: Callable[[dict[str, float]], list[str]] | None = None
-    on_eval: Callable[[nn.Module, int], dict[str, float]] | None = None
+    on_eval: Callable[[nn.Module, int], dict[str, Any]] | None = None
     extra_state: Mapping[str, Any] = field(default_factory=dict)
     identity: Mapping[str, str] = field(default_factory=dict)
     weights: Path | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from minimind.runtime.distributed import all_reduce_sum
 from minimind.trainer.meter import Meter
 from minimind.trainer.progress import Progress
 from minimind.trainer.recipe import Data, Recipe
+from minimind.trainer.samples import Sampler
 from minimind.trainer.tracking import Journal
 from minimind.trainer.vital_signs import VitalSigns
 
@@ -33,7 +34,8 @@ class Run:
         device, dtype: 设备与计算精度。
         numerics: 设备、精度、矩阵乘峰值、线程数；写进存档供续训沿用。
         state: 走到哪里。
-        vitals: 体征；meter: 速度与剩余时间；journal: 日志。
+        vitals: 体征；meter: 速度与剩余时间；journal: 日志；samples: 每次验证答一遍的样例。
+        exhibits: 配方这一步放在这里、随下一次样例一起看的：强化学习采样里最好、居中、最差的回答。
     """
 
     args: Any
@@ -51,6 +53,8 @@ class Run:
     vitals: VitalSigns
     meter: Meter
     journal: Journal
+    samples: Sampler
+    exhibits: dict[str, Any] = field(default_factory=dict)
 
     @property
     def config(self) -> MiniMindConfig:

@@ -34,6 +34,7 @@ from minimind.trainer.optim import build_optimizer
 from minimind.trainer.progress import Progress
 from minimind.trainer.recipe import Data, Recipe
 from minimind.trainer.run import Run
+from minimind.trainer.samples import Sampler
 from minimind.trainer.tracking import Journal
 from minimind.trainer.vital_signs import VitalSigns
 
@@ -68,6 +69,7 @@ def set_up(args: Any, recipe: Recipe, model: nn.Module, tokenizer: Any, data: Da
     if saved:
         resume.restore(saved, model, optimizer, scaler, state, recipe)
         resume.say_changes(saved, args, recipe, data, state)
+    samples = Sampler.for_run(args, recipe.name, model.config, tokenizer)
     run = Run(
         args=args,
         recipe=recipe,
@@ -84,6 +86,7 @@ def set_up(args: Any, recipe: Recipe, model: nn.Module, tokenizer: Any, data: Da
         vitals=VitalSigns(model, saved.get("vitals")),
         meter=Meter(eval_guess_steps=guess_evaluation(args, recipe, data, state)),
         journal=Journal.open(args, recipe, state, saved),
+        samples=samples,
     )
     run.wrapped = wrap(run)
     seed(run, saved)

@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,11 @@ from minimind.runtime.checkpoint import atomic_write
 from minimind.runtime.distributed import on_main
 from minimind.trainer.progress import Progress
 from minimind.trainer.recipe import Recipe
+
+
+def is_evaluation(record: Mapping[str, Any]) -> bool:
+    """日志里验证的那一行：没有训练的 ``loss``，也不是样例。"""
+    return "loss" not in record and "samples" not in record
 
 
 class RunLog:
@@ -32,7 +38,11 @@ class RunLog:
     def __init__(self, path: Path, keep_until: int | None = None):
         self.path = path
         kept = [] if keep_until is None else self._lines_until(keep_until)
-        self.evaluations = [record for record in kept if "loss" not in record]  # 验证的行没有 loss
+        self.evaluations = [record for record in kept if is_evaluation(record)]
+        # 样例写在验证的那一行之前：停在两行之间的，续训会补上验证，样例也重来
+        kept = [
+            record for record in kept if "samples" not in record or record["step"] in self.evaluated_steps
+        ]
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
         atomic_write(path, lambda file: file.write(text.encode()))
 
@@ -57,7 +67,7 @@ class RunLog:
     def write(self, record: dict[str, Any]) -> None:
         """追加一行；NaN 与无穷写成 null，保证是合法 JSON。"""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        if "loss" not in clean:
+        if is_evaluation(clean):
             self.evaluations.append(clean)
         try:
             with open(self.path, "a", encoding="utf-8") as file:
@@ -68,6 +78,12 @@ class RunLog:
                 where=str(self.path),
                 fix="腾出磁盘空间或换 --save_dir 后加 --from_resume 1 继续",
             ) from error
+
+
+def write_card(log_path: Path, card: dict[str, Any]) -> None:
+    """日志旁边的卡片 ``{name}.card.json``：配方、总步数之类，日志的行里没有的；看训练的页面靠它知道还剩多少。"""
+    text = json.dumps(card, ensure_ascii=False, indent=1) + "\n"
+    atomic_write(log_path.with_suffix(".card.json"), lambda file: file.write(text.encode()))
 
 
 class Tracker:
@@ -189,7 +205,9 @@ class Journal:
         if self.log is not None:
             self.log.write(record)
             numbers = {k: v for k, v in record.items() if isinstance(v, (int, float))}
-            self.tracker.log({k: v for k, v in numbers.items() if k != "step" and math.isfinite(v)}, step)
+            values = {k: v for k, v in numbers.items() if k != "step" and math.isfinite(v)}
+            if values:  # 样例的行里没有数
+                self.tracker.log(values, step)
 
     def close(self) -> None:
         if self.tracker is not None:

@@ -175,6 +175,18 @@ class OutputArguments(Arguments, group="存档与日志"):
         0, "同 --tracker swanlab（沿用旧参数名；旧项目的这个开关用的就是 swanlab）", ON_OFF, resume="harmless"
     )
     wandb_project: str = arg("MiniMind", "记录工具里的项目名", text="filled", resume="harmless")
+    sample_prompts: str = arg(
+        "3",
+        "每次验证时让模型回答几个固定的提示，打印并写进日志：几个（内置的），或一个文本文件（一行一个提示）；0 不要",
+        text="path",
+        resume="harmless",
+    )
+    watch: int = arg(
+        0,
+        "训练时开着网页看曲线与样例（0 否，1 是；同 minimind watch，另一个进程，只在本机）",
+        ON_OFF,
+        resume="harmless",
+    )
 
 
 @dataclass

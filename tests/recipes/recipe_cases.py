@@ -31,6 +31,7 @@ COMMON = {
     "eval_interval": 4,
     "val_max_rows": 2,
     "num_workers": 0,
+    "sample_prompts": "0",  # 与有样例的逐位相同另有测试
 }
 RL = {"max_gen_len": 6, "num_generations": 4}
 # 随机的模型什么题也答不对，全零的奖励不产生梯度；这个奖励只看文字，有高有低

@@ -21,8 +21,8 @@ RECIPES = list(CASES)
 # 不影响训练出的权重的，一个个写在这里：新加的参数没有写进来，就必须核对
 HARMLESS = {
     "save_dir", "save_weight", "checkpoint_dir", "log_interval", "save_interval", "num_workers", "from_resume",
-    "eval_interval", "keep_checkpoints", "tracker", "use_wandb", "wandb_project", "lora_name", "rollout_kind", "rollout_weights_dir",
-    "trust_remote_code", "checkpoint_layers",
+    "eval_interval", "keep_checkpoints", "sample_prompts", "watch", "tracker", "use_wandb", "wandb_project", "lora_name", "rollout_kind",
+    "rollout_weights_dir", "trust_remote_code", "checkpoint_layers",
 }  # fmt: skip
 NOTED = {
     "epochs", "max_steps", "batch_size", "accumulation_steps", "learning_rate", "schedule", "warmup_ratio",

@@ -48,3 +48,25 @@ def test_强化学习与偏好的摘要说奖励与准确率():
     assert "分得清好坏 0.500 → 0.900" in training.summarize(
         [{"step": 1, "accuracy": 0.5}, {"step": 2, "accuracy": 0.9}]
     )
+
+
+def test_报告里看得到同样的提示越答越好_采样的回答与各条奖励(tmp_path):
+    shown = [
+        {"step": n, "samples": [{"prompt": "3+5？", "answer": f"答`{n}`\n完"}]} for n in range(10, 101, 10)
+    ]
+    rollouts = [
+        {
+            "kind": kind,
+            "prompt": "84*7？",
+            "answer": "588|",
+            "reward": 1.5,
+            "parts": {"auto": 1.0, "format": 0.5},
+        }
+        for kind in ("best", "median", "worst")
+    ]
+    write_log(tmp_path, "grpo_64", [*RECORDS, *shown, {"step": 100, "samples": [], "rollouts": rollouts}])
+    report = training.build(tmp_path, tmp_path / "r")
+    assert report.timelines == {"grpo_64": {"3+5？": [(n, f"答`{n}`\n完") for n in (10, 40, 70, 100)]}}
+    text = report.to_markdown()
+    assert "- 第 40 步：`` 答`40`↵完 ``" in text
+    assert "| 最差 | `84*7？` | `588\\|` | 1.5 | auto 1，format 0.5 |" in text

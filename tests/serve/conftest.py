@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import ExitStack
 from urllib.parse import urlsplit
 
@@ -38,28 +37,6 @@ def weights(tmp_path_factory):
 def chat_server():
     with LiveServer(context=2048) as server:  # 工具的说明就要两百多个词元
         yield server
-
-
-@pytest.fixture(scope="module")
-def browser(root_dir):
-    """无头 Chromium；没有就跳过。
-
-    只活一个文件那么久：playwright 的事件循环开着时，同一进程里别的测试不能 ``asyncio.run``。
-    """
-    from playwright.sync_api import expect, sync_playwright
-
-    sys.path.insert(0, str(root_dir / "benchmarks"))
-    try:
-        from browser import HOW, find_browser
-    finally:
-        sys.path.remove(str(root_dir / "benchmarks"))
-    expect.set_options(timeout=30_000)
-    with sync_playwright() as playwright:
-        path = find_browser(playwright)
-        if path is None:
-            pytest.skip(f"没有浏览器，跳过网页的测试；{HOW}")
-        with playwright.chromium.launch(executable_path=path) as chromium:
-            yield chromium
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from live_server import LiveServer
 from scripted import Script, scripted
 
 from minimind.serve.generation import Settings
-from minimind.serve.guard import host_name
+from minimind.serve.hosts import host_name
 from minimind.tokenizer import encode_chat, encode_plain
 
 CHAT = {"messages": [{"role": "user", "content": "你好"}], "max_tokens": 4, "temperature": 0}

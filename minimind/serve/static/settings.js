@@ -1,8 +1,8 @@
-// 设置、语言、明暗；都记在浏览器里，密钥只记到标签页关掉
+// 聊天页的设置；都记在浏览器里，密钥只记到标签页关掉
+import { $, openPage } from "./page.js";
 import { WORDS } from "./words.js";
 
-export const $ = (id) => document.getElementById(id);
-export let words = WORDS.zh;
+export { $, phrase, words } from "./page.js";
 
 const REMEMBERED = ["system", "temperature", "top_p", "repetition_penalty", "max_tokens", "seed", "thinking", "tools", "probabilities", "api_key"];
 const storeOf = (id) => (id === "api_key" ? sessionStorage : localStorage);
@@ -20,43 +20,11 @@ export function restoreSettings() {
     field.addEventListener("input", show);
     show();
   }
-  setLanguage(localStorage.getItem("minimind.language") ?? (navigator.language.startsWith("zh") ? "zh" : "en"));
-  setTheme(localStorage.getItem("minimind.theme") ?? "");
+  openPage(WORDS);
   showSettings(innerWidth >= 800);
 }
 
 export function showSettings(open) {
   $("settings").hidden = !open;
   $("menu").setAttribute("aria-expanded", String(open));
-}
-
-// 会随语言变的一句话：换语言时重说一遍
-export function phrase(node, say) {
-  node.say = say;
-  node.classList.add("phrase");
-  node.textContent = say();
-  return node;
-}
-
-function setLanguage(language) {
-  words = WORDS[language];
-  localStorage.setItem("minimind.language", language);
-  document.documentElement.lang = language === "zh" ? "zh-CN" : "en";
-  for (const node of document.querySelectorAll("[data-text]")) node.textContent = words[node.dataset.text];
-  for (const node of document.querySelectorAll("[data-placeholder]")) node.placeholder = words[node.dataset.placeholder];
-  for (const node of document.querySelectorAll("[data-label]")) {
-    node.setAttribute("aria-label", words[node.dataset.label]);
-    if (node.localName === "button") node.title = words[node.dataset.label];
-  }
-  for (const node of document.querySelectorAll(".phrase")) node.textContent = node.say();
-  $("language").textContent = language === "zh" ? "EN" : "中文";
-  $("language").lang = language === "zh" ? "en" : "zh-CN";
-  $("language").onclick = () => setLanguage(language === "zh" ? "en" : "zh");
-}
-
-function setTheme(theme) {
-  document.documentElement.dataset.theme = theme;
-  localStorage.setItem("minimind.theme", theme);
-  const dark = theme ? theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-  $("theme").onclick = () => setTheme(dark ? "light" : "dark");
 }

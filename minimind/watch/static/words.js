@@ -1,0 +1,43 @@
+// 页面上的话，两种语言
+export const WORDS = {
+  zh: {
+    title: "训练", runs: "各次训练", theme: "明暗", filter: "按名字找……", choose: "勾上的放在一起比，至多十二个。",
+    none: "还没有训练日志。运行一个训练命令，这里就会出现。", pick: "在左边勾选要看的训练。", offline: "连不上服务器，等它回来……",
+    reading: "正在读日志……", updated: (time) => `${time} 更新`, running: "在训练", done: "完成", stopped: "停了",
+    axis: "横轴", step: "步", time: "训练用时", tokens: "词元", smooth: "平滑", log: "纵轴取对数", reset: "看全部",
+    zoom: "横着拖一段放大，双击复原。", more: "其余的指标", replay: "回看", back_to: "第几步", tasks: "各任务答对的比例",
+    at: (step) => `第 ${step} 步`, left: (text) => `剩余 ${text}`, of: (step, total) => `${step} / ${total} 步`, steps: (step) => `${step} 步`,
+    speed: (n) => `${n} 词元/秒`, healthy: "体征正常", vitals: "体征", earlier: (n) => `更早的 ${n} 句`, prompt: "问", answer: "答", nothing: "（什么也没写）",
+    samples: "固定的提示怎么答", rollouts: "采样的回答与得分", best: "最好", median: "居中", worst: "最差", reward: "奖励", expert_load: "专家的负载",
+    layer: (n) => `第 ${n} 层`, expert: (n) => `专家 ${n}`, exam: "考试", series: (name, n) => `${name}：${n} 条曲线`, missing: "—",
+    seconds: (n) => `${n} 秒`, minutes: (m, s) => `${m} 分 ${s} 秒`, hours: (h, m) => `${h} 小时 ${m} 分`, full: "至多比十二个",
+    names: {
+      loss: "训练损失", val_loss: "验证损失", val_bpb: "验证：每字节比特", reward: "奖励（采样）", val_reward: "留出题得分（贪心）", accuracy: "分得清好坏的比例",
+      margin: "好坏之差", tokens_per_s: "速度（词元/秒）", lr: "学习率", grad_norm: "梯度范数", mfu: "算力利用率", time: "训练用时（秒）", tokens: "词元",
+      entropy: "熵（nat/词元）", kl: "与参考模型的 KL", response_length: "回答长度（词元）", truncated: "写不完的比例", zero_spread: "全组同分的比例",
+      reward_std: "奖励的离散", ce: "交叉熵", aux_loss: "负载均衡损失", val_length: "留出题回答长度", val_truncated: "留出题写不完的比例", skipped_steps: "跳过的步",
+      explained_variance: "价值网络解释的方差", kept: "参与更新的比例",
+    },
+    part: (name) => `奖励之 ${name}`,
+  },
+  en: {
+    title: "Training", runs: "Runs", theme: "Theme", filter: "Filter by name…", choose: "Tick runs to compare, twelve at most.",
+    none: "No training logs yet. Start a training command and it will appear here.", pick: "Tick a run on the left.", offline: "Cannot reach the server, waiting for it…",
+    reading: "Reading logs…", updated: (time) => `updated ${time}`, running: "running", done: "done", stopped: "stopped",
+    axis: "X axis", step: "step", time: "training time", tokens: "tokens", smooth: "Smoothing", log: "Log scale", reset: "Show all",
+    zoom: "Drag sideways to zoom, double-click to reset.", more: "Other metrics", replay: "Replay", back_to: "At step", tasks: "Accuracy by task",
+    at: (step) => `step ${step}`, left: (text) => `${text} left`, of: (step, total) => `${step} / ${total} steps`, steps: (step) => `${step} steps`,
+    speed: (n) => `${n} tokens/s`, healthy: "vital signs normal", vitals: "Vital signs", earlier: (n) => `${n} earlier`, prompt: "Q", answer: "A", nothing: "(empty)",
+    samples: "Answers to fixed prompts", rollouts: "Rollouts and rewards", best: "best", median: "median", worst: "worst", reward: "reward", expert_load: "Expert load",
+    layer: (n) => `layer ${n}`, expert: (n) => `expert ${n}`, exam: "exam", series: (name, n) => `${name}: ${n} curves`, missing: "—",
+    seconds: (n) => `${n} s`, minutes: (m, s) => `${m} min ${s} s`, hours: (h, m) => `${h} h ${m} min`, full: "twelve at most",
+    names: {
+      loss: "train loss", val_loss: "validation loss", val_bpb: "validation bits per byte", reward: "reward (sampled)", val_reward: "held-out score (greedy)", accuracy: "preference accuracy",
+      margin: "reward margin", tokens_per_s: "speed (tokens/s)", lr: "learning rate", grad_norm: "gradient norm", mfu: "utilisation (MFU)", time: "training time (s)", tokens: "tokens",
+      entropy: "entropy (nat/token)", kl: "KL to reference", response_length: "response length (tokens)", truncated: "truncated share", zero_spread: "groups without spread",
+      reward_std: "reward spread", ce: "cross-entropy", aux_loss: "balance loss", val_length: "held-out response length", val_truncated: "held-out truncated share", skipped_steps: "skipped steps",
+      explained_variance: "explained variance", kept: "rows kept",
+    },
+    part: (name) => `reward: ${name}`,
+  },
+};
