@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if hasattr(signal, "SIGHUP"):  # 在 nohup 下跑：忽略会传给子进程，子进程照规矩不理它，断线的测试就等不到
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import pytest
 

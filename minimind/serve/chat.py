@@ -18,12 +18,12 @@ from minimind.serve.hooks import (
     Exactly,
     FormHook,
     Free,
-    Stage,
+    GrammarStage,
     Thinking,
     call_stages,
     make_hook,
 )
-from minimind.serve.messages import Conversation, FunctionSpec, plain_message
+from minimind.serve.messages import FunctionSpec, MessagesRequest, plain_message
 from minimind.serve.metrics import Metrics
 from minimind.serve.models import ServedModel
 from minimind.serve.samples import ChatSample
@@ -45,7 +45,9 @@ class Prompt(NamedTuple):
     written: int = 0
 
 
-def encode_messages(model: ServedModel, request: Conversation, tools: Any, thinking: bool | None) -> Prompt:
+def encode_messages(
+    model: ServedModel, request: MessagesRequest, tools: Any, thinking: bool | None
+) -> Prompt:
     """对话 → 词元；最后一条是助手的就去掉回合的结尾，接着它写。
 
     Raises:
@@ -111,14 +113,14 @@ class ChatAnswer:
     def _tags(self) -> dict[str, int]:
         return codec_of(self.model.tokenizer).controls
 
-    def _thinking_stages(self, *after: int) -> list[Stage]:
+    def _thinking_stages(self, *after: int) -> list[GrammarStage]:
         """先想完，接着是固定的空行与 ``after``；不思考时没有。"""
         if not self.thinking:
             return []
         gap = encode_plain(self.model.tokenizer, "\n\n")
         return [Thinking(self._tags[END_THINK], sorted(self.model.eos_ids)), Exactly([*gap, *after])]
 
-    def _calls_form(self, forced: list[FunctionSpec]) -> Callable[[], list[Stage]]:
+    def _calls_form(self, forced: list[FunctionSpec]) -> Callable[[], list[GrammarStage]]:
         """必须调用：（思考，）一个或几个调用。"""
         text, tags = self.model.grammar.call(forced), self._tags
         newline = encode_plain(self.model.tokenizer, "\n")
@@ -129,7 +131,7 @@ class ChatAnswer:
             *call_stages(text, begin, end, newline, stops, several),
         ]
 
-    def _text_form(self, text: CompiledText) -> Callable[[], list[Stage]]:
+    def _text_form(self, text: CompiledText) -> Callable[[], list[GrammarStage]]:
         """（思考，）合乎文法的正文；给了工具时也可以改写调用。"""
         calls = (
             {self._tags[TOOL_CALL]: lambda: [Free()]} if self.use_tools and TOOL_CALL in self._tags else {}

@@ -17,7 +17,7 @@ from minimind.serve.models import ServedModel
 from minimind.serve.samples import TextSample
 from minimind.serve.schemas import CompletionRequest
 from minimind.serve.stops import StopMatcher
-from minimind.serve.tickets import Progress, Ticket, TokenOut
+from minimind.serve.tickets import Increment, Ticket, TokenOut
 from minimind.tokenizer import encode_plain
 
 MAX_PROMPTS = 64
@@ -120,7 +120,7 @@ class TextAnswer:
         return text, ticket.scored[skip:] if ticket is not None else []
 
     def _take(
-        self, progress: Progress, samples: list[TextSample], ticket: Ticket
+        self, progress: Increment, samples: list[TextSample], ticket: Ticket
     ) -> tuple[TextSample, str] | None:
         """一个进展 → （样本，新的文字）；写完时文字可以是空的，没有可给的是 ``None``。"""
         sample = samples[progress.index]

@@ -19,7 +19,7 @@ from minimind.inference.engine import Request
 from minimind.serve.errors import ApiError
 from minimind.serve.metrics import Metrics
 from minimind.serve.models import ServedModel
-from minimind.serve.tickets import EngineDown, Progress, QueueFull, ShuttingDown, Ticket
+from minimind.serve.tickets import EngineDown, Increment, QueueFull, ShuttingDown, Ticket
 
 log = logging.getLogger("minimind.serve")
 
@@ -118,7 +118,7 @@ def stopping(settings: Settings) -> ApiError:
 
 async def progress_of(
     job: Job, ticket: Ticket, settings: Settings, metrics: Metrics
-) -> AsyncIterator[Progress]:
+) -> AsyncIterator[Increment]:
     """依次给出各样本的进展，到全部写完；中途退出（客户端走了、超时、出错）就取消。
 
     Raises:

@@ -108,13 +108,13 @@ def make_hook(
     return makers[0] if len(makers) == 1 else lambda: HookChain([make() for make in makers])
 
 
-class Stage(Protocol):
+class GrammarStage(Protocol):
     """一段。"""
 
     def adjust(self, logits: Tensor) -> None:
         """抽样之前就地改 ``[V]``。"""
 
-    def accept(self, token: int) -> list[Stage] | None:
+    def accept(self, token: int) -> list[GrammarStage] | None:
         """写下了 ``token``：还没完是 ``None``，完了给出紧接着的几段。"""
 
 
@@ -137,7 +137,7 @@ class Thinking:
         logits[self.end] = torch.maximum(logits[self.end], best)
         logits[self.stops] = MINUS_INF
 
-    def accept(self, token: int) -> list[Stage] | None:
+    def accept(self, token: int) -> list[GrammarStage] | None:
         return [] if token == self.end else None
 
 
@@ -150,7 +150,7 @@ class Exactly:
     def adjust(self, logits: Tensor) -> None:
         allow_only(logits, [self.left[0]])
 
-    def accept(self, token: int) -> list[Stage] | None:
+    def accept(self, token: int) -> list[GrammarStage] | None:
         self.left.popleft()
         return None if self.left else []
 
@@ -166,7 +166,7 @@ class Constrained:
         self,
         text: CompiledText,
         stops: Sequence[int],
-        instead: Mapping[int, Callable[[], list[Stage]]] | None = None,
+        instead: Mapping[int, Callable[[], list[GrammarStage]]] | None = None,
     ):
         self.matcher, self.instead = text.matcher(stops), dict(instead or {})
 
@@ -176,7 +176,7 @@ class Constrained:
             allowed[token] = True
         logits.masked_fill_(~allowed, MINUS_INF)
 
-    def accept(self, token: int) -> list[Stage] | None:
+    def accept(self, token: int) -> list[GrammarStage] | None:
         instead, self.instead = self.instead, {}
         if token in instead:
             return instead[token]()
@@ -186,14 +186,14 @@ class Constrained:
 class Again:
     """停笔，或者再来一段：最想写的正是 ``token`` 才再来，不然停。抽样的手气不该决定要不要多调用一次。"""
 
-    def __init__(self, token: int, stops: Sequence[int], following: Callable[[], list[Stage]]):
+    def __init__(self, token: int, stops: Sequence[int], following: Callable[[], list[GrammarStage]]):
         self.token, self.stops, self.following = token, list(stops), following
 
     def adjust(self, logits: Tensor) -> None:
         again = int(logits.argmax()) == self.token
         allow_only(logits, [self.token] if again else self.stops)
 
-    def accept(self, token: int) -> list[Stage] | None:
+    def accept(self, token: int) -> list[GrammarStage] | None:
         return self.following() if token == self.token else []
 
 
@@ -203,14 +203,14 @@ class Free:
     def adjust(self, logits: Tensor) -> None:
         pass
 
-    def accept(self, token: int) -> list[Stage] | None:
+    def accept(self, token: int) -> list[GrammarStage] | None:
         return None
 
 
 class FormHook:
     """依次走各段，走完就停。"""
 
-    def __init__(self, stages: Sequence[Stage]):
+    def __init__(self, stages: Sequence[GrammarStage]):
         self.stages = deque(stages)
 
     def adjust(self, logits: Tensor) -> None:
@@ -226,7 +226,7 @@ class FormHook:
 
 def call_stages(
     text: CompiledText, begin: int, end: int, newline: Sequence[int], stops: Sequence[int], several: bool
-) -> list[Stage]:
+) -> list[GrammarStage]:
     """``<tool_call>`` 之后：一个调用；``several`` 时其后或者停笔，或者换行再来一个。
 
     Args:
@@ -238,7 +238,7 @@ def call_stages(
     if not several:
         return [one]
 
-    def again() -> list[Stage]:
+    def again() -> list[GrammarStage]:
         return [Exactly([*newline[1:], begin]), *call_stages(text, begin, end, newline, stops, True)]
 
     return [one, Again(newline[0], stops, again)]

@@ -47,7 +47,7 @@ class FunctionSpec(Lenient):
     parameters: dict[str, Any] | None = None
 
 
-class Tool(Lenient):
+class OfferedTool(Lenient):
     type: Literal["function"] = "function"
     function: FunctionSpec
 
@@ -61,7 +61,7 @@ class NamedTool(Lenient):
     function: NamedFunction
 
 
-class Conversation(Lenient):
+class MessagesRequest(Lenient):
     """消息与怎么渲染它们；聊天与 ``/tokenize`` 共用。"""
 
     add_generation_prompt: bool | None = None

@@ -18,7 +18,7 @@ from minimind.inference.reply import (
     TextDelta,
 )
 from minimind.serve.stops import StopMatcher
-from minimind.serve.tickets import Progress, TokenOut
+from minimind.serve.tickets import Increment, TokenOut
 from minimind.tokenizer.vocabulary import Vocabulary
 
 FINISH = {"stop": "stop", "length": "length", "cancelled": "stop"}
@@ -58,7 +58,7 @@ class ChatSample:
     _said: bool = False  # 有了正文或调用
     _called: list[bool] = field(default_factory=list)  # 各个写完的调用能不能执行
 
-    def push(self, progress: Progress) -> Iterator[dict[str, Any]]:
+    def push(self, progress: Increment) -> Iterator[dict[str, Any]]:
         """放入新词元，逐个给出流式的 ``delta``。"""
         if before := self.written_before:
             self.written_before = []
@@ -212,7 +212,7 @@ class TextSample:
     least: int = 0
     offsets: Offsets = field(default_factory=Offsets)
 
-    def push(self, progress: Progress) -> str:
+    def push(self, progress: Increment) -> str:
         """放入新词元，返回可以给出的文字。"""
         pieces = []
         for token in progress.tokens:

@@ -10,13 +10,13 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
-from minimind.serve.messages import THINKING, Conversation, FunctionSpec, Message, NamedTool, Tool
+from minimind.serve.messages import THINKING, FunctionSpec, Message, MessagesRequest, NamedTool, OfferedTool
 from minimind.serve.sampling_fields import Lenient, Limit, Sampling
 
 MAX_TOP_LOGPROBS = 20
 
 
-class ChatRequest(Sampling, Conversation):
+class ChatRequest(Sampling, MessagesRequest):
     """``POST /v1/chat/completions``。"""
 
     messages: list[Message] = Field(min_length=1, max_length=4096)
@@ -24,7 +24,7 @@ class ChatRequest(Sampling, Conversation):
     max_completion_tokens: Limit | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    tools: list[Tool] | None = Field(None, max_length=128)
+    tools: list[OfferedTool] | None = Field(None, max_length=128)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
 
@@ -102,13 +102,13 @@ class CompletionRequest(Sampling):
         return [value] if isinstance(value[0], int) else list(value)
 
 
-class TokenizeRequest(Conversation):
+class TokenizeRequest(MessagesRequest):
     """``POST /tokenize``：给 ``prompt``（文字）或 ``messages``（对话）。"""
 
     model: str | None = None
     prompt: str | None = None
     messages: list[Message] | None = Field(None, min_length=1, max_length=4096)
-    tools: list[Tool] | None = None
+    tools: list[OfferedTool] | None = None
     add_special_tokens: bool = False
 
     @model_validator(mode="after")

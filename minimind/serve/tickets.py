@@ -45,7 +45,7 @@ class TokenOut(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()
 
 
-class Progress(NamedTuple):
+class Increment(NamedTuple):
     """一个样本新写出的词元；``finished`` 为 ``"stop"``、``"length"``、``"cancelled"``，还在写是 ``None``。"""
 
     index: int
@@ -80,7 +80,7 @@ class Mailbox:
 
 @dataclass
 class Ticket:
-    """一个在途的请求；``events`` 里依次是 :class:`Progress`，或引擎出的错。"""
+    """一个在途的请求；``events`` 里依次是 :class:`Increment`，或引擎出的错。"""
 
     request: Request
     events: Mailbox
@@ -92,7 +92,7 @@ class Ticket:
     def __post_init__(self):
         self.sent, self.open = [0] * self.request.n, self.request.n
 
-    def take(self, sample: Sample) -> Progress | None:
+    def take(self, sample: Sample) -> Increment | None:
         """``sample`` 新写出的；没有新的是 ``None``。"""
         start, self.sent[sample.index] = self.sent[sample.index], len(sample.ids)
         tokens = [self._token(sample, at) for at in range(start, len(sample.ids))]
@@ -100,7 +100,7 @@ class Ticket:
             self.scored = prompt_scores(sample)
         if not tokens and not sample.finished:
             return None
-        return Progress(sample.index, tokens, sample.finished, sample.cached)
+        return Increment(sample.index, tokens, sample.finished, sample.cached)
 
     def _token(self, sample: Sample, at: int) -> TokenOut:
         if not sample.top:

@@ -11,7 +11,7 @@ from minimind.inference.reply import ReplyParser
 from minimind.serve.chat import merge_delta
 from minimind.serve.samples import ChatSample, TextSample
 from minimind.serve.stops import StopMatcher
-from minimind.serve.tickets import Progress, TokenOut
+from minimind.serve.tickets import Increment, TokenOut
 from minimind.tokenizer import encode_chat, encode_plain, load_tokenizer
 from minimind.tokenizer.loading import codec_of
 from minimind.tokenizer.vocabulary import vocabulary_of
@@ -32,7 +32,7 @@ def answer(calls: bool) -> tuple[dict, str | None]:
     message: dict = {"role": "assistant"}
     for position, token in enumerate(ids):
         finished = "stop" if position == len(ids) - 1 else None
-        for delta in sample.push(Progress(0, [TokenOut(token)], finished)):
+        for delta in sample.push(Increment(0, [TokenOut(token)], finished)):
             merge_delta(message, delta)
     return message, sample.finish_reason
 
@@ -55,7 +55,7 @@ def test_停止串对正文有效(stop):
     tokenizer = load_tokenizer()
     ids = tokenizer("好的。calculator", add_special_tokens=False).input_ids
     sample = ChatSample(0, ReplyParser.for_tokenizer(tokenizer), StopMatcher([stop]), set())
-    pieces = [d["content"] for t in ids for d in sample.push(Progress(0, [TokenOut(t)], None))]
+    pieces = [d["content"] for t in ids for d in sample.push(Increment(0, [TokenOut(t)], None))]
     assert "".join(pieces) == "好的。calculator".split(stop)[0] and sample.finish_reason == "stop"
 
 
@@ -81,7 +81,7 @@ def play(text, finished="stop", thinking=False, eos=None, stops=(), **options):
     deltas = []
     for position, token in enumerate(ids):
         last = finished if position == len(ids) - 1 else None
-        deltas += sample.push(Progress(0, [TokenOut(token)], last))
+        deltas += sample.push(Increment(0, [TokenOut(token)], last))
         if sample.finish_reason is not None:
             break
     message: dict = {}
@@ -102,7 +102,7 @@ def test_截断在调用的任何地方_都是length():
         parser = ReplyParser.for_tokenizer(tokenizer)
         sample = ChatSample(0, parser, StopMatcher([]), {tokenizer.eos_token_id})
         tokens = [TokenOut(token) for token in ids_of(WEATHER)[:cut]]
-        list(sample.push(Progress(0, tokens, "length")))
+        list(sample.push(Increment(0, tokens, "length")))
         assert sample.finish_reason == "length", cut
 
 
@@ -213,7 +213,7 @@ def test_停止串自己也给_写够之前不算数():
     )
     ids = [token for word in "停甲乙丙停丁" for token in encode_plain(tokenizer, word)]
     assert len(ids) == 6
-    pieces = [d["content"] for t in ids for d in sample.push(Progress(0, [TokenOut(t)], None))]
+    pieces = [d["content"] for t in ids for d in sample.push(Increment(0, [TokenOut(t)], None))]
     assert "".join(pieces).startswith("停甲乙丙停") and sample.finish_reason == "stop"
 
 
@@ -230,7 +230,7 @@ def test_一个字分成几个词元_写法各不相同_位置不漂移():
     tops = tuple((token, -float(rank)) for rank, token in enumerate(halves))
     text = ""
     for token in [*ids, tokenizer.eos_token_id]:
-        text += sample.push(Progress(0, [TokenOut(token, -0.5, tops)], None))
+        text += sample.push(Increment(0, [TokenOut(token, -0.5, tops)], None))
     logprobs = sample.take_logprobs(vocabulary)
     assert text == "a龘鱻😀b"
     # 手算：每个词元从它的第一个字节所在的那个字开始
