@@ -46,8 +46,13 @@ COMMANDS = {
     "eval bpb": Command("minimind.evaluate.cli:main_bpb", "一个文件的每字节比特数", "评测"),
     "tokenizer train": Command("minimind.tokenizer.train:main_train", "训练分词器", "分词器"),
     "tokenizer eval": Command("minimind.tokenizer.eval:main_eval", "比较分词器的压缩率", "分词器"),
-    "data check": Command("minimind.dataset.check:main_check", "检查 jsonl：条数、长度分布、坏行", "数据"),
+    "data check": Command("minimind.dataset.check:main_check", "检查数据：条数、长度分布、坏行", "数据"),
     "data download": Command("minimind.dataset.download:main_download", "下载公开数据集，可断点续传", "数据"),
+    "data convert": Command(
+        "minimind.dataset.convert:main_convert", "别家的写法与文件（Alpaca、Parquet、gz……）→ jsonl", "数据"
+    ),
+    "data mix": Command("minimind.dataset.mix:main_mix", "按权重把几份数据配成一份，精确到条", "数据"),
+    "data dedup": Command("minimind.dataset.dedup:main_dedup", "去掉完全重复与近似重复", "数据"),
     "data make-microworld": Command("minimind.microworld:main_make", "写出内置的微世界语料", "数据"),
     "serve": Command("minimind.serve.cli:main", "OpenAI 兼容的服务", "服务"),
     "export hf": Command(

@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +17,18 @@ from minimind.console import format_duration, progress, say
 from minimind.cpus import available_cpus
 from minimind.dataset.encode import id_dtype
 from minimind.dataset.jsonl import DataError, line_ranges
-from minimind.dataset.token_cache import FILES, FORMAT_VERSION, CacheWriter, TokenCache
+from minimind.dataset.sources import shell_of, write_plain
+from minimind.dataset.token_cache import (
+    FILES,
+    FORMAT_VERSION,
+    FORMATS_VERSION,
+    TEXT_NAME,
+    CacheWriter,
+    TokenCache,
+)
 from minimind.dataset.workers import WorkerPool, run_inline
 from minimind.errors import UserError
-from minimind.runtime.files import unique_tag
+from minimind.runtime.files import temporary_folder, unique_tag
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -40,16 +50,31 @@ def build_tokens(
     options: dict[str, Any],
 ) -> TokenCache:
     """给 ``path`` 分词，写成缓存 ``folder``；参数同 :func:`minimind.dataset.cache.build_cache`，锁由它拿着。"""
-    size = path.stat().st_size
     if num_workers is None:
         num_workers = min(available_cpus(), MAX_WORKERS)
-    num_workers = min(num_workers, -(-size // CHUNK_BYTES))
-    inline = num_workers <= 1 or size <= INLINE_BYTES
-    setup = {"path": path, "kind": kind, "tokenizer": tokenizer, "options": options}
-    with _PoolOrInline(0 if inline else num_workers, setup) as run:
-        if on_bad_line == "error":
-            _scan(run, path, size)
-        return _tokenize(run, folder, path, size, kind, tokenizer)
+    with _plain_text(path, folder) as text:
+        size = text.stat().st_size
+        num_workers = min(num_workers, -(-size // CHUNK_BYTES))
+        inline = num_workers <= 1 or size <= INLINE_BYTES
+        setup = {"path": text, "kind": kind, "tokenizer": tokenizer, "options": options}
+        with _PoolOrInline(0 if inline else num_workers, setup) as run:
+            if on_bad_line == "error":
+                _scan(run, path, text)
+            return _tokenize(run, folder, path, text, kind, tokenizer)
+
+
+@contextmanager
+def _plain_text(path: Path, folder: Path) -> Iterator[Path]:
+    """``path`` 的 jsonl 文本：本来就是的原样给出，别的外壳解进缓存旁边的临时目录，用完就删。"""
+    if shell_of(path) == "plain":
+        yield path
+        return
+    with temporary_folder(folder.with_name(f"{folder.name}-text")) as temporary:
+        text = temporary / TEXT_NAME
+        if path.stat().st_size > INLINE_BYTES:
+            say(f"{path.name}：解成 jsonl 再分词…")
+        write_plain(path, text)
+        yield text
 
 
 class _PoolOrInline:
@@ -73,11 +98,11 @@ class _PoolOrInline:
             os.environ.pop("TOKENIZERS_PARALLELISM", None)
 
 
-def _scan(run, path: Path, size: int) -> None:
-    """检查每一行，第一个坏行就报错；此时还没有写过任何东西。"""
+def _scan(run, path: Path, text: Path) -> None:
+    """检查每一行，第一个坏行就报错；此时还没有写过缓存。``text`` 是 ``path`` 的 jsonl 文本。"""
     line = 0
-    ranges = list(line_ranges(path, CHUNK_BYTES))
-    with progress(f"检查 {path.name}", size / 1e6, "MB") as bar:
+    ranges = list(line_ranges(text, CHUNK_BYTES))
+    with progress(f"检查 {path.name}", text.stat().st_size / 1e6, "MB") as bar:
         for (start, end), (num_lines, bad) in zip(ranges, run([("scan", *r) for r in ranges]), strict=True):
             if bad:
                 raise DataError.from_dict(bad[0]).at(path, line + bad[0]["line"] + 1)
@@ -96,8 +121,9 @@ def make_folder(folder: Path, tries: int = 20) -> None:
                 raise
 
 
-def _tokenize(run, folder: Path, path: Path, size: int, kind: str, tokenizer: Any) -> TokenCache:
-    """分词，写进临时目录，完整之后改名到位。"""
+def _tokenize(run, folder: Path, path: Path, text: Path, kind: str, tokenizer: Any) -> TokenCache:
+    """分词，写进临时目录，完整之后改名到位。``text`` 是 ``path`` 的 jsonl 文本。"""
+    size = text.stat().st_size
     folder.parent.mkdir(parents=True, exist_ok=True)
     # 上次被 kill -9 的残留；持着这份内容的锁，不会删到别人正在写的
     for stale in folder.parent.glob(f"{folder.name}.tmp*"):
@@ -110,7 +136,7 @@ def _tokenize(run, folder: Path, path: Path, size: int, kind: str, tokenizer: An
     started = time.monotonic()
     try:
         with CacheWriter(temporary, id_dtype(tokenizer)) as writer:
-            ranges = list(line_ranges(path, CHUNK_BYTES))
+            ranges = list(line_ranges(text, CHUNK_BYTES))
             with progress(f"分词 {path.name}", size / 1e6, "MB") as bar:
                 tasks = [("encode", *r) for r in ranges]
                 try:
@@ -131,7 +157,9 @@ def _tokenize(run, folder: Path, path: Path, size: int, kind: str, tokenizer: An
             "num_documents": writer.num_documents,
             "num_tokens": writer.num_tokens,
             "num_lines": writer.num_lines,
-            "source": {"path": str(path), "bytes": size},
+            "source": {"path": str(path), "bytes": path.stat().st_size},
+            "shell": shell_of(path),
+            "formats": FORMATS_VERSION,
             "seconds": round(time.monotonic() - started, 3),
             "bad_count": writer.bad_count,
             "bad": writer.bad,
@@ -143,6 +171,8 @@ def _tokenize(run, folder: Path, path: Path, size: int, kind: str, tokenizer: An
             json.dump(meta, file, ensure_ascii=False, indent=1)
             file.flush()
             os.fsync(file.fileno())
+        if text != path and kind != "pretrain":  # 预训练之外的还要按行取原文
+            os.replace(text, temporary / TEXT_NAME)
         try:
             os.rename(temporary, folder)
         except OSError as error:  # 同样内容的另一个文件刚好也建完了

@@ -1,4 +1,4 @@
-"""分词缓存：一个 jsonl 只分一次词，之后几毫秒打开，多大都一样。
+"""分词缓存：一个文件只分一次词，之后几毫秒打开，多大都一样。
 
 缓存放在 ``.cache/minimind``（仓库根或当前目录下；数据目录可能只读，所以不放在数据旁边），环境变量
 ``MINIMIND_CACHE`` 可以改地方，整个文件夹随时可以删。里面::
@@ -7,6 +7,7 @@
     tokens/<键>/             一份缓存；键由内容、分词器、种类与格式版本决定，文件改名或复制后仍能用
         meta.json  ids.bin  offsets.bin  spans.bin  span_offsets.bin  split_hash.bin  lines.bin  positions.bin
         plans/               拼行方案，见 packed.py
+        text.jsonl           压缩或列式文件解出的文本（预训练不留），按行取原始记录用
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minimind.console import say
-from minimind.dataset.jsonl import DataError, check_readable
+from minimind.dataset.jsonl import DataError
 from minimind.dataset.schema import KINDS
-from minimind.dataset.token_cache import FORMAT_VERSION, TokenCache
+from minimind.dataset.sources import shell_of
+from minimind.dataset.token_cache import FORMAT_VERSION, FORMATS_VERSION, TokenCache
 from minimind.errors import UserError
 from minimind.paths import base_dir, resolve_path
 from minimind.runtime.files import file_lock, replacing
@@ -60,7 +62,7 @@ def build_cache(
     """打开 ``path`` 的分词缓存，没有就建。多个进程同时调用时一个建、其余等。
 
     Args:
-        path: jsonl 文件。
+        path: 数据文件，任一种外壳（:mod:`minimind.dataset.sources`）。
         kind: :data:`minimind.dataset.schema.KINDS` 之一。
         tokenizer: 分词器。
         cache_dir: 见 :func:`cache_root`。
@@ -81,7 +83,7 @@ def build_cache(
     if on_bad_line not in ("error", "skip"):
         raise UserError(f"不认识的 --on_bad_line {on_bad_line}", expected="error | skip")
     path = resolve_path(path)
-    check_readable(path)
+    shell_of(path)  # 读不了的早早报错
     root = cache_root(cache_dir)
     identity = [tokenizer_fingerprint(tokenizer), kind, options or {}, FORMAT_VERSION]
     layout = layout_of(tokenizer)
@@ -154,7 +156,13 @@ def _open(root: Path, content: str, identity: list, path: Path) -> TokenCache | 
     if not folder.is_dir():
         return None
     try:
-        return TokenCache(folder, path)
+        cache = TokenCache(folder, path)
+        # 从前读不懂的写法现在也许读得懂：有坏行的旧缓存重新来过
+        if cache.meta["bad_count"] and cache.meta.get("formats") != FORMATS_VERSION:
+            say(f"{path.name}：上次有 {cache.meta['bad_count']:,} 条坏行，认得的写法变多了，重新分词")
+            shutil.rmtree(folder, ignore_errors=True)
+            return None
+        return cache
     except (OSError, ValueError, KeyError):
         say(f"缓存 {folder} 不完整，重新生成")
         shutil.rmtree(folder, ignore_errors=True)

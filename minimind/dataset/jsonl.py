@@ -132,7 +132,7 @@ def parse_line(raw: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
-        raise _json_error(text, error) from None
+        raise json_error(text, error) from None
     except RecursionError:
         raise DataError("JSON 嵌套过深", expected="普通的 JSON 对象", fix="删掉这一行") from None
     except ValueError as error:  # 例如上万位的整数
@@ -167,7 +167,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
-def _json_error(text: str, error: json.JSONDecodeError) -> DataError:
+def json_error(text: str, error: json.JSONDecodeError) -> DataError:
+    """``json`` 模块的报错 → 指出位置与修法的一句话。"""
     message = _JSON_MESSAGES.get(error.msg, error.msg)
     around = short(text[max(0, error.pos - 15) : error.pos + 15])
     fix = "改正这一处；用 json.dumps(记录, ensure_ascii=False) 写出的行总是合法的"
@@ -206,8 +207,8 @@ def _reject_surrogates(value: Any, path: str) -> None:
             _reject_surrogates(item, f"{path}[{i}]")
 
 
-def check_readable(path: Path) -> None:
-    """文件存在、非空、像是文本；否则说清怎么办。"""
+def check_exists(path: Path) -> None:
+    """文件在，也读得了；否则说清怎么办。"""
     if problem := file_problem(path):
         raise UserError(
             problem.replace("不存在", "找不到数据文件", 1),
@@ -215,8 +216,17 @@ def check_readable(path: Path) -> None:
             expected="一个 jsonl 文件",
             fix="检查路径；公开数据可用 minimind data download 下载，内置语料用 minimind data make-microworld 生成",
         )
+
+
+def check_readable(path: Path) -> None:
+    """文件存在、非空、像是文本；否则说清怎么办。"""
+    check_exists(path)
     with path.open("rb") as file:
-        head = file.read(64)
+        check_head(file.read(64), path)
+
+
+def check_head(head: bytes, path: Path) -> None:
+    """开头的几十个字节像是文本；不像就说出是什么（``path`` 只用来报错）。"""
     if not head:
         raise UserError(f"数据文件 {path} 是空的", expected="每行一个 JSON 对象", fix="重新下载或生成")
     for magic, name, fix in _FOREIGN:
@@ -232,6 +242,15 @@ def check_readable(path: Path) -> None:
             file=str(path),
             line=1,
         )
+
+
+def too_long() -> DataError:
+    """一行（或数组的一项）超过 ``MAX_LINE_BYTES``。"""
+    return DataError(
+        f"一行超过 {MAX_LINE_BYTES >> 20} MiB",
+        expected="每行一个 JSON 对象",
+        fix="把它拆开，或删掉这一行",
+    )
 
 
 def line_ranges(path: Path, chunk_bytes: int) -> Iterator[tuple[int, int]]:
@@ -278,30 +297,3 @@ def read_lines(path: Path, start: int, end: int) -> list[bytes]:
     if not lines[-1]:
         lines.pop()
     return lines
-
-
-def read_records(
-    path: Path, bad: list[DataError] | None = None
-) -> Iterator[tuple[int, dict[str, Any] | None]]:
-    """逐行给出 ``(行号, 记录)``，行号从 1 起；不核对字段，空行的记录是 None。
-
-    Args:
-        bad: 给了就把坏行的错误追加到这里，记录也是 None；不给则抛出。
-
-    Raises:
-        UserError: 文件读不了、是空的。
-        DataError: 坏行（含文件与行号）。
-    """
-    check_readable(path)
-    line = 0
-    for start, end in line_ranges(path, 4 << 20):
-        for raw in read_lines(path, start, end):
-            line += 1
-            try:
-                record = parse_line(raw)
-            except DataError as error:
-                if bad is None:
-                    raise error.at(path, line) from None
-                bad.append(error.at(path, line))
-                record = None
-            yield line, record

@@ -67,7 +67,8 @@ class SFTDataset(PackedDataset):
         limit[docs] = kept
         doc = np.repeat(np.arange(len(cache)), np.diff(cache.span_offsets))
         ends = np.minimum(cache.spans[:, 1], limit[doc])
-        return int(np.maximum(ends - cache.spans[:, 0], 0).sum())
+        times = np.bincount(docs, minlength=len(cache))[doc]
+        return int((np.maximum(ends - cache.spans[:, 0], 0) * times).sum())
 
 
 class DPODataset(CachedDataset):
@@ -94,7 +95,8 @@ class DPODataset(CachedDataset):
         visible = self._has_targets(2 * pairs) & self._has_targets(2 * pairs + 1)
         for k in np.flatnonzero(overlong & visible):
             visible[k] = self._differs_within(int(pairs[k]))
-        self.pairs = pairs[visible]
+        self.pairs, shares = self.mixed(pairs[visible], unit=2)
+        overlong_used = np.isin(self.pairs, pairs[overlong])
         kept = np.concatenate([2 * self.pairs, 2 * self.pairs + 1])
         self.cut_tokens = int(np.maximum(lengths[kept] - self.max_length, 0).sum())
         if len(pairs) and not len(self.pairs):
@@ -102,10 +104,10 @@ class DPODataset(CachedDataset):
         self.num_documents = len(self.pairs)
         self.stats = {
             "pairs": len(self.pairs),
-            "truncated": int((overlong & visible).sum()),
-            "truncated_share": float((overlong & visible).sum() / max(len(pairs), 1)),
+            "truncated": int(overlong_used.sum()),
+            "truncated_share": float(overlong_used.sum() / max(len(pairs), 1)),
             "dropped": int((~visible).sum()),
-        }
+        } | ({"shares": shares} if shares else {})
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -142,9 +144,8 @@ class DPODataset(CachedDataset):
         common = min(map(len, sides))
         return bool((sides[0][:common] != sides[1][:common]).any())
 
-    def source_lines(self, index: int) -> list[int]:
-        """源文件里的行号，从 1 起。"""
-        return [int(self.cache.lines[2 * int(self.pairs[index])])]
+    def source_docs(self, index: int) -> list[int]:
+        return [2 * int(self.pairs[index])]
 
     @property
     def collate(self):
@@ -170,14 +171,16 @@ class RLAIFDataset(CachedDataset):
         super().__init__(*args, options={"enable_thinking": enable_thinking}, **kwargs)
         lengths = np.diff(self.cache.offsets)
         docs = choose(self.split, self.cache.split_hash, lengths, self.val_ratio)
-        self.docs = docs[lengths[docs] <= self.max_length]
+        fitting = docs[lengths[docs] <= self.max_length]
+        self.docs, shares = self.mixed(fitting) if len(fitting) else (fitting, [])
         if len(docs) and not len(self.docs):
             raise UserError(
                 f"{self.cache.source} 的提示都超过 {self.max_length} 个 token（最短 {lengths[docs].min()}）",
                 fix=f"用 --max_seq_len {int(np.percentile(lengths[docs], 99))} 可以留下 99 % 的提示",
             )
         self.num_documents = len(self.docs)
-        self.stats = {"prompts": len(self.docs), "dropped": len(docs) - len(self.docs)}
+        self.stats = {"prompts": len(self.docs), "dropped": len(docs) - len(fitting)}
+        self.stats |= {"shares": shares} if shares else {}
 
     def lost(self) -> str:
         dropped = self.stats["dropped"]
@@ -211,18 +214,18 @@ class RLAIFDataset(CachedDataset):
         doc = int(self.docs[index])
         record = self.cache.record(doc)
         messages, reference = split_prompt(record["conversations"])
+        source, line = self.cache.origin(doc)
         return {
             "prompt_ids": torch.from_numpy(self.cache.document(doc).astype(np.int64)),
             "messages": messages,
             "reference": reference,
             "record": record,
-            "line": int(self.cache.lines[doc]),
-            "source": str(self.cache.source),
+            "line": line,
+            "source": str(source),
         }
 
-    def source_lines(self, index: int) -> list[int]:
-        """源文件里的行号，从 1 起。"""
-        return [int(self.cache.lines[int(self.docs[index])])]
+    def source_docs(self, index: int) -> list[int]:
+        return [int(self.docs[index])]
 
     @property
     def collate(self):

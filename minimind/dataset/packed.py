@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from minimind.dataset.cache import build_cache
 from minimind.dataset.collate import IGNORE, collate_packed
+from minimind.dataset.mixture import MixedCache, open_cache, share_words
 from minimind.dataset.packing import Packing, pack_documents
 from minimind.dataset.splits import choose
 from minimind.dataset.token_cache import TokenCache
@@ -50,7 +50,7 @@ class CachedDataset(Dataset):
     ):
         """
         Args:
-            data_path: jsonl 文件。
+            data_path: 数据：一个文件，或几个文件与权重，写法见 :mod:`minimind.dataset.spec`。
             tokenizer: 分词器。
             max_length: 行长（预训练、微调）或样本的最大长度。
             split: ``train``、``val`` 或 ``all``（不划分）。
@@ -64,7 +64,7 @@ class CachedDataset(Dataset):
                 f"max_seq_len = {max_length}", expected="至少 2", fix="用 --max_seq_len 512 之类的值"
             )
         self.max_length, self.split, self.val_ratio, self.seed = max_length, split, val_ratio, seed
-        self.cache: TokenCache = build_cache(
+        self.cache: TokenCache | MixedCache = open_cache(
             data_path, self.kind, tokenizer, cache_dir, num_workers, on_bad_line, options
         )
         pad_id = tokenizer.pad_token_id
@@ -74,6 +74,31 @@ class CachedDataset(Dataset):
     def fingerprint(self) -> str:
         """数据的身份：内容、分词器与选行方式都相同，第 i 行才是同一行；续训据此核对。"""
         return f"{self.cache.folder.name}/{self.split}/{self.max_length}/{self.seed}/{self.val_ratio}"
+
+    def mixed(self, records: np.ndarray, unit: int = 1) -> tuple[np.ndarray, list[tuple[str, int, int]]]:
+        """可用的记录 → 一轮里用哪些与各组的条数；没有写权重、或是划出的验证集时原样返回，条数为空。
+
+        见 :meth:`minimind.dataset.mixture.MixedCache.mix`。
+        """
+        if self.split == "val" or not isinstance(self.cache, MixedCache) or not self.cache.weighted:
+            return records, []
+        return self.cache.mix(records, self.seed, unit)
+
+    def mixture_words(self) -> str:
+        """一句话：按权重配出的一轮里各组多少条；没有写权重时为空串。"""
+        return share_words(self.stats["shares"]) if self.stats.get("shares") else ""
+
+    def source_names(self, index: int) -> list[str]:
+        """第 ``index`` 个样本各来自哪个文件，与 :meth:`source_lines` 一一对应。"""
+        return [str(self.cache.origin(doc)[0]) for doc in self.source_docs(index)]
+
+    def source_lines(self, index: int) -> list[int]:
+        """第 ``index`` 个样本由源文件的哪几行得来（行号从 1 起），出现 NaN 时报给使用者。"""
+        return [self.cache.origin(doc)[1] for doc in self.source_docs(index)]
+
+    def source_docs(self, index: int) -> list[int]:
+        """第 ``index`` 个样本由缓存里的哪几篇得来。"""
+        raise NotImplementedError
 
     def lost(self) -> str:
         """一句话：哪些样本丢弃、截断了，各多少；一条也没有时为空串。训练开头说出来，不让内容悄悄不见。"""
@@ -166,18 +191,18 @@ class PackedDataset(CachedDataset):
         """把一段里的目标写进 ``labels``（原来全是 -100）；第一个 token 没有上文，永远不是目标。"""
         raise NotImplementedError
 
-    def source_lines(self, index: int) -> list[int]:
-        """第 ``index`` 行由源文件的哪几行拼成（行号从 1 起），出现 NaN 时报给使用者。"""
+    def source_docs(self, index: int) -> list[int]:
         first, last = self._segments(index)
-        return [int(self.cache.lines[doc]) for doc in self.packing.doc[first:last]]
+        return self.packing.doc[first:last].tolist()
 
     collate = staticmethod(collate_packed)
 
     def _kept_lengths(self, docs: np.ndarray) -> np.ndarray:
-        """每篇装进行里的 token 数；0 表示丢弃。"""
+        """每篇装进行里的 token 数；0 表示丢弃。``docs`` 升序、不重复。"""
         raise NotImplementedError
 
     def _count_targets(self, docs: np.ndarray, kept: np.ndarray) -> int:
+        """这些篇的目标数；按权重配的数据里，同一篇可以出现几次。"""
         raise NotImplementedError
 
     def _make_plan(self) -> tuple[Packing, dict[str, Any]]:
@@ -185,11 +210,17 @@ class PackedDataset(CachedDataset):
         lengths = np.diff(cache.offsets)
         docs = choose(self.split, cache.split_hash, lengths, self.val_ratio)
         kept = self._kept_lengths(docs)
+        dropped = int((kept == 0).sum())
+        if len(docs) and dropped == len(docs):
+            raise self.nothing_left(len(docs))
+        usable = docs[kept > 0]
+        drawn, shares = self.mixed(usable)
+        if shares:  # 份额按可用的文档算，丢弃的不占
+            docs, kept = drawn, kept[kept > 0][np.searchsorted(usable, drawn)]
         packing = pack_documents(kept, self.max_length, self.seed, self.splittable, self.row_length)
+        pieces = np.bincount(packing.doc)
         packing = packing._replace(doc=docs[packing.doc])
         used = kept > 0
-        if len(docs) and not used.any():
-            raise self.nothing_left(len(docs))
         overlong = (lengths[docs] > self.max_length) & used
         tokens = int(packing.length.sum())
         stats = {
@@ -200,10 +231,12 @@ class PackedDataset(CachedDataset):
             "padding_share": packing.padding_share(self.row_length),
             "truncated": 0 if self.splittable else int(overlong.sum()),
             "truncated_share": 0.0 if self.splittable else float(overlong.sum() / max(len(docs), 1)),
-            "dropped": int((~used).sum()),
+            "dropped": dropped,
             "cut_tokens": 0 if self.splittable else int((lengths[docs] - kept)[overlong].sum()),
-            "split_documents": len(packing.doc) and int((np.bincount(packing.doc) > 1).sum()),
+            "split_documents": int((pieces > 1).sum()),
         }
+        if shares:
+            stats["shares"] = shares
         return packing, stats
 
     def summary(self) -> str:
@@ -228,6 +261,8 @@ class PackedDataset(CachedDataset):
     def _load_or_make_plan(self) -> tuple[Packing, dict[str, Any]]:
         if len(self.cache) < STORED_DOCUMENTS:
             return self._make_plan()
+        with suppress(OSError):  # 几个文件合成的没有自己的缓存文件夹；建不了就现算
+            self.cache.folder.mkdir(parents=True, exist_ok=True)
         plan = self._stored_plan()
         if plan is not None:
             return plan

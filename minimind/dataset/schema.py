@@ -21,19 +21,17 @@ from pathlib import Path
 from typing import Any
 
 from minimind.dataset.conversation import check_turns, is_empty_answer, type_name
-from minimind.dataset.jsonl import (
-    DataError,
-    check_readable,
-    line_ranges,
-    parse_line,
-    read_lines,
-    short,
-)
-from minimind.dataset.normalize import Note, normalize
+from minimind.dataset.formats import in_their_words, is_alpaca, speaker
+from minimind.dataset.jsonl import DataError, parse_line, short
+from minimind.dataset.normalize import normalize
+from minimind.dataset.sources import raw_lines
+from minimind.dataset.turns import Note
 from minimind.errors import UserError
 from minimind.paths import resolve_path
 
 KINDS = ("pretrain", "sft", "dpo", "rl")
+# 猜种类时至多看开头这么多字节
+GUESS_BYTES = 1 << 20
 
 _EXAMPLES = {
     "pretrain": '{"text": "一段文字"}',
@@ -150,10 +148,14 @@ def read_record(raw: bytes, kind: str, note: Note = lambda sentence: None) -> di
         DataError: 坏行（无文件与行号）。
     """
     record = parse_line(raw)
-    if record is not None:
-        record = normalize(record, kind, note)
-        VALIDATORS[kind](record)
-    return record
+    if record is None:
+        return None
+    fixed = normalize(record, kind, note)
+    try:
+        VALIDATORS[kind](fixed)
+    except DataError as error:
+        raise in_their_words(error, record) from None
+    return fixed
 
 
 def _field(record: dict[str, Any], name: str, kind: str) -> Any:
@@ -176,13 +178,16 @@ def _guess_kind(record: dict[str, Any]) -> str | None:
     """由字段猜种类；猜不出返回 None。"""
     if "chosen" in record or "rejected" in record:
         return "dpo"
+    if is_alpaca(record):
+        answer = record.get("output")
+        return "rl" if type(answer) is str and is_empty_answer(answer) else "sft"
     turns = record.get("conversations", record.get("messages"))
     if isinstance(turns, list):
         tail = turns[-1] if turns and isinstance(turns[-1], dict) else {}
         # 公共数据的强化学习提示以空回答或占位的词结尾
-        content = tail.get("content")
+        content = tail.get("content", tail.get("value"))
         empty = type(content) is str and is_empty_answer(content)
-        no_answer = tail.get("role") != "assistant" or (
+        no_answer = speaker(tail) != "assistant" or (
             empty and not tail.get("tool_calls") and not tail.get("function_call")
         )
         return "rl" if no_answer else "sft"
@@ -190,22 +195,21 @@ def _guess_kind(record: dict[str, Any]) -> str | None:
 
 
 def detect_kind(path: str | Path) -> str:
-    """看文件开头的记录猜种类；有参考答案的强化学习数据与 sft 分不清，算作 sft。
+    """看文件（任一种外壳）开头的记录猜种类；有参考答案的强化学习数据与 sft 分不清，算作 sft。
 
     Raises:
         UserError: 开头的几十行都猜不出。
     """
     path = resolve_path(path)
-    check_readable(path)
-    for number, (start, end) in enumerate(line_ranges(path, 1 << 16)):
-        for raw in read_lines(path, start, end):
-            try:
-                record = parse_line(raw)
-            except DataError:
-                continue
-            if record and (kind := _guess_kind(record)):
-                return kind
-        if number >= 16:
+    size = 0
+    for raw in raw_lines(path):
+        try:
+            record = parse_line(raw)
+        except DataError:
+            record = None
+        if record and (kind := _guess_kind(record)):
+            return kind
+        if (size := size + len(raw)) > GUESS_BYTES:
             break
     raise UserError(
         "看不出是哪种数据",

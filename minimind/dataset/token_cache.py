@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import re
@@ -13,12 +14,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from minimind.dataset.schema import read_record
+from minimind.dataset.sources import raw_lines
 
 if TYPE_CHECKING:
     from minimind.dataset.encode import Chunk
 
 # 文件布局或编码方式变了就加一，旧缓存自然作废
 FORMAT_VERSION = 2
+# 认得的写法变多了就加一：只有记着坏行的旧缓存作废（见 cache.py）
+FORMATS_VERSION = 1
+# 压缩或列式文件解出的 jsonl，在缓存文件夹里的名字
+TEXT_NAME = "text.jsonl"
 # meta.json 里留几条坏行作例子
 KEPT_BAD_LINES = 20
 
@@ -88,9 +94,24 @@ class TokenCache:
         """第 i 篇的全部 token。"""
         return self.tokens(int(self.offsets[i]), int(self.offsets[i + 1]))
 
+    @property
+    def name(self) -> str:
+        """说给人听的名字。"""
+        return self.source.name
+
+    def origin(self, i: int) -> tuple[Path, int]:
+        """第 i 篇来自 ``(哪个文件, 第几行)``，行号从 1 起。"""
+        return self.source, int(self.lines[i])
+
     def record(self, i: int) -> dict[str, Any]:
-        """第 i 篇的原始记录，从源文件读那一行。"""
-        with self.source.open("rb") as file:
+        """第 i 篇的原始记录，从源文件（压缩或列式的，从解出的文本）读那一行。"""
+        text = self.folder / TEXT_NAME
+        if not text.is_file():
+            text = self.source
+            if self.meta.get("shell", "plain") != "plain":  # 预训练的不留文本；平时用不到，慢慢找
+                raw = next(itertools.islice(raw_lines(text), int(self.lines[i]) - 1, None))
+                return read_record(raw, self.meta["kind"])
+        with text.open("rb") as file:
             file.seek(int(self.positions[i]))
             return read_record(file.readline(), self.meta["kind"])
 

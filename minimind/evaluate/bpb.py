@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from minimind.console import progress
 from minimind.dataset import PretrainDataset, SFTDataset, collate_packed
 from minimind.dataset.schema import detect_kind
+from minimind.dataset.sources import is_data_name
 from minimind.errors import UserError
 from minimind.tokenizer import token_byte_lengths
 from minimind.trainer.recipe import LossResult, count_targets, language_model_loss
@@ -52,7 +53,7 @@ def text_loss(
     batch_size: int = 16,
     max_rows: int = 0,
 ) -> dict[str, float | int]:
-    """任一种文件：``{"text"}`` 数全文，``{"conversations"}`` 只数助手的话，不是 jsonl 的按一整篇纯文本。
+    """任一种文件：``{"text"}`` 数全文，``{"conversations"}`` 只数助手的话，名字不像数据文件的按一整篇纯文本。
 
     Returns:
         ``{"bpb", "loss"（每 token，nat）, "tokens", "bytes"}``。
@@ -62,7 +63,7 @@ def text_loss(
     """
     path, options = Path(data_path), {"max_length": max_length, "split": "all"}
     with tempfile.TemporaryDirectory() as folder:
-        if path.suffix.lower() != ".jsonl":
+        if not is_data_name(path.name):
             # 纯文本写成一行 jsonl，与别的文件走同一条路；连缓存一起放进临时目录，用完就删
             path = _as_jsonl(path, Path(folder))
             options["cache_dir"] = folder

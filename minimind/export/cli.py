@@ -105,9 +105,10 @@ def main_gguf(argv: list[str] | None = None) -> None:
     """导出 GGUF 与 Modelfile。"""
     args = parse_args(ExportGGUFArguments, argv, prog="minimind export gguf")
 
-    from minimind.export.files import check_target, whole_file
+    from minimind.export.files import whole_file
     from minimind.export.gguf import export_gguf
     from minimind.export.ollama import modelfile, modelfile_path
+    from minimind.runtime.files import check_target
 
     path = resolve_path(args.file)
     force = args.force

@@ -11,14 +11,6 @@ from minimind.errors import UserError
 from minimind.runtime.files import replacing, temporary_folder
 
 
-def check_target(path: Path, force: bool) -> None:
-    """目标文件已存在而没有 ``--force`` 时报错。"""
-    if path.is_dir():
-        raise UserError("要写的是文件，这里是一个目录", where=str(path), fix="写出文件名")
-    if path.exists() and not force:
-        raise UserError("文件已存在", where=str(path), fix="换一个名字，或加 --force 覆盖")
-
-
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """给出同目录的临时路径，正常结束后刷盘并改名到 ``path``；出错就删掉，原有文件不动。"""

@@ -22,11 +22,12 @@ from torch import Tensor
 
 from minimind.distribution import install_command
 from minimind.errors import UserError
-from minimind.export.files import check_target, whole_file
+from minimind.export.files import whole_file
 from minimind.export.gguf_tokenizer import write_tokenizer
 from minimind.export.layouts import layout_of, normalises_experts, yarn_mscale, yarn_parameters
 from minimind.export.shared_experts import PARTS, joined_shared
 from minimind.export.source import Source, cast
+from minimind.runtime.files import check_target
 
 TYPES = {"f32": torch.float32, "f16": torch.float16, "q8_0": torch.float32}
 ARCHES = {"llama": "llama", "qwen3": "qwen3", "qwen3_moe": "qwen3moe"}

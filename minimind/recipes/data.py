@@ -8,8 +8,8 @@ from typing import Any
 
 from minimind.console import say
 from minimind.dataset.packed import PackedDataset
-from minimind.errors import UserError
-from minimind.paths import file_problem, resolve_path
+from minimind.dataset.spec import parse_spec
+from minimind.paths import resolve_path
 from minimind.trainer.recipe import Data
 
 # 公共项目发布过的文件名，排在前面的优先（它各版本的默认训练文件）
@@ -35,8 +35,8 @@ LONGER_ROWS = (2, 4, 8)
 
 def training_files(
     kind: str, data_path: str | None, val_path: str | None, folder: str = "dataset"
-) -> tuple[Path, Path | None]:
-    """训练文件与验证文件；后者为 ``None`` 表示从训练文件里划。
+) -> tuple[Path | str, Path | str | None]:
+    """训练数据与验证数据；后者为 ``None`` 表示从训练文件里划。
 
     没给 ``--data_path`` 时先找使用者放在 ``dataset/`` 下的惯用文件，再没有就用内置的微世界，并说一声。
 
@@ -45,19 +45,11 @@ def training_files(
         data_path, val_path: 命令行给的，可以没有。
 
     Raises:
-        UserError: 给了路径，但那里没有能读的文件；说出有什么。
+        UserError: 给了路径，但那里没有能读的文件（说出有什么），或权重不对。
     """
-    for flag, path in (("--data_path", data_path), ("--val_path", val_path)):
-        if path and (problem := file_problem(resolve_path(path))):
-            raise UserError(
-                f"数据文件{problem}",
-                where=f"{flag} {resolve_path(path)}",
-                expected="一个 jsonl 文件",
-                fix="写出一个文件的路径，或去掉这个参数用内置的微世界语料",
-            )
-    validation = resolve_path(val_path) if val_path else None
+    validation = named(val_path, "--val_path") if val_path else None
     if data_path:
-        return resolve_path(data_path), validation
+        return named(data_path, "--data_path"), validation
     for name in USUAL_FILES.get(kind, ()):
         path = resolve_path(folder) / name
         if path.is_file():
@@ -68,6 +60,13 @@ def training_files(
     world = ensure_microworld()
     say(f"没有给 --data_path，dataset/ 下也没有惯用文件，用内置的微世界语料 {world}。")
     return world / f"{kind}.jsonl", validation or world / f"{kind}_heldout.jsonl"
+
+
+def named(spec: str, flag: str) -> Path | str:
+    """使用者写的数据：只是一个文件就换成它的路径，几个文件、文件夹与权重（:mod:`minimind.dataset.spec`）原样留着。"""
+    parts = parse_spec(spec, flag)
+    alone = len(parts) == 1 and len(parts[0].files) == 1
+    return parts[0].files[0] if alone else spec
 
 
 def open_datasets(cls: type, args: Any, tokenizer: Any, stage: str | None = None, **options: Any) -> Data:
@@ -96,6 +95,8 @@ def open_datasets(cls: type, args: Any, tokenizer: Any, stage: str | None = None
     elif args.val_ratio:
         val_ds = cls(data_path, tokenizer, split="val", val_ratio=args.val_ratio, **common)
         val_ds = val_ds if len(val_ds) else None
+    if words := train_ds.mixture_words():
+        say(f"训练集{words}。")
     say_lost(train_ds, "训练集")
     if val_ds is not None:
         say_lost(val_ds, "验证集")
@@ -105,7 +106,7 @@ def open_datasets(cls: type, args: Any, tokenizer: Any, stage: str | None = None
 def say_lost(dataset: Any, name: str) -> None:
     """开训前的一行：丢弃与截断了多少；没有就不说。"""
     if lost := dataset.lost():
-        say(f"{name} {dataset.cache.source.name}：{lost}；--max_seq_len 调大可以留下更多。")
+        say(f"{name} {dataset.cache.name}：{lost}；--max_seq_len 调大可以留下更多。")
 
 
 def fill_rows(dataset: Any, args: Any, reopen: Callable[[int], Any]) -> tuple[Any, dict[str, int]]:

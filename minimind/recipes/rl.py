@@ -58,7 +58,7 @@ def open_stage(args: RLArguments, kl: float) -> Stage:
     )
     say(rewards.describe())
     if warning := data.train.reference_warning():
-        say(f"留意：{data.train.cache.source.name} 里 {warning}。")
+        say(f"留意：{data.train.cache.name} 里 {warning}。")
     return Stage(model, tokenizer, data.train, data.val, rewards, extra_state)
 
 

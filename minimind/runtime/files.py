@@ -151,6 +151,18 @@ def check_writable(folder: Path, flag: str) -> None:
                 path.rmdir()
 
 
+def check_target(path: Path, force: bool) -> None:
+    """要写的是一个文件，还没有，或者给了 ``force``（命令行的 ``--force``）。
+
+    Raises:
+        UserError: 那里是目录，或已有文件而没有 ``force``。
+    """
+    if path.is_dir():
+        raise UserError("要写的是文件，这里是一个目录", where=str(path), fix="写出文件名")
+    if path.exists() and not force:
+        raise UserError("文件已存在", where=str(path), fix="换一个名字，或加 --force 覆盖")
+
+
 def remove_stale(path: Path) -> None:
     """清掉被杀的进程为 ``path`` 留下的临时文件与目录；正在写的留着。"""
     for other in path.parent.glob(f"{glob.escape(_prefix(path))}*.tmp"):

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from minimind.dataset.jsonl import DataError, read_records, short
+from minimind.dataset.jsonl import DataError, short
+from minimind.dataset.sources import read_records
 from minimind.errors import UserError
 from minimind.paths import file_problem
 from minimind.tokenizer.render import text_of

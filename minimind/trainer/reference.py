@@ -169,6 +169,10 @@ class PairsWithReference(Dataset):
         """源文件里的行号，从 1 起。"""
         return self.pairs.source_lines(index)
 
+    def source_names(self, index: int) -> list[str]:
+        """源文件，与行号一一对应。"""
+        return self.pairs.source_names(index)
+
     def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         """偏好对的批，另有 ``reference_logps`` ``[2B]``：前 B 个是好的，后 B 个是坏的。"""
         batch = self.pairs.collate(items)

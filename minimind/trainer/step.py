@@ -117,6 +117,21 @@ def update_weights(run: Run, sums: dict[str, float]) -> bool:
     return healthy
 
 
+def source_words(dataset: Any, samples: list[int]) -> str:
+    """这些样本在源文件的哪些行；数据由几个文件合成时逐个文件说。"""
+    places: dict[str, set[int]] = {}
+    for sample in samples:
+        lines = dataset.source_lines(sample)
+        names = dataset.source_names(sample) if hasattr(dataset, "source_names") else [""] * len(lines)
+        for name, line in zip(names, lines, strict=True):
+            places.setdefault(name, set()).add(line)
+    words = []
+    for name, lines in sorted(places.items()):
+        shown = "、".join(map(str, sorted(lines)[:16])) + (" 行等" if len(lines) > 16 else " 行")
+        words.append(f"{name if len(places) > 1 else '源文件'}第 {shown}")
+    return "；".join(words)
+
+
 def report_nonfinite(run: Run, window: Window, micro_losses: list[Tensor], sums: dict[str, float]) -> None:
     """不是有限数：说出步数与样本编号；连续三次就停，上一个好的存档还在。"""
     state, step = run.state, run.state.step + 1
@@ -131,8 +146,7 @@ def report_nonfinite(run: Run, window: Window, micro_losses: list[Tensor], sums:
     samples = sorted(sample for part in gather_objects(suspects) for sample in part)
     names = "、".join(map(str, samples[:16])) + (f" 等 {len(samples)} 个" if len(samples) > 16 else "")
     if hasattr(run.data.train, "source_lines"):
-        lines = sorted({line for sample in samples[:16] for line in run.data.train.source_lines(sample)})
-        names += f"（源文件第 {'、'.join(map(str, lines[:16]))} 行{'等' if len(lines) > 16 else ''}）"
+        names += f"（{source_words(run.data.train, samples[:16])}）"
     what = "损失" if not math.isfinite(sums["loss"]) else "梯度范数"
     say(f"第 {step} 步的{what}不是有限数，这一步不更新权重；涉及的样本：{names}。")
     if state.nonfinite_in_row >= MAX_NONFINITE_IN_ROW:

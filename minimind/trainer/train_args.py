@@ -48,15 +48,16 @@ class DataArguments(Arguments, group="数据"):
 
     data_path: str | None = arg(
         None,
-        "训练数据 jsonl；不给则找 dataset/ 下的惯用文件，再没有就用内置的微世界",
-        text="path",
+        "训练数据：jsonl、.gz、.zst、Parquet、Arrow 文件，文件夹或通配符，几个用逗号隔开，可带权重"
+        "（a.jsonl:0.7,b.jsonl:0.3）；不给则找 dataset/ 下的惯用文件，再没有就用内置的微世界",
+        text="paths",
         resume="content",
     )
     on_bad_line: str = arg(
         "error", "遇到坏行：error 报错停下，skip 跳过并计数", ("error", "skip"), resume="content"
     )
     val_path: str | None = arg(
-        None, "验证数据；不给则从训练数据里按文档划出 val_ratio", text="path", resume="content"
+        None, "验证数据，写法同上；不给则从训练数据里按文档划出 val_ratio", text="paths", resume="content"
     )
     val_ratio: float = arg(0.005, "划作验证的文档比例；0 表示不验证", low=0, below=1)
     val_max_rows: int = arg(

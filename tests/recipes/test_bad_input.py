@@ -68,14 +68,14 @@ def test_别种数据_指出行号与字段(home, world, capsys, recipe):
 
 @pytest.mark.parametrize("flag", ["data_path", "val_path"])
 @pytest.mark.parametrize("recipe", ["pretrain", "dpo", "grpo"])
-def test_数据文件是文件夹_列出里面的jsonl(home, world, capsys, recipe, flag):
+def test_数据是文件夹_用其中的数据文件_没有就说出来(home, world, capsys, recipe, flag):
     folder = home / "文件夹"
     folder.mkdir()
     message = refuse(recipe, world, capsys, **{flag: folder})
     assert f"--{flag} {folder}" in message and "里面没有 .jsonl 文件" in message
     for name in ("b.jsonl", "a.jsonl", "c.txt"):
         (folder / name).write_text("{}\n")
-    assert "是文件夹，里面有 a.jsonl、b.jsonl；" in refuse(recipe, world, capsys, **{flag: folder})
+    assert f"{folder / 'a.jsonl'}:1 字段" in refuse(recipe, world, capsys, **{flag: folder})
     (folder / "data.jsonl").write_text("{}\n")
     assert "同一目录里有 data.jsonl" in refuse(recipe, world, capsys, **{flag: folder / "dta.jsonl"})
 

@@ -1,0 +1,264 @@
+"""``minimind data convert | mix | dedup`` 与 ``data check`` 的长度分布：真的命令，真的文件。"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from data_helpers import SHELLS, chat, lines_of, write_shell
+
+from minimind.cli import main
+from minimind.dataset import mix as mix_module
+from minimind.dataset.dedup import shingles
+
+
+def run(capsys, *argv) -> tuple[int, str]:
+    code = main(["data", *map(str, argv)]) or 0
+    return code, "".join(capsys.readouterr())
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+# ---------------------------------------------------------------- convert
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_convert把各种外壳与写法写成jsonl(shell, tmp_path, capsys):
+    alpaca = [{"instruction": f"问{i}", "input": "", "output": f"答{i}"} for i in range(12)]
+    source, out = write_shell(tmp_path / f"a.{shell}", alpaca), tmp_path / "新" / "out.jsonl"
+    code, said = run(capsys, "convert", source, out)
+    assert code == 0 and read(out) == [chat(f"问{i}", f"答{i}") for i in range(12)]
+    assert f"a.{shell}：12 条 sft 数据；Alpaca 的 instruction / input / output 当作对话 12 条。" in said
+    # 再来一次：不覆盖；加 --force 写出同样的字节
+    before = out.read_bytes()
+    code, said = run(capsys, "convert", source, out)
+    assert code == 2 and "文件已存在" in said and "--force" in said
+    assert run(capsys, "convert", source, out, "--force")[0] == 0 and out.read_bytes() == before
+
+
+def test_convert几个文件接起来_坏行报错或跳过(tmp_path, capsys):
+    write_shell(tmp_path / "a.jsonl", [chat("问", "答")])
+    (tmp_path / "b.jsonl").write_bytes(lines_of([chat("问二", "答二")]) + b"{}\n")
+    spec, out = f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl", tmp_path / "out.jsonl"
+    code, said = run(capsys, "convert", spec, out)
+    assert code == 2 and "b.jsonl:2 字段 conversations" in said and not list(tmp_path.glob("*out*"))
+    code, said = run(capsys, "convert", spec, out, "--on_bad_line", "skip")
+    assert code == 0 and len(read(out)) == 2 and "跳过坏行 1 条" in said and "b.jsonl:2" in said
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [("a.jsonl", "输出就是输入之一"), ("out.parquet", "以 .jsonl 结尾"), ("夹.jsonl", "是一个目录")],
+)
+def test_convert输出不对就不动手(out, words, tmp_path, capsys):
+    source = write_shell(tmp_path / "a.jsonl", [chat("问", "答")])
+    (tmp_path / "夹.jsonl").mkdir()
+    before = source.read_bytes()
+    code, said = run(capsys, "convert", source, tmp_path / out, "--force")
+    assert code == 2 and words in said and source.read_bytes() == before
+
+
+def test_不是同一种数据不能合在一起(tmp_path, capsys):
+    write_shell(tmp_path / "a.jsonl", [chat("问", "答")])
+    write_shell(tmp_path / "b.jsonl", [{"text": "一段"}])
+    code, said = run(capsys, "convert", f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl", tmp_path / "o.jsonl")
+    assert code == 2 and "a.jsonl 是 sft、b.jsonl 是 pretrain" in said
+
+
+# ---------------------------------------------------------------- mix
+
+
+@pytest.fixture
+def three(tmp_path) -> str:
+    """三个文件，带权重的写法。"""
+    weights = {"a.jsonl": (40, 0.5), "b.jsonl.gz": (15, 0.3), "c.json": (6, 0.2)}
+    for name, (size, _) in weights.items():
+        write_shell(tmp_path / name, [{"text": f"{name}:{i}"} for i in range(size)])
+    return ",".join(f"{tmp_path / name}:{weight}" for name, (_, weight) in weights.items())
+
+
+def by_file(records: list[dict]) -> Counter:
+    return Counter(record["text"].split(":")[0] for record in records)
+
+
+def test_mix每一轮精确到条_同一组轮流用到_种子决定次序(three, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    code, said = run(capsys, "mix", three, out, "--epochs", 4)
+    assert code == 0 and "a.jsonl 31 条（50.82%，取自 40 条）" in said
+    records = read(out)
+    assert len(records) == 4 * 61
+    for epoch in range(4):  # 30.5、18.3、12.2 → 31、18、12
+        assert by_file(records[61 * epoch :][:61]) == {"a.jsonl": 31, "b.jsonl.gz": 18, "c.json": 12}
+    times = Counter(record["text"] for record in records)
+    for name in ("a.jsonl", "b.jsonl.gz", "c.json"):
+        own = [n for text, n in times.items() if text.startswith(name)]
+        assert max(own) - min(own) <= 1
+    assert records[:61] != sorted(records[:61], key=lambda r: r["text"])
+    again, other = tmp_path / "again.jsonl", tmp_path / "other.jsonl"
+    run(capsys, "mix", three, again, "--epochs", 4)
+    run(capsys, "mix", three, other, "--epochs", 4, "--seed", 7)
+    assert again.read_bytes() == out.read_bytes() != other.read_bytes()
+    assert not list(tmp_path.glob("*.part*")) and not list(tmp_path.glob(".*"))
+
+
+def test_mix指定一轮的条数_没有权重按条数的比例(three, tmp_path, capsys):
+    run(capsys, "mix", three, tmp_path / "o.jsonl", "--rows", 100)
+    assert by_file(read(tmp_path / "o.jsonl")) == {"a.jsonl": 50, "b.jsonl.gz": 30, "c.json": 20}
+    plain = ",".join(item.rpartition(":")[0] for item in three.split(","))
+    run(capsys, "mix", plain, tmp_path / "p.jsonl")
+    assert Counter(r["text"] for r in read(tmp_path / "p.jsonl")).most_common(1)[0][1] == 1
+    assert by_file(read(tmp_path / "p.jsonl")) == {"a.jsonl": 40, "b.jsonl.gz": 15, "c.json": 6}
+
+
+@pytest.mark.parametrize("rows_before", [0, 1, 60, 61, 100, 121])
+@pytest.mark.parametrize("tail", [b"", b'{"text": "a.jso'])
+def test_mix中断后接着写_逐字节相同(rows_before, tail, three, tmp_path, capsys, monkeypatch):
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    run(capsys, "mix", three, whole, "--epochs", 2)
+    original, written = mix_module.dump, 0
+
+    def dump(record):
+        nonlocal written
+        if written == rows_before:
+            raise KeyboardInterrupt
+        written += 1
+        return original(record)
+
+    monkeypatch.setattr(mix_module, "dump", dump)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        mix_module.main_mix([three, str(out), "--epochs", "2"])
+    monkeypatch.setattr(mix_module, "dump", original)
+    part = tmp_path / "out.jsonl.part"
+    assert part.exists() and not out.exists()
+    part.write_bytes(part.read_bytes() + tail)  # 写到一半的一行
+    code, said = run(capsys, "mix", three, out, "--epochs", 2)
+    assert code == 0 and out.read_bytes() == whole.read_bytes()
+    assert (f"已有 {rows_before} 条" in said) == bool(rows_before)
+
+
+def test_mix设置或内容变了_不接着写(three, tmp_path, capsys):
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    run(capsys, "mix", three, whole)
+    (tmp_path / "out.jsonl.part").write_text('{"text": "别处来的"}\n')
+    (tmp_path / "out.jsonl.part.json").write_text('{"files": []}')
+    code, said = run(capsys, "mix", three, out)
+    assert code == 0 and "从头写" in said and out.read_bytes() == whole.read_bytes()
+
+
+def test_mix跳过的坏行不占份额(tmp_path, capsys):
+    write_shell(tmp_path / "a.jsonl", [{"text": f"a:{i}"} for i in range(5)] + [{"text": ""}] * 5)
+    write_shell(tmp_path / "b.jsonl", [{"text": f"b:{i}"} for i in range(5)])
+    spec, out = f"{tmp_path}/a.jsonl:0.5,{tmp_path}/b.jsonl:0.5", tmp_path / "o.jsonl"
+    code, said = run(capsys, "mix", spec, out)
+    assert code == 2 and "a.jsonl:6 字段 text" in said and not out.exists()
+    assert run(capsys, "mix", spec, out, "--on_bad_line", "skip")[0] == 0
+    assert by_file(read(out)) == {"a": 5, "b": 5}
+
+
+# ---------------------------------------------------------------- dedup
+
+
+def test_dedup完全重复的只留第一条_说出与哪一条重复(tmp_path, capsys):
+    write_shell(
+        tmp_path / "a.jsonl", [chat("问", "答"), chat("问", "另一个答"), {**chat("问", "答"), "id": 3}]
+    )
+    write_shell(tmp_path / "b.json", [{"instruction": "问", "output": "答"}, chat("新问", "答")])
+    out, removed = tmp_path / "out.jsonl", tmp_path / "removed.jsonl"
+    code, said = run(
+        capsys, "dedup", f"{tmp_path}/a.jsonl,{tmp_path}/b.json", out, "--near", 0, "--removed", removed
+    )
+    assert code == 0 and "5 条里去掉完全重复 2 条（40.0%）；留下 3 条" in said
+    assert read(out) == [chat("问", "答"), chat("问", "另一个答"), chat("新问", "答")]
+    assert [(r["file"], r["same_as"], r["how"]) for r in read(removed)] == [
+        (f"{tmp_path}/a.jsonl:3", f"{tmp_path}/a.jsonl:1", "exact"),
+        (f"{tmp_path}/b.json:1", f"{tmp_path}/a.jsonl:1", "exact"),
+    ]
+
+
+def test_dedup近似重复按片段的相似度(tmp_path, capsys):
+    pytest.importorskip("datasketch")
+    words = [
+        "春江潮水连海平海上明月共潮生",
+        "滟滟随波千万里何处春江无月明",
+        "江流宛转绕芳甸月照花林皆似霰",
+        "空里流霜不觉飞汀上白沙看不见",
+    ]
+    base = "，".join(f"第{i}句{word}" for i, word in enumerate(words * 3))
+    near, far = (
+        base.replace("第5句", "第五句"),
+        "，".join(reversed(base.split("，")[:3])) + "完全是另外的一段话" * 6,
+    )
+    exact = {name: shingles(text) for name, text in (("base", base), ("near", near), ("far", far))}
+
+    def similarity(a: str, b: str) -> float:
+        return len(exact[a] & exact[b]) / len(exact[a] | exact[b])
+
+    assert similarity("base", "near") > 0.9 and similarity("base", "far") < 0.5
+    path = write_shell(
+        tmp_path / "a.jsonl", [{"text": t} for t in (base, near, far, base.upper() + " ", near)]
+    )
+    out, removed = tmp_path / "out.jsonl", tmp_path / "removed.jsonl"
+    code, said = run(capsys, "dedup", path, out, "--removed", removed)
+    assert code == 0 and "完全重复 1 条" in said and "近似重复（相似度不低于 0.8）2 条" in said
+    assert [r["text"] for r in read(out)] == [base, far]
+    found = [r for r in read(removed) if r["how"] == "near"]
+    assert [r["same_as"] for r in found] == [f"{path}:1"] * 2
+    assert abs(found[0]["similarity"] - similarity("base", "near")) < 0.1
+
+
+def test_dedup没有装datasketch_给出安装的命令(tmp_path, capsys, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "datasketch", None)
+    path = write_shell(tmp_path / "a.jsonl", [{"text": "一段"}])
+    code, said = run(capsys, "dedup", path, tmp_path / "o.jsonl")
+    assert code == 2 and "datasketch" in said and "[data]" in said and not (tmp_path / "o.jsonl").exists()
+
+
+# ---------------------------------------------------------------- check
+
+
+def test_check几个文件_各自认出什么_配成什么样_画出长度分布(tmp_path, capsys):
+    write_shell(tmp_path / "a.json", [{"instruction": f"问{i}", "output": "答" * (i + 1)} for i in range(30)])
+    write_shell(tmp_path / "b.jsonl.gz", [chat(f"另问{i}", "答") for i in range(10)])
+    picture = tmp_path / "图" / "长度.png"
+    code, said = run(
+        capsys,
+        "check",
+        f"{tmp_path}/a.json:0.25,{tmp_path}/b.jsonl.gz:0.75",
+        "--histogram",
+        picture,
+        "--max_seq_len",
+        64,
+    )
+    assert code == 0 and picture.read_bytes().startswith(b"\x89PNG")
+    for words in (
+        "a.json（sft）",
+        "JSON 数组",
+        "b.jsonl.gz（sft）",
+        "gzip 压缩",
+        "合起来 2 个文件",
+        "长度分布",
+        "█",
+    ):
+        assert words in said, words
+    assert "a.json 第 30 行" in said
+    rows = [line for line in said.splitlines() if "一轮里" in line]
+    assert "10 条（30 条可用，占 25.00%）" in rows[0] and "30 条（10 条可用，占 75.00%）" in rows[1]
+
+
+def test_check的坏行说出是哪个文件(tmp_path, capsys):
+    write_shell(tmp_path / "a.jsonl", [{"text": "好"}])
+    write_shell(tmp_path / "b.jsonl.gz", [{"text": "好"}, {"text": ""}])
+    code, said = run(capsys, "check", f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl.gz")
+    assert code == 1 and "a.jsonl：没有坏行" in said and f"{tmp_path}/b.jsonl.gz:2 字段 text" in said
+
+
+def test_check的图要以png结尾(tmp_path, capsys):
+    path = write_shell(tmp_path / "a.jsonl", [{"text": "好"}])
+    code, said = run(capsys, "check", path, "--histogram", tmp_path / "a.jpg")
+    assert code == 2 and "--histogram" in said and ".png" in said
