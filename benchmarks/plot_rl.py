@@ -14,7 +14,7 @@ from pathlib import Path
 
 from minimind.arguments import arg, parse_args
 from minimind.errors import guard
-from minimind.report.curves import labeler, new_figure, save_figure
+from minimind.figures import labeler, new_figure, save_figure
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

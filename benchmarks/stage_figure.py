@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minimind.report.curves import new_figure, save_figure
+from minimind.figures import new_figure, save_figure
 
 # 色弱也分得清的几种（Okabe–Ito）
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")

@@ -93,7 +93,7 @@ def main_check(argv: list[str] | None = None) -> int:
     out.print(_lengths(cache, kind, args.max_seq_len))
     out.print(bars(np.diff(cache.offsets), args.max_seq_len))
     if picture:
-        from minimind.report.lengths import draw_lengths  # 入口才用得到报告的画法
+        from minimind.dataset.lengths import draw_lengths
 
         draw_lengths(np.diff(cache.offsets), args.max_seq_len, cache.name, picture)
         say(f"长度分布画在 {picture}")

@@ -42,7 +42,7 @@ class MixArguments(RowArguments):
 
 
 @dataclass
-class Group:
+class MixPart:
     """一组文件里的好行：``where[i]`` 是第 i 条的 ``(第几个文件, 字节位置)``。"""
 
     name: str
@@ -119,11 +119,11 @@ def _texts(rows: Rows, stack: ExitStack) -> list[Path]:
     return texts
 
 
-def _scan(rows: Rows, texts: list[Path]) -> list[Group]:
+def _scan(rows: Rows, texts: list[Path]) -> list[MixPart]:
     """读一遍全部文件：校验每一行，记下好行的位置。"""
     groups, k = [], 0
     for part in rows.parts:
-        group = Group(part.name, array("i"), array("q"))
+        group = MixPart(part.name, array("i"), array("q"))
         for file in part.files:
             starts = _line_starts(texts[k])
             for line, _ in rows.read(file):
@@ -149,7 +149,7 @@ def _line_starts(text: Path) -> np.ndarray:
     return np.frombuffer(starts, np.int64)
 
 
-def _order(groups: list[Group], counts: list[int], seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+def _order(groups: list[MixPart], counts: list[int], seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     """第 ``epoch`` 轮的 ``(第几组, 组里第几条)``，已打乱。"""
     drawn = [draw(len(g), n, seed, k, epoch) for k, (g, n) in enumerate(zip(groups, counts, strict=True))]
     owners = np.repeat(np.arange(len(groups)), counts)
@@ -161,7 +161,7 @@ def _write(
     file: BinaryIO,
     args: MixArguments,
     rows: Rows,
-    groups: list[Group],
+    groups: list[MixPart],
     counts: list[int],
     handles: list[Any],
     done: int,

@@ -26,9 +26,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from minimind.dataset import jsonl
-from minimind.dataset.json_array import array_items
 from minimind.dataset.jsonl import DataError, check_head, check_readable, line_ranges, parse_line, read_lines
-from minimind.dataset.tables import need, table_lines
 from minimind.paths import file_problem
 
 # 文件夹里带这些后缀的当作数据（jsonl、json 后面还可以有 .gz、.zst）
@@ -108,7 +106,12 @@ def raw_lines(path: Path) -> Iterator[bytes]:
             yield from read_lines(path, start, end)
         return
     line = 0
-    source = table_lines(path, shell) if shell in ("parquet", "arrow") else _stream_lines(path, shell)
+    if shell in ("parquet", "arrow"):
+        from minimind.dataset.tables import table_lines  # 别的文件用不着
+
+        source = table_lines(path, shell)
+    else:
+        source = _stream_lines(path, shell)
     try:
         for raw in source:
             line += 1
@@ -159,6 +162,8 @@ def _stream_lines(path: Path, shell: str) -> Iterator[bytes]:
             if shell != "json":
                 check_head(head[:64], path)
             if _ARRAY.match(head.removeprefix(jsonl.BOM)):
+                from minimind.dataset.json_array import array_items
+
                 yield from array_items(stream)
                 return
             while raw := stream.readline(jsonl.MAX_LINE_BYTES):
@@ -226,5 +231,7 @@ def _zstd() -> tuple[Any, type[Exception]]:
 
         return zstd.ZstdDecompressor, zstd.ZstdError
     except ImportError:
+        from minimind.dataset.tables import need
+
         zstandard = need("zstandard", "zstd 压缩文件")
         return zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError

@@ -2,75 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
+from minimind.figures import BLUE, COLORS, ORANGE, labeler, new_figure, save_figure
 from minimind.report.logs import series
-
-# 常见系统自带的中文字体；都没有时图上一律用英文，免得满图方框
-CJK_FONTS = (
-    "Noto Sans CJK SC",
-    "Noto Sans SC",
-    "Source Han Sans SC",
-    "Source Han Sans CN",
-    "Microsoft YaHei",
-    "PingFang SC",
-    "Hiragino Sans GB",
-    "WenQuanYi Micro Hei",
-    "WenQuanYi Zen Hei",
-    "SimHei",
-    "Heiti SC",
-    "STHeiti",
-    "Arial Unicode MS",
-)
-# 色弱也分得清（Okabe–Ito）
-BLUE, ORANGE = "#0072B2", "#E69F00"
-COLORS = (BLUE, ORANGE, "#009E73", "#CC79A7")
-
-
-@cache
-def chinese_font() -> str | None:
-    """本机可用的第一个中文字体名；没有则 ``None``。"""
-    from matplotlib import font_manager
-
-    installed = {entry.name for entry in font_manager.fontManager.ttflist}
-    return next((name for name in CJK_FONTS if name in installed), None)
-
-
-def labeler() -> Callable[[str, str], str]:
-    """``label(中文, English)``：有中文字体用中文，没有用英文。"""
-    has_font = chinese_font() is not None
-    return lambda chinese, english: chinese if has_font else english
-
-
-def new_figure(columns: int, width: float, height: float):
-    """一排 ``columns`` 格的图（宽高单位英寸），有中文字体就用上；返回图、各格与存图时要用的样式。"""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    font = chinese_font()
-    style = {"font.family": [font, "DejaVu Sans"] if font else ["DejaVu Sans"], "axes.unicode_minus": False}
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots(1, columns, squeeze=False)[0]
-    for axis in axes:
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes, style
-
-
-def save_figure(figure, style: dict, path: Path) -> Path:
-    """按 :func:`new_figure` 给的样式存成 PNG，没有的文件夹就建立。"""
-    import matplotlib
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context(style):
-        figure.savefig(path)
-    return path
-
 
 # 一个阶段画哪几格：日志里有第一个键的那一行；每格 (键, 中文, English)，没有的键不画
 PANELS = (

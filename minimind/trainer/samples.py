@@ -19,8 +19,6 @@ from torch import nn
 
 from minimind.console import say
 from minimind.errors import UserError
-from minimind.inference.generate import generate_batch
-from minimind.inference.loading import stop_ids
 from minimind.inference.prompts import CHAT_PROMPTS, PLAIN_PROMPTS
 from minimind.model.model_minimind import MoE
 from minimind.paths import file_problem, resolve_path
@@ -125,6 +123,9 @@ class Sampler:
 
     def answer(self, model: nn.Module) -> list[dict[str, str]]:
         """贪心回答各个提示，``{"prompt", "answer"}``，与提示同序。"""
+        from minimind.inference.generate import generate_batch  # 引擎二十来个文件，不要样例的不必等
+        from minimind.inference.loading import stop_ids
+
         answers = [""] * len(self.ids)
         for i, completion in generate_batch(
             model,

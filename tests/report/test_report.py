@@ -7,6 +7,7 @@ import struct
 import pytest
 from rich.console import Console
 
+from minimind import figures
 from minimind.report import curves
 from minimind.report.logs import read_log, series
 from minimind.report.report import BeforeAfter, Metric, Report
@@ -70,7 +71,7 @@ def png_size(path) -> tuple[int, int]:
 @pytest.mark.parametrize("font", [None, "real"])
 def test_画曲线(tmp_path, monkeypatch, recwarn, font):
     if font is None:
-        monkeypatch.setattr(curves, "chinese_font", lambda: None)
+        monkeypatch.setattr(figures, "chinese_font", lambda: None)
     records = [{"step": s, "loss": 9.0 / s} for s in range(1, 20)]
     narrow = curves.plot_stage(records, "pretrain", tmp_path / "a.png")
     wide = curves.plot_stage([*records, {"step": 20, "val_bpb": 2.0}], "pretrain", tmp_path / "b.png")

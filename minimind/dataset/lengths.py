@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minimind.report.curves import BLUE, ORANGE, labeler, new_figure
+from minimind.figures import BLUE, ORANGE, labeler, new_figure
 from minimind.runtime.files import atomic_write
 
 BINS = 60
