@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,9 @@ def test_权重的文件名只在一处认():
     pattern = re.compile(r"_\(\\d\+\)\(_moe\)\?")
     where = [path.name for path in PACKAGE.rglob("*.py") if pattern.search(path.read_text(encoding="utf-8"))]
     assert where == ["checkpoint.py"]
+
+
+def test_测试文件不重名(root_dir):
+    """测试按文件名导入：两个文件夹里各有一个 ``test_x.py``，后收集的那个就导入不了。"""
+    names = Counter(path.name for path in (root_dir / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
