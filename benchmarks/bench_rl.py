@@ -55,6 +55,7 @@ class RLBenchArguments:
     grpo_steps: int = arg(4, "整步测几步（另有一步预热），取中位数；0 表示不测")
     trl: int = arg(1, "整步是否与 TRL 对照（要装 trl）", (0, 1))
     device: str = arg("auto", "设备")
+    dtype: str = arg("float32", "整步的计算精度，两边相同", ("float32", "bfloat16"))
     run_dir: str = arg("out/bench_rl", "训练产生的文件放在哪里")
     name: str = arg("", "结果文件名的后缀")
 
@@ -101,10 +102,16 @@ def forced_lengths(args: RLBenchArguments) -> list[int]:
 
 
 def our_rollout(
-    args: RLBenchArguments, model: Any, prompts: list[list[int]], lengths: list[int] | None
+    args: RLBenchArguments,
+    model: Any,
+    prompts: list[list[int]],
+    lengths: list[int] | None,
+    recorded: bool = False,
 ) -> Callable[[], int]:
-    """返回「采样一轮，给出词元数」。每轮都刷新权重，与训练里一样。"""
-    engine = Engine(model, eos_ids=(), max_slots=args.prompts * args.num_generations, stride=8)
+    """返回「采样一轮，给出词元数」。每轮都刷新权重，与训练里一样；``recorded`` 在卡上录制一步。"""
+    engine = Engine(
+        model, eos_ids=(), max_slots=args.prompts * args.num_generations, stride=8, cuda_graphs=recorded
+    )
 
     def run() -> int:
         engine.refresh()
@@ -202,7 +209,7 @@ def our_steps(args: RLBenchArguments, size: str, device: torch.device, data: Pat
     stamps = Stamps(device)
 
     class TimedRewards:
-        weights, bounds = {"timed": 1.0}, (0.0, 1.0)
+        weights, bounds, identity = {"timed": 1.0}, (0.0, 1.0), "timed"
 
         def __call__(self, samples: Any) -> RewardResult:
             total = torch.tensor(stamps.score([sample.response for sample in samples]))
@@ -220,7 +227,7 @@ def our_steps(args: RLBenchArguments, size: str, device: torch.device, data: Pat
                 data_path=str(data),
                 val_ratio=0.0,
                 device=str(device),
-                dtype="float32",
+                dtype=args.dtype,
                 batch_size=args.prompts,
                 accumulation_steps=1,
                 num_generations=args.num_generations,
@@ -262,7 +269,7 @@ def trl_steps(args: RLBenchArguments, size: str, device: torch.device, data: Pat
         learning_rate=LEARNING_RATE,
         temperature=1.0,
         beta=0.0,
-        bf16=False,
+        bf16=args.dtype == "bfloat16",
         gradient_checkpointing=False,
         use_cpu=device.type == "cpu",
         save_strategy="no",

@@ -12,7 +12,7 @@ import torch
 from common import need_file
 
 from minimind.dataset import collate_packed
-from minimind.dataset.collate import to_device
+from minimind.dataset.collate import model_inputs, to_device
 from minimind.export.twin import transformers_twin
 from minimind.model import MiniMindConfig, MiniMindForCausalLM
 from minimind.runtime.device import autocast_context
@@ -49,7 +49,7 @@ class Stepper:
 
     def __call__(self, batch: Batch) -> None:
         batch = to_device(batch, self.device)
-        batch = {k: v for k, v in batch.items() if k != "num_tokens"}
+        batch = model_inputs(batch, "labels")
         with autocast_context(self.device, self.dtype):
             loss = self.model(**batch).loss
         loss.backward()

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from minimind.model.kernels import keep_lengths_on_host
 
@@ -44,9 +46,26 @@ def _boundaries(segments: Sequence[int]) -> dict[str, Any]:
     return {"cu_seqlens": torch.from_numpy(cu_seqlens), "max_seqlen": max(segments)}
 
 
-def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """张量搬到设备上，其余（如 ``max_seqlen``）原样；没有变长内核的设备上，段界 ``cu_seqlens`` 留在主机，前向不必读回来。"""
-    stay = {"cu_seqlens"} if keep_lengths_on_host(device) else set()
+def target_mask(labels: Tensor) -> Tensor:
+    """``[B, T]`` bool：位置 t 为真当且仅当它要预测的 ``labels[:, t + 1]`` 是目标。"""
+    return F.pad(labels[:, 1:] != IGNORE, (0, 1), value=False)
+
+
+def target_places(batch: Mapping[str, Any]) -> Tensor:
+    """``[N]`` int64：展平后 :func:`target_mask` 为真的位置，升序；:func:`to_device` 已在主机上数好的就用它。"""
+    places = batch.get("target_places")
+    return target_mask(batch["labels"]).flatten().nonzero().squeeze(1) if places is None else places
+
+
+def to_device(
+    batch: dict[str, Any], device: torch.device, dtype: torch.dtype | None = None
+) -> dict[str, Any]:
+    """张量搬到设备上，其余（如 ``max_seqlen``）原样，算的时候不必再从设备读：没有变长内核的设备上（``dtype`` 是 fp32 时哪张卡
+    都没有），段界 ``cu_seqlens`` 留在主机；目标的位置 ``target_places`` 趁标签还在主机上数好，在卡上数要等它算完。"""
+    stay = {"cu_seqlens"} if keep_lengths_on_host(device, dtype) else set()
+    labels = batch.get("labels")
+    if device.type != "cpu" and labels is not None and labels.device.type == "cpu":
+        batch = {**batch, "target_places": target_places(batch)}
     return {
         k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) and k not in stay else v
         for k, v in batch.items()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -219,8 +220,12 @@ def _sample_mixed(
 ) -> tuple[Tensor, Tensor]:
     """各行参数不同：参数排成一列 ``[B, 1]``，每种截断只算要它的那几行，算子的个数与有多少种参数无关。"""
 
+    def given(values: Sequence[Any], dtype: torch.dtype | None = None) -> Tensor:
+        """主机上的一列数送到设备上；不等它送到。"""
+        return torch.tensor(values, dtype=dtype).to(logits.device, non_blocking=True)
+
     def column(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=logits.dtype, device=logits.device)[:, None]
+        return given(values, logits.dtype)[:, None]
 
     if seen is not None:
         penalty = column([one.repetition_penalty for one in params])
@@ -235,7 +240,7 @@ def _sample_mixed(
         """要这种截断的各行：``floor`` 给出（比的是什么，下限），低于下限的设为 ``-inf``。"""
         rows = [i for i, on in enumerate(active) if on and not params[i].greedy]
         if rows:
-            index = torch.tensor(rows, device=logits.device)
+            index = given(rows)
             part = logits[index]
             keyed, least = floor(part, column([values[i] for i in rows]))
             logits[index] = part.masked_fill(keyed < least, float("-inf"))
@@ -259,7 +264,7 @@ def _sample_mixed(
     if uniform is None:  # 都贪心，只是别的参数不同
         return draw(logits, 0.0, None)
     ids, logp = draw(logits, 1.0, uniform)
-    cold = torch.tensor([one.greedy for one in params], device=logits.device)
+    cold = given([one.greedy for one in params])
     if any(one.greedy for one in params):
         best, best_logp = draw(logits, 0.0, None)
         ids, logp = torch.where(cold, best, ids), torch.where(cold, best_logp, logp)

@@ -405,9 +405,11 @@ def segments_available(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def keep_lengths_on_host(device: torch.device) -> bool:
-    """批搬到 ``device`` 上时段界要不要留在主机：没有变长内核的设备（NPU、MPS、旧卡）上，安排由主机来做。"""
-    return device.type != "cpu" and (varlen_attn is None or not has_flash(device))
+def keep_lengths_on_host(device: torch.device, dtype: torch.dtype | None = None) -> bool:
+    """批搬到 ``device`` 上时段界要不要留在主机：没有变长内核的设备（NPU、MPS、旧卡）上，安排由主机来做；内核只认半精度，
+    所以用 fp32 算的（``dtype``，不知道为 None）也一样。"""
+    fits = varlen_attn is not None and has_flash(device) and dtype != torch.float32
+    return device.type != "cpu" and not fits
 
 
 def expand_heads(x: Tensor, q: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimind.dataset.collate import IGNORE, model_inputs
+from minimind.dataset.collate import IGNORE, model_inputs, target_mask, target_places  # noqa: F401  也从这里引用
 from minimind.model.kernels import autocast_off, compute_dtype, linear, matmul_nt, refuse_wrapped
 
 CPU_CHUNK, DEVICE_ELEMENTS = 512, 2**25  # CPU 上一块多少行；卡上一块多少个 logits，至少 1024 行
@@ -47,15 +47,10 @@ class TargetLogits(NamedTuple):
         return chunked_logprobs(self.hidden, self.weight, self.targets, temperature, entropy=True)
 
 
-def target_mask(labels: Tensor) -> Tensor:
-    """``[B, T]`` bool：位置 t 为真当且仅当它要预测的 ``labels[:, t + 1]`` 是目标。"""
-    return F.pad(labels[:, 1:] != IGNORE, (0, 1), value=False)
-
-
 def target_rows(batch: dict[str, Any], places: Tensor) -> Tensor:
     """``[N]`` int64：展平后在 ``places`` ``[N]`` 的目标各属于第几段（打包）或第几行。"""
     if "cu_seqlens" in batch:
-        edges = batch["cu_seqlens"][1:].to(places.device, torch.int64)
+        edges = batch["cu_seqlens"][1:].to(places.device, torch.int64, non_blocking=True)
         return torch.bucketize(places, edges, right=True)
     return places // batch["labels"].shape[1]
 
@@ -71,7 +66,7 @@ def target_logits(model: nn.Module, batch: dict[str, Any]) -> TargetLogits:
     Raises:
         TypeError: 输出头被换成了别的模块，而这里直接用它的权重。
     """
-    places = target_mask(batch["labels"]).flatten().nonzero().squeeze(1)
+    places = target_places(batch)
     out = model(**model_inputs(batch), return_logits=False)
     head = output_head(model)
     refuse_wrapped("输出头 lm_head", head)

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimind.objectives.logprobs import sequence_sums, target_logits, target_mask
+from minimind.dataset.collate import target_places
+from minimind.objectives.logprobs import sequence_sums, target_logits
 
 LOSS_TYPES = ("sigmoid", "sigmoid_norm", "ipo")
 
@@ -40,7 +41,7 @@ def sequence_logprobs(model: nn.Module, batch: dict[str, Any]) -> SequenceScores
         batch: ``input_ids``、``labels`` 为 ``[S, L]``，labels 未移位，-100 不是目标。
     """
     predicted = target_logits(model, batch)
-    rows = target_mask(batch["labels"]).nonzero()[:, 0]  # 第几行；batch 里的段还包括填充
+    rows = target_places(batch) // batch["labels"].shape[1]  # 第几行；batch 里的段还包括填充
     logps = predicted.logprobs()
     size = len(batch["labels"])
     lengths = sequence_sums(torch.ones_like(logps), rows, size)

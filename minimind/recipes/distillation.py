@@ -27,10 +27,9 @@ from torch import nn
 
 from minimind.arguments import arg, check, override
 from minimind.dataset import SFTDataset, collate_packed
-from minimind.dataset.collate import model_inputs
+from minimind.dataset.collate import model_inputs, target_places
 from minimind.model_arguments import ON_OFF
 from minimind.objectives.distillation import DIVERGENCES, chunked_loss, distillation_loss
-from minimind.objectives.logprobs import target_mask
 from minimind.recipes.data import open_datasets
 from minimind.recipes.entry import entry, open_model
 from minimind.recipes.health import distillation_health
@@ -103,11 +102,11 @@ def distill_loss(
         teacher: 教师，不求梯度。
     """
     inputs = model_inputs(batch)
-    mask = target_mask(batch["labels"])
-    targets = batch["labels"][:, 1:][mask[:, :-1]]
+    places = target_places(batch)
+    targets = batch["labels"].flatten()[places + 1]
     out = model(**inputs, return_logits=False)
     with torch.no_grad():
-        guide = teacher(**inputs, return_logits=False).hidden_states[mask]
+        guide = teacher(**inputs, return_logits=False).hidden_states.flatten(0, 1).index_select(0, places)
     own = batch.get("on_policy", False)
     loss_of = partial(
         distillation_loss,
@@ -117,8 +116,9 @@ def distill_loss(
         jsd_beta=args.jsd_beta,
         with_ce=not own,
     )
+    hidden = out.hidden_states.flatten(0, 1).index_select(0, places)
     loss, parts = chunked_loss(
-        out.hidden_states[mask], student.lm_head.weight, guide, teacher.lm_head.weight, targets, loss_of
+        hidden, student.lm_head.weight, guide, teacher.lm_head.weight, targets, loss_of
     )
     if own:  # 自己的回答上交叉熵就是熵，与数据上的不能放在一起平均；这一项留着，各进程归约的项数才相同
         parts["ce"] = (0.0, 0)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minimind.dataset.collate import model_inputs
+from minimind.dataset.collate import model_inputs, target_places
 from minimind.model import MiniMindLM
 from minimind.model.kernels import autocast_off
-from minimind.objectives.logprobs import TargetLogits, target_logits, target_mask
+from minimind.objectives.logprobs import TargetLogits, target_logits
 
 
 class Critic(nn.Module):
@@ -29,7 +29,7 @@ class Critic(nn.Module):
     def forward(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """``[N]`` fp32：写出每个目标词元之前的状态的价值；以及负载均衡损失（稠密模型为 0）。"""
         hidden, aux_loss = self.model(**model_inputs(batch))
-        states = hidden[target_mask(batch["labels"])].float()
+        states = hidden.flatten(0, 1).index_select(0, target_places(batch)).float()
         with autocast_off(states):
             return states @ self.value_weight + self.value_bias, aux_loss
 

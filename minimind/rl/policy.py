@@ -103,7 +103,7 @@ def per_token(forward: Callable[[Batch], Tensor], experience: Experience, run: R
     results = [torch.zeros(0)] * len(lengths)
     for start in range(0, len(order), size):
         rows = order[start : start + size]
-        batch = to_device(response_batch(experience.rollout, rows, experience.pad_id), run.device)
+        batch = to_device(response_batch(experience.rollout, rows, experience.pad_id), run.device, run.dtype)
         with autocast_context(run.device, run.dtype):
             values = forward(batch).float().cpu()
         for row, part in zip(rows, values.split([lengths[i] for i in rows])):

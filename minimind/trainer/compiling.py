@@ -227,7 +227,7 @@ def gradients(run: Run, model: nn.Module, batch: Batch) -> Gradients:
     named = [(name, p) for name, p in run.model.named_parameters() if p.requires_grad]
     with preserved_rng(run.device):
         with autocast_context(run.device, run.dtype):
-            loss, _ = run.recipe.loss(model, to_device(batch, run.device))
+            loss, _ = run.recipe.loss(model, to_device(batch, run.device, run.dtype))
         scale = HALF_SCALE if run.dtype == torch.float16 else 1.0
         loss = loss / max(run.recipe.count(batch), 1.0)
         found = torch.autograd.grad(loss * scale, [p for _, p in named], allow_unused=True)

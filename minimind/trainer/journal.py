@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+
 from minimind.console import format_duration, say
 from minimind.model import MiniMindConfig, count_parameters, flops_per_token
 from minimind.runtime.device import device_name, peak_memory_bytes
 from minimind.runtime.distributed import world_size
+from minimind.trainer.footprint import GB, describe, expected
+from minimind.trainer.memory import remedies
 from minimind.trainer.meter import events_left
 from minimind.trainer.run import Run
 from minimind.trainer.tracking import write_card
@@ -41,6 +45,7 @@ def announce(run: Run) -> None:
         f"设备：{device_name(run.device)}，精度 {run.numerics['dtype']}"
         + (f"，矩阵乘峰值 {peak / 1e12:.2f} TFLOPS" if peak else "")
     )
+    announce_memory(run)
     if run.journal.log is not None:
         card = {
             "recipe": run.recipe.name,
@@ -52,6 +57,17 @@ def announce(run: Run) -> None:
             "dtype": run.numerics["dtype"],
         }
         write_card(run.journal.path, card)
+
+
+def announce_memory(run: Run) -> None:
+    """预计的内存；卡上放不下就先说该动哪个参数，不等它走到一半。数不全的训练不说。"""
+    if (found := expected(run)) is None:
+        return
+    say(f"预计{'内存' if run.device.type == 'cpu' else '显存'} {describe(found)}。")
+    if run.device.type == "cuda":
+        room = torch.cuda.mem_get_info(run.device)[0] + torch.cuda.memory_reserved(run.device)
+        if found.peak > room:
+            say(f"留意：卡上只剩 {room / GB:.1f} GB，多半放不下；可以 {remedies(run.args)}。")
 
 
 def announce_total(run: Run) -> None:

@@ -66,7 +66,7 @@ def pair_logprobs(
             items = sorted(((pairs[i], i) for i in indices), key=lambda pair: longest_side(pair[0]))
             for start in range(0, len(items), batch_size):
                 batch, ids = zip(*items[start : start + batch_size])
-                logps = sequence_logprobs(model, to_device(pairs.collate(list(batch)), device)).logps
+                logps = sequence_logprobs(model, to_device(pairs.collate(list(batch)), device, dtype)).logps
                 result[list(ids)] = logps.cpu().view(2, -1).T
                 bar.advance(len(ids))
     model.train(was_training)

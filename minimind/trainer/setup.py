@@ -151,7 +151,7 @@ def probe(recipe: Recipe, model: nn.Module, data: Data, dtype: torch.dtype) -> N
     batch = recipe.collate([data.train[i] for i in range(min(2, len(data.train)))])
     with preserved_rng(device):
         with autocast_context(device, dtype):
-            loss, _ = recipe.loss(model, to_device(batch, device))
+            loss, _ = recipe.loss(model, to_device(batch, device, dtype))
         (loss / max(recipe.count(batch), 1.0)).backward()
     model.zero_grad(set_to_none=True)
 

@@ -32,7 +32,7 @@ def forward_backward(run: Run, window: Window, stop: StopSignal) -> tuple[dict[s
     """
     recipe, precision = run.recipe, stat_dtype(run.device)
     counts = [recipe.count(batch) if ids else 0.0 for ids, batch in window]
-    total = all_reduce_sum(torch.tensor(sum(counts), dtype=precision, device=run.device))
+    total = all_reduce_sum(torch.tensor(sum(counts), dtype=precision).to(run.device, non_blocking=True))
     scale = (world_size() / total.where(total > 0, 1.0)).float()
 
     sums: dict[str, Any] = {"loss": 0.0, "count": sum(counts)}
@@ -44,7 +44,7 @@ def forward_backward(run: Run, window: Window, stop: StopSignal) -> tuple[dict[s
         distributed = isinstance(run.wrapped, DistributedDataParallel)
         with run.wrapped.no_sync() if distributed and not last else contextlib.nullcontext():
             with autocast_context(run.device, run.dtype):
-                loss_sum, metrics = recipe.loss(run.wrapped, to_device(batch, run.device))
+                loss_sum, metrics = recipe.loss(run.wrapped, to_device(batch, run.device, run.dtype))
             real = float(bool(ids))  # 凑数的批乘 0：梯度为零，但照样参加归约
             run.scaler.scale(loss_sum * scale * real).backward()
         micro_losses.append(loss_sum.detach() * real)
@@ -57,7 +57,7 @@ def forward_backward(run: Run, window: Window, stop: StopSignal) -> tuple[dict[s
     grad_norm = run.vitals.gradient_norm()
     # 主机上的数一次送过去，不一个个地送：每送一个都要与卡同步
     host = torch.tensor([0.0 if isinstance(v, Tensor) else v for v in sums.values()], dtype=precision)
-    numbers = host.to(run.device).unbind()
+    numbers = host.to(run.device, non_blocking=True).unbind()
     values = [
         v.to(run.device, precision) if isinstance(v, Tensor) else n for v, n in zip(sums.values(), numbers)
     ]

@@ -64,7 +64,7 @@ def validate(
                     sums[4] = 1
                     break
                 batch = collate([val_ds[i] for i in rows[start : start + batch_size]])
-                loss_sum, metrics = loss(model, to_device(batch, device))
+                loss_sum, metrics = loss(model, to_device(batch, device, dtype))
                 number = count(batch)
                 sums[0] += float(loss_sum)
                 sums[1] += number

@@ -120,6 +120,52 @@ def test_稠密模型各层共用一个图(tmp_path, backend):
     assert graphs() == 1
 
 
+def documents(count: int, rows: int = 2, length: int = 128) -> dict:
+    """``rows`` 行打包成 ``count`` 篇，长短不一。"""
+    generator = torch.Generator().manual_seed(count)
+    cuts = torch.randperm(rows * length - 1, generator=generator)[: count - 1] + 1
+    edges = sorted({0, *cuts.tolist(), *(length * (r + 1) for r in range(rows))})
+    ids = torch.randint(3, 97, (rows, length), generator=generator)
+    positions = torch.cat([torch.arange(b - a) for a, b in pairwise(edges)]).view(rows, length)
+    edges = torch.tensor(edges, dtype=torch.int32)
+    return dict(
+        input_ids=ids,
+        labels=ids,
+        position_ids=positions,
+        cu_seqlens=edges,
+        max_seqlen=int(edges.diff().max()),
+    )
+
+
+@pytest.mark.parametrize("chosen", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layers", [0, 1])
+@pytest.mark.parametrize("model", [{}, {"arch": "v3"}, {"use_moe": True}])
+def test_篇数批批不同_前向反向一次也不重编译(backend, model, layers, chosen):
+    """头一批 12 篇，之后 3 到 25 篇；重编译当场就是错误，包括只多一个守卫、图没有变的。"""
+    backend(chosen)
+    wrapped = CompiledBlocks(tiny_model(**model).train())
+    wrapped.module.model.gradient_checkpointing = layers
+    wrapped.state = "on"
+    language_model_loss(wrapped, documents(12))[0].backward()
+    before = graphs()
+    assert before > 0
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for count in (3, 25, 1, 17, 12):
+            language_model_loss(wrapped, documents(count))[0].backward()
+    assert wrapped.state == "on" and graphs() == before
+
+
+def test_重编译真的会被当成错误(backend):
+    """上一条的尺子：段界不补齐，就要重编译。"""
+    backend("aot_eager")
+    wrapped = CompiledBlocks(tiny_model().train())
+    wrapped.state, wrapped.static_inputs = "on", lambda batch: batch
+    language_model_loss(wrapped, documents(12))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        language_model_loss(wrapped, documents(5))
+    assert wrapped.state == "off"
+
+
 def test_bf16的编译也过得了核对(tmp_path, backend, capsys):
     packed_train(tmp_path, use_compile=1, dtype="bfloat16", max_steps=2)
     assert "都与不编译时一致" in capsys.readouterr().err

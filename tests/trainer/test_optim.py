@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from minimind.trainer import optim
 from minimind.trainer.optim import (
     NEWTON_SCHULZ,
     Muon,
@@ -234,3 +235,25 @@ def test_近乎零的梯度不走满一步():
     muon.step()
     assert (router - before).abs().max() < 1e-6
     assert (matrix - other).abs().max() > 1e-4
+
+
+def test_一种形状只迭代一次_不论有多少个矩阵(monkeypatch):
+    """逐个矩阵地迭代，卡上的时间都花在发射上。"""
+    seen = []
+    original = optim.orthogonalize
+    monkeypatch.setattr(optim, "orthogonalize", lambda m, *a: seen.append(tuple(m.shape)) or original(m, *a))
+    shapes = [(8, 4)] * 5 + [(4, 8)] * 3 + [(6, 6)]
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optim.Muon(params, lr=0.1).step()
+    assert seen == [(5, 8, 4), (3, 4, 8), (1, 6, 6)]
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 5), (2, 5, 8)])
+def test_迭代进得了一个图_结果不变(shape):
+    """没有断图、没有看数据的分支：编译它、录它都行。"""
+    torch._dynamo.reset()
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(optim.orthogonalize, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(matrices), optim.orthogonalize(matrices))
