@@ -35,6 +35,7 @@ COMMANDS = {
     "ppo": Command("minimind.recipes.ppo:main", "强化学习：PPO，有价值网络", "训练"),
     "grpo": Command("minimind.recipes.grpo:main", "强化学习：GRPO，同题多答、组内比较", "训练"),
     "spo": Command("minimind.recipes.spo:main", "强化学习：SPO，单条采样、和自己的过去比", "训练"),
+    "agent": Command("minimind.recipes.agent:main", "强化学习：几回合的对话，自己调用工具再作答", "训练"),
     "report": Command("minimind.report.training:main", "把训练日志画成曲线，写成报告", "训练"),
     "watch": Command(
         "minimind.watch.cli:main", "在浏览器里看训练：曲线、还要多久、样例，正在跑的与跑完的", "训练"

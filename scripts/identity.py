@@ -105,8 +105,9 @@ def main() -> int:
     different = [
         f"{name} 的{what}：{wanted[name].get(what)} → {mark}"
         for name, marks in found.items()
+        if name in wanted  # 从前没有的配方没有可比的
         for what, mark in marks.items()
-        if wanted.get(name, {}).get(what) != mark
+        if wanted[name].get(what) != mark
     ]
     missing = [f"{name}：从前有，现在没有" for name in wanted if name not in found]
     print("\n".join(different + missing) or f"{len(found)} 次训练的权重、存档与日志逐位相同。")

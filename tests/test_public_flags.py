@@ -32,6 +32,7 @@ PUBLIC = {
         early_stop_kl mini_batch_size debug_log_ratio update_old_actor_freq reasoning""",
     "grpo": f"{TRAIN} {RL} num_generations beta loss_type epsilon epsilon_high reasoning",
     "spo": f"{TRAIN} max_gen_len beta reasoning reward_model_path",
+    "agent": f"{TRAIN} {RL} num_generations beta loss_type epsilon epsilon_high max_total_len",
     "chat": f"""{OPEN} lora_weight inference_rope_scaling max_new_tokens temperature top_p open_thinking historys show_speed""",
     "serve": f"{OPEN} lora_weight max_seq_len inference_rope_scaling",
     "eval tools": f"{OPEN} backend max_new_tokens temperature top_p show_speed api_base_url api_key api_model stream",
@@ -49,7 +50,7 @@ VALUES = {
     "load_from": "model", "weight": "dpo", "lora_weight": "lora_identity", "inference_rope_scaling": "", "top_p": "0.95",
     "open_thinking": "1", "historys": "2", "show_speed": "0", "backend": "api", "api_base_url": "http://localhost:1/v1",
     "api_key": "sk-123", "api_model": "m", "student_use_moe": "1", "teacher_use_moe": "0", "student_hidden_size": "768",
-    "teacher_hidden_size": "768",
+    "teacher_hidden_size": "768", "max_total_len": "3000",
 }  # fmt: skip
 CASES = [(command, name) for command, names in PUBLIC.items() for name in names.split()]
 
@@ -111,6 +112,11 @@ def test_公共项目的每个参数都收下并起作用_或说出改用什么(
         ("ppo", "--sglang_shared_path ./ckpt", {"rollout_weights_dir": "./ckpt"}),
         ("serve", "--max_seq_len 4096", {"max_length": 4096}),
         ("pretrain", "--max_seq_len 340", {"max_seq_len": 340}),
+        (
+            "agent",
+            "--max_total_len 3000 --thinking_ratio 0.1 --debug_mode --debug_interval 5 --loss_type cispo",
+            {"max_total_len": 3000, "thinking_ratio": 0.1, "debug_mode": 1, "debug_interval": 5},
+        ),
         ("ppo", "--value_clip 0.3 --cliprange_value 0.3", {"value_clip": 0.3}),
     ],
 )

@@ -19,7 +19,7 @@ from .stages import Corpus
 from .tasks import build_tasks
 
 # 语料的写法一变就加一，旧缓存随之作废
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 DEFAULT_DIR = "dataset/microworld"
 
 
@@ -69,6 +69,8 @@ def _write_all(out_dir: Path, scale: float, seed: int) -> dict[str, Path]:
         "reason": corpus.reason,
         "reason_direct": lambda side: corpus.reason(side, direct=True),
         "rl": corpus.rl,
+        "agent": corpus.agent,
+        "agent_sft": corpus.agent_sft,
     }
     jobs = [(name, make, TRAIN) for name, make in stages.items()]
     jobs += [(f"{name}_heldout", make, HELDOUT) for name, make in stages.items()]

@@ -7,11 +7,19 @@ from collections.abc import Iterator
 
 from .core import HELDOUT, TRAIN, Example, Task, stream
 from .phrasing import GRUMPY_FRAMES, POLITE_FRAMES
+from .tasks.agent import Errand, Errands
 from .tasks.identity import new_identity
 from .tasks.multistep import Chain
 
 # 默认规模（scale = 1）各阶段的条数；预训练与 SFT 的量见 mixing.py
-STAGE_COUNTS = {"lora_identity": 400, "dpo": 1200, "reason": 2400, "rl": 1500}
+STAGE_COUNTS = {
+    "lora_identity": 400,
+    "dpo": 1200,
+    "reason": 2400,
+    "rl": 1500,
+    "agent": 1500,
+    "agent_sft": 480,
+}
 HELDOUT_COUNT = 240
 PRETRAIN_HELDOUT_SCALE, SFT_HELDOUT_SCALE = 0.03, 0.03
 
@@ -164,6 +172,25 @@ class Corpus:
             }
             for task, ex in self.multistep_examples("rl", side, count)
         ]
+
+    # ---- 差事：要用工具的多轮题 ----
+
+    def errands(self, stage: str, side: str) -> Iterator[tuple[str, Errand]]:
+        """各家族轮流。"""
+        rng, source = stream(self.seed, stage, side), Errands(self.easy_tasks(), self.seed)
+        count = self.count(STAGE_COUNTS[stage]) if side == TRAIN else HELDOUT_COUNT
+        for number in range(count):
+            yield source.draw(rng, number, side)
+
+    def agent(self, side: str) -> list[dict]:
+        """只有题：答案与判分在旁边的字段里，怎么用工具由模型自己试出来。"""
+        return [errand.record(name) for name, errand in self.errands("agent", side)]
+
+    def agent_sft(self, side: str) -> list[dict]:
+        """走完的几段，教会模型调用的样子；不在 ``sft.jsonl`` 里。"""
+        records = [errand.conversation() for _, errand in self.errands("agent_sft", side)]
+        stream(self.seed, "agent_sft", side, "shuffle").shuffle(records)
+        return records
 
     # ---- 评测 ----
 

@@ -27,6 +27,7 @@ USUAL_FILES = {
     "dpo": ("dpo.jsonl",),
     "reason": ("r1_mix_1024.jsonl",),
     "rl": ("rlaif-mini.jsonl", "rlaif.jsonl"),
+    "agent": ("agent_rl.jsonl", "agent_rl_math.jsonl"),
 }
 # 填充超过这个比例就换更长的行
 PADDING_LIMIT = 0.02

@@ -124,3 +124,26 @@ class RLHealth:
                 "加大 --max_gen_len，或先微调到会停的模型"
             ]
         return []
+
+
+class AgentHealth(RLHealth):
+    """带工具的强化学习另看调用：没有调用、写坏、工具总出错、没写完。"""
+
+    def _length(self, record: dict[str, float]) -> list[str]:
+        sentences = []
+        if record.get("valid_calls", 1.0) < 0.5:
+            sentences.append(
+                f"只有 {record['valid_calls']:.0%} 的调用合乎工具的说明：先用带调用的对话微调（minimind sft），再来练"
+            )
+        elif record.get("tool_errors", 0.0) > 0.5:
+            sentences.append(
+                f"{record['tool_errors']:.0%} 的调用得到的是错误：看样例里错在哪里，工具是不是合用"
+            )
+        if record.get("unfinished", 0.0) >= NEVER_ENDS:
+            why = "到了回合数还在调用" if record.get("out_of_turns", 0.0) >= NEVER_ENDS / 2 else "写满了长度"
+            sentences.append(
+                f"{record['unfinished']:.0%} 的对话没写完，多是{why}：加大 --max_turns、--max_gen_len 或 --max_total_len，"
+                "或先微调到会停的模型"
+            )
+            return sentences
+        return [*sentences, *super()._length({**record, "truncated": 0.0})]

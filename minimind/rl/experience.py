@@ -59,7 +59,7 @@ class Experience:
         """只留 ``rows`` 这几条，不带 ``per_token``。"""
         fields = {name: [values[i] for i in rows] for name, values in vars(self.rollout).items()}
         prompts = [self.prompts[i] for i in rows]
-        return Experience(Rollout(**fields), prompts, self.scores[list(rows)], self.pad_id)
+        return Experience(type(self.rollout)(**fields), prompts, self.scores[list(rows)], self.pad_id)
 
     def micro_batches(self, rows: Sequence[int], size: int) -> Window:
         """``rows`` 这几条，每 ``size`` 条一个微批次；一条也没有就给一个陪跑的空批（编号为空）。

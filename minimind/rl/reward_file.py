@@ -16,7 +16,7 @@ from minimind.paths import resolve_path
 from minimind.rl.reward_rules import Sample
 
 # 函数声明了这些名字的参数就一并传给它
-EXTRAS = ("messages", "record", "truncated")
+EXTRAS = ("messages", "record", "truncated", "conversation")
 _SIGNATURE = "f(prompt, response, reference) -> float"
 
 
@@ -32,7 +32,7 @@ def load_function(file: str, name: str) -> Callable[[Sample], Any]:
     """载入 ``file`` 里的函数 ``name``，包成只收一个样本的样子。
 
     函数按位置收到 ``prompt``（最后一条消息的文字）、``response``、``reference``，都是字符串；声明了
-    ``messages``、``record``、``truncated`` 的还会按名字收到它们。文件所在的目录进 ``sys.path``，
+    ``messages``、``record``、``truncated``、``conversation`` 的还会按名字收到它们。文件所在的目录进 ``sys.path``，
     所以它可以导入旁边的文件。
 
     Raises:
@@ -42,7 +42,7 @@ def load_function(file: str, name: str) -> Callable[[Sample], Any]:
     where = f"--reward {file}:{name}"
     if not path.is_file():
         raise UserError("没有这个文件", where=f"{where}（{path}）", expected="一个 .py 文件", fix="检查路径")
-    module = _import(path, where)
+    module = import_file(path, where)
     function = getattr(module, name, None)
     if not callable(function):
         names = [key for key, value in vars(module).items() if inspect.isfunction(value) and key[0] != "_"]
@@ -65,9 +65,9 @@ def load_function(file: str, name: str) -> Callable[[Sample], Any]:
     return score
 
 
-def _import(path: Path, where: str) -> Any:
-    """执行这个文件，得到模块。"""
-    spec = importlib.util.spec_from_file_location(f"minimind_reward_{path.stem}", path)
+def import_file(path: Path, where: str) -> Any:
+    """执行使用者的 ``.py`` 文件，得到模块；``where`` 是哪个参数让它载入的，报错用。"""
+    spec = importlib.util.spec_from_file_location(f"minimind_user_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))

@@ -36,6 +36,7 @@ class Sample:
         record: 数据文件里的原始记录，判分器要的字段在这里。
         line: 数据文件里的行号，从 1 起；``source`` 是哪个文件，报错时用。
         truncated: 写到长度上限还没有结束。
+        conversation: 带工具的多轮对话（:class:`minimind.rl.conversations.Trajectory`）；一问一答的没有。
     """
 
     messages: list[dict[str, Any]]
@@ -46,6 +47,7 @@ class Sample:
     line: int = 0
     truncated: bool = False
     source: str = ""
+    conversation: Any = None
 
 
 def exact(sample: Sample) -> float:

@@ -30,6 +30,7 @@ from torch import Tensor
 from minimind.dataset.jsonl import short
 from minimind.errors import UserError
 from minimind.paths import resolve_path
+from minimind.rl import reward_agent
 from minimind.rl import reward_rules as rules
 from minimind.rl.reward_file import RewardFunctionError, load_function
 from minimind.rl.reward_rules import Sample
@@ -87,6 +88,7 @@ REWARDS: dict[str, Rule] = {
     "format": Rule(rules.format_tags, 0, 1.5),
     "length": Rule(rules.length, -1, 0),
     "repetition": Rule(rules.repetition, -1, 0),
+    "agent": Rule(reward_agent.agent, reward_agent.LOWEST, 1),
 }
 MODEL_CLIP = 3.0  # 奖励模型的分数截到 ±3：个别样本的极端分数会左右整组的优势
 # 默认的组合：对错为主；带思考时格式最多占 0.75，少于答对的 1，不会出现“格式对就够了”

@@ -46,6 +46,11 @@ class Rollout:
     def __len__(self) -> int:
         return len(self.responses)
 
+    def piece(self, row: int) -> tuple[list[int], list[int]]:
+        """第 ``row`` 条的全部 id 与等长的 labels（未移位）：回答是目标，提示不是。"""
+        prompt, response = self.prompts[row], self.responses[row]
+        return [*prompt, *response], [*[IGNORE] * len(prompt), *response]
+
 
 class LocalRollout:
     """用本进程里的模型采样。
@@ -121,10 +126,10 @@ def response_batch(rollout: Rollout, rows: slice | Sequence[int], pad_id: int = 
         ``old_logps``：fp32 ``[N]``，行为策略的对数概率，次序与目标相同。
     """
     chosen = list(range(len(rollout))[rows]) if isinstance(rows, slice) else list(rows)
-    pieces = [(rollout.prompts[i], rollout.responses[i]) for i in chosen] or [([pad_id], [])]
-    lengths = [len(prompt) + len(response) for prompt, response in pieces]
-    tokens = [token for prompt, response in pieces for token in (*prompt, *response)]
-    labels = [token for prompt, response in pieces for token in (*[IGNORE] * len(prompt), *response)]
+    pieces = [rollout.piece(i) for i in chosen] or [([pad_id], [IGNORE])]
+    lengths = [len(ids) for ids, _ in pieces]
+    tokens = [token for ids, _ in pieces for token in ids]
+    labels = [label for _, own in pieces for label in own]
     return {
         "input_ids": torch.tensor([tokens]),
         "labels": torch.tensor([labels]),

@@ -43,6 +43,7 @@ COMMANDS = {
     "ppo_actor": "python trainer/train_ppo.py",
     "grpo": "python trainer/train_grpo.py",
     "spo": "python trainer/train_spo.py",
+    "agent": "python trainer/train_agent.py",
     "full_dist": "python trainer/train_distillation.py",
 }
 # 决定权重形状与含义的配置项；其余（dropout、注意力实现、外推）可以随意不同

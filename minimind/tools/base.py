@@ -66,6 +66,8 @@ class Tool:
             wanted = self.properties[name].get("type", "string")
             if not isinstance(value, _TYPES[wanted]) or (isinstance(value, bool) and wanted != "boolean"):
                 raise ToolError(f"参数 {name} 应当是 {wanted}")
+            if value not in (allowed := self.properties[name].get("enum", [value])):
+                raise ToolError(f"参数 {name} 只能是 {'、'.join(map(str, allowed))[:200]}")
 
 
 class Toolbox:
@@ -106,16 +108,24 @@ class Toolbox:
         """执行一次调用，返回给模型看的 JSON。任何坏输入都是 ``{"error": …}``，不抛异常。"""
         return _clean(dump_json(self._result(call)))
 
-    def _result(self, call: ToolCall) -> dict[str, Any]:
+    def problem(self, call: ToolCall) -> str | None:
+        """调用合不合工具的说明：写坏了、没有这个工具、参数不对，各一句话；合乎说明的是 ``None``。"""
         if call.error is not None:
-            return {"error": f"调用写坏了：{call.error}"}
+            return f"调用写坏了：{call.error}"
         tool = self.tools.get(call.name)
         if tool is None:
-            return {"error": f"没有工具 {call.name[:50]}，只有 {'、'.join(self.tools)}"}
-        values = call.values()
+            return f"没有工具 {call.name[:50]}，只有 {'、'.join(self.tools)}"
         try:
-            tool.check(values)
-            result = tool.function(**values)
+            tool.check(call.values())
+        except ToolError as error:
+            return str(error)
+        return None
+
+    def _result(self, call: ToolCall) -> dict[str, Any]:
+        if problem := self.problem(call):
+            return {"error": problem}
+        try:
+            result = self.tools[call.name].function(**call.values())
         except ToolError as error:
             return {"error": str(error)}
         except Exception as error:  # 使用者自己写的工具可能抛出任何东西；对话不该因此中断

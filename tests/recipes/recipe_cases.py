@@ -1,4 +1,4 @@
-"""九个配方的最小设置：一份极小的微世界、随机初始化的起点，几步就训练完。"""
+"""十个配方的最小设置：一份极小的微世界、随机初始化的起点，几步就训练完。"""
 
 from __future__ import annotations
 
@@ -41,6 +41,13 @@ REWARD = """import zlib
 def score(prompt, response, reference):
     return zlib.crc32(response.encode()) % 7 / 6
 """
+# 随机的模型多半写不完一回合，没写完的没有回答；看它写过的每一个 id
+AGENT_REWARD = """import zlib
+
+
+def score(prompt, response, reference, conversation):
+    return zlib.crc32(str(conversation.ids).encode()) % 7 / 6
+"""
 
 
 @dataclass(frozen=True)
@@ -65,8 +72,9 @@ class Case:
     def argv(self, world: Path, **changes) -> list[str]:
         """命令行；``changes`` 里值为 None 的参数去掉。"""
         files = {"data_path": world / f"{self.data}.jsonl", "val_path": world / f"{self.data}_heldout.jsonl"}
-        if self.data == "rl":
-            files["reward"] = f"{world / 'reward.py'}:score"
+        if self.data in ("rl", "agent"):
+            name = "reward.py" if self.data == "rl" else "agent_reward.py"
+            files["reward"] = f"{world / name}:score"
         flags = {**files, **COMMON, **self.flags, **changes}
         return [
             part for name, value in flags.items() if value is not None for part in (f"--{name}", str(value))
@@ -83,6 +91,9 @@ CASES = {
     "ppo": Case("ppo", "rl", "ppo_actor", RL),
     "grpo": Case("grpo", "rl", "grpo", RL),
     "spo": Case("spo", "rl", "spo", {**RL, "num_generations": 1, "reward_low": 0, "reward_high": 1}),
+    "agent": Case(
+        "agent", "agent", "agent", {**RL, "max_turns": 2, "max_seq_len": 300, "max_total_len": 420}
+    ),
 }
 
 
@@ -93,6 +104,7 @@ def make_world(folder: Path) -> Path:
             lines = path.read_text("utf-8").splitlines(keepends=True)
             path.write_text("".join(lines[:8]), "utf-8")
     (folder / "reward.py").write_text(REWARD)
+    (folder / "agent_reward.py").write_text(AGENT_REWARD)
     return folder
 
 

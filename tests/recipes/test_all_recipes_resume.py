@@ -175,6 +175,7 @@ VARIANTS = [
     ("grpo", {"beta": 0.1, "dynamic_sampling": 1, "loss_type": "cispo"}),
     ("grpo", {"mask_truncated": 1, "scale_rewards": "batch", "loss_type": "dr_grpo"}),
     ("spo", {"beta": 0.1, "offline_samples": 2, "epochs": 20}),
+    ("agent", {"beta": 0.1, "thinking_ratio": 0.5, "loss_type": "grpo", "mask_truncated": 0}),
     ("full_sft", {"optimizer": "adamw", "schedule": "wsd"}),
 ]
 
@@ -212,7 +213,7 @@ def train_two(folder, recipe, world, **changes) -> None:
     assert_same_weights(*ranks)
 
 
-@pytest.mark.parametrize("recipe", RL_RECIPES)
+@pytest.mark.parametrize("recipe", (*RL_RECIPES, "agent"))
 def test_两个进程十步之后权重相同(tmp_path, base, world, recipe):
     """强化学习在采样时各走各的：忘了经过 DDP 的前向，权重第一步就分道扬镳。"""
     train_two(start(base, tmp_path / "two"), recipe, world, max_steps=10, save_interval=0, eval_interval=0)

@@ -32,7 +32,7 @@ def same(a, b) -> bool:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_九个配方都有样例_权重随机数日志与没有时逐位相同(recipe, world, home, tmp_path, monkeypatch, capsys):
+def test_十个配方都有样例_权重随机数日志与没有时逐位相同(recipe, world, home, tmp_path, monkeypatch, capsys):
     case, second = CASES[recipe], shutil.copytree(home, tmp_path / "second")  # SFT 会改写自己的起点
     plain_log = run(case, world, home)
     state = saved(home, case)
@@ -55,7 +55,7 @@ def test_九个配方都有样例_权重随机数日志与没有时逐位相同(
     for part in ("model", "optimizer", "rng", "vitals", "recipe_state"):
         assert same(state[part], again[part]), part
     reward = "rollouts" in shown[0]
-    assert reward == (recipe in ("ppo", "grpo", "spo"))
+    assert reward == (recipe in ("ppo", "grpo", "spo", "agent"))
 
 
 @pytest.mark.parametrize("recipe", ["ppo", "grpo", "spo"])

@@ -1,0 +1,99 @@
+"""``--tools 文件.py``：使用者的函数 → 工具的说明。函数要有类型标注与文档字符串，别的不用写::
+
+    def stock_price(code: str, days: int = 1) -> float:
+        '''查股价。
+
+        Args:
+            code: 股票代码。
+        '''
+
+文件里每个不以 ``_`` 开头、就在这里定义的函数是一个工具；默认值的参数可以不给。函数在另一个进程里执行
+（:mod:`minimind.tools.beside`）。
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from minimind.errors import UserError
+from minimind.paths import resolve_path
+from minimind.rl.reward_file import import_file
+from minimind.tools.base import Tool
+
+_SIMPLE = {str: "string", int: "integer", float: "number", bool: "boolean", dict: "object", list: "array"}
+EXPECTED = "str、int、float、bool、list、dict、Literal[…]，或它们与 None 的并"
+
+
+def read_tools(file: str) -> list[Tool]:
+    """文件里的全部工具；``function`` 是使用者的函数本身。
+
+    Raises:
+        UserError: 没有这个文件、导入失败、没有函数，或哪个函数缺标注、缺说明。
+    """
+    path = resolve_path(file)
+    where = f"--tools {file}"
+    if not path.is_file():
+        raise UserError("没有这个文件", where=f"{where}（{path}）", expected="一个 .py 文件", fix="检查路径")
+    module = import_file(path, where)
+    functions = [
+        value
+        for name, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__ == module.__name__ and name[0] != "_"
+    ]
+    if not functions:
+        raise UserError(
+            "文件里没有函数", where=where, fix="写 def 工具名(参数: str) -> dict，带一句文档字符串"
+        )
+    return [tool_of(function, path, where) for function in functions]
+
+
+def tool_of(function: Callable, path: Path, where: str) -> Tool:
+    """一个函数 → 一个工具。"""
+    at = f"{where}（{path.name}:{function.__code__.co_firstlineno} {function.__name__}）"
+    text = inspect.getdoc(function)
+    if not text:
+        raise UserError("没有文档字符串", where=at, fix="写一句它做什么：这就是给模型看的说明")
+    try:
+        hints = typing.get_type_hints(function)
+    except Exception as error:  # 标注是任意的表达式，求值时什么都可能抛
+        raise UserError(f"读不出类型标注（{type(error).__name__}：{error}）", where=at) from error
+    notes, properties, optional = _notes(text), {}, []
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise UserError(f"参数 {parameter} 不能由模型给出", where=at, expected="有名字的参数")
+        if name not in hints:
+            raise UserError(f"参数 {name} 没有类型标注", where=at, expected=EXPECTED, fix=f"写成 {name}: str")
+        schema, may_omit = _schema(hints[name], name, at)
+        properties[name] = schema | ({"description": notes[name]} if name in notes else {})
+        if may_omit or parameter.default is not parameter.empty:
+            optional.append(name)
+    return Tool(
+        function.__name__, text.split("\n\n")[0].replace("\n", " "), properties, function, tuple(optional)
+    )
+
+
+def _schema(hint: Any, name: str, at: str) -> tuple[dict[str, Any], bool]:
+    """标注 → ``(JSON Schema, 能不能不给)``。"""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType) and type(None) in inner and len(inner) == 2:
+        return _schema(next(one for one in inner if one is not type(None)), name, at)[0], True
+    if origin is typing.Literal and len({type(value) for value in inner}) == 1 and type(inner[0]) in _SIMPLE:
+        return {"type": _SIMPLE[type(inner[0])], "enum": list(inner)}, False
+    if origin is list and inner and inner[0] in _SIMPLE:
+        return {"type": "array", "items": {"type": _SIMPLE[inner[0]]}}, False
+    if (origin or hint) in _SIMPLE:
+        return {"type": _SIMPLE[origin or hint]}, False
+    raise UserError(f"参数 {name} 的类型是 {hint}", where=at, expected=EXPECTED, fix="换成其中之一")
+
+
+def _notes(text: str) -> dict[str, str]:
+    """文档字符串的 ``Args:`` 一节：参数名 → 一句说明。"""
+    section = re.search(r"^(?:Args|参数)[:：]\n((?:[ \t]+.*\n?|\n)+)", text, re.M)
+    found = re.findall(r"^[ \t]+(\w+)(?: \([^)]*\))?[:：][ \t]*(.+)$", section[1], re.M) if section else []
+    return dict(found)
