@@ -48,7 +48,7 @@ def digest(value: object, into=None) -> str:
 
 
 def record(folder: Path) -> dict[str, dict[str, str]]:
-    """九个配方（预训练另加混合专家与 v3 两种结构）各训练几步，返回 ``{名字: {什么: 指纹}}``。"""
+    """十个配方（预训练另加混合专家与 v3 两种结构）各训练几步，返回 ``{名字: {什么: 指纹}}``。"""
     from recipe_cases import CASES, log_lines, make_base, make_world, run_recipe, saved, weights_file
 
     world = folder / "world"
