@@ -22,7 +22,7 @@ RECIPES = list(CASES)
 HARMLESS = {
     "save_dir", "save_weight", "checkpoint_dir", "log_interval", "save_interval", "num_workers", "from_resume",
     "eval_interval", "keep_checkpoints", "sample_prompts", "watch", "tracker", "use_wandb", "wandb_project", "lora_name", "rollout_kind",
-    "rollout_weights_dir", "trust_remote_code", "checkpoint_layers",
+    "rollout_weights_dir", "trust_remote_code", "checkpoint_layers", "debug_mode", "debug_interval",
 }  # fmt: skip
 NOTED = {
     "epochs", "max_steps", "batch_size", "accumulation_steps", "learning_rate", "schedule", "warmup_ratio",
@@ -31,7 +31,7 @@ NOTED = {
 ROUNDING = {"use_compile", "rollout_slots", "rows_per_forward", "cache_reference"}
 CONTENT = {
     "preset", "hidden_size", "num_hidden_layers", "use_moe", "arch", "tokenizer_path", "data_path", "on_bad_line",
-    "val_path", "reward", "reward_model_path", "student_hidden_size", "student_num_layers", "student_use_moe",
+    "val_path", "reward", "reward_model_path", "tools", "student_hidden_size", "student_num_layers", "student_use_moe",
     "from_student_weight", "teacher_hidden_size", "teacher_num_layers", "teacher_use_moe", "from_teacher_weight",
 }  # fmt: skip
 KINDS = {"harmless": HARMLESS, "noted": NOTED, "rounding": ROUNDING, "content": CONTENT}
