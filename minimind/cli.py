@@ -30,6 +30,7 @@ COMMANDS = {
     "sft": Command("minimind.recipes.full_sft:main", "全参数监督微调", "训练"),
     "lora": Command("minimind.recipes.lora:main", "LoRA 微调：只训练低秩增量", "训练"),
     "dpo": Command("minimind.recipes.dpo:main", "直接偏好优化：更愿意说好的那个回答", "训练"),
+    "reward": Command("minimind.recipes.reward:main", "奖励模型：由好坏成对的回答学会打分", "训练"),
     "distill": Command("minimind.recipes.distillation:main", "知识蒸馏：小模型跟着大模型学", "训练"),
     "reason": Command("minimind.recipes.reason:main", "推理微调：先想再答", "训练"),
     "ppo": Command("minimind.recipes.ppo:main", "强化学习：PPO，有价值网络", "训练"),

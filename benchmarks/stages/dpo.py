@@ -64,16 +64,18 @@ def before(bench: Bench) -> dict[str, float]:
     return exam(bench, bench.open(bench.base, "full_sft"))
 
 
-def settings(bench: Bench, seed: int, folder: Path) -> DPOArguments:
-    return DPOArguments(**bench.common(seed, folder, "dpo"), **SETTINGS)
+def settings(bench: Bench, seed: int, folder: Path, **changes: Any) -> DPOArguments:
+    return DPOArguments(**bench.common(seed, folder, "dpo"), **{**SETTINGS, **changes})
 
 
-def run(bench: Bench, seed: int) -> Outcome:
-    """训练一次并考试。"""
+def run(bench: Bench, seed: int, **changes: Any) -> Outcome:
+    """训练一次并考试；``changes`` 是与 :data:`SETTINGS` 不同的设置，别的损失（orpo、simpo、kto）用它。"""
     folder = bench.folder(seed)
-    result = train_dpo(settings(bench, seed, folder))
+    result = train_dpo(settings(bench, seed, folder, **changes))
     metrics = exam(bench, bench.open(folder, "dpo")) | {"accuracy": result.metrics["val_accuracy"]}
     rows = [row for row in read_log(result.log) if "lr" in row]
-    names = ("loss", "accuracy", "margin", "reward_chosen", "reward_rejected")
-    curves = {name: [[row["step"], round(row[name], 4)] for row in rows] for name in names}
-    return Outcome(metrics, curves, notes={"settings": SETTINGS, "margin": result.metrics["val_margin"]})
+    names = ("loss", "accuracy", "margin", "kl", "reward_chosen", "reward_rejected")
+    curves = {
+        name: [[row["step"], round(row[name], 4)] for row in rows] for name in names if name in rows[-1]
+    }
+    return Outcome(metrics, curves, notes={"settings": {**SETTINGS, **changes}, "val": result.metrics})

@@ -1,4 +1,4 @@
-"""数据：校验、分词缓存、打包、四个数据集。
+"""数据：校验、分词缓存、打包、五个数据集。
 
 名字用到时才导入：分词子进程只需要其中几个模块，不该为此载入 torch。
 """
@@ -14,7 +14,8 @@ _HOMES = {
     "build_cache": "cache",
     "cache_root": "cache",
     "DATASETS": "lm_dataset",
-    "DPODataset": "lm_dataset",
+    "DPODataset": "preferences",
+    "KTODataset": "preferences",
     "PretrainDataset": "lm_dataset",
     "RLAIFDataset": "lm_dataset",
     "SFTDataset": "lm_dataset",

@@ -204,6 +204,13 @@ def _training(spec: str, kind: str, tokenizer, max_seq_len: int, num_workers: in
             ("截断而不学的 token", f"{dataset.cut_tokens:,}"),
             ("截断后看不出分歧而丢弃", f"{stats['dropped']:,}"),
         ]
+    elif kind == "kto":
+        rows = [
+            ("可用的回答", f"{stats['answers']:,}"),
+            ("截断", f"{stats['truncated']:,}（{stats['truncated_share']:.1%}）"),
+            ("截断而不学的 token", f"{dataset.cut_tokens:,}"),
+            ("没有任何目标而丢弃", f"{stats['dropped']:,}"),
+        ]
     else:
         rows = [
             ("打包后的行数", f"{stats['rows']:,}"),

@@ -78,13 +78,29 @@ def collate_dpo(items: Sequence[dict[str, Any]], pad_id: int = 0) -> dict[str, A
     Returns:
         与 :func:`collate_packed` 相同的键，另有 ``num_pairs`` = B。
     """
-    sides = [(item[side], item[f"{side}_labels"]) for side in ("chosen", "rejected") for item in items]
-    length = max(len(ids) for ids, _ in sides)
-    input_ids = torch.full((len(sides), length), pad_id, dtype=torch.int64)
-    labels = torch.full((len(sides), length), IGNORE, dtype=torch.int64)
-    position_ids = torch.arange(length).repeat(len(sides), 1)
+    rows = [(item[side], item[f"{side}_labels"]) for side in ("chosen", "rejected") for item in items]
+    return {**collate_rows(rows, pad_id), "num_pairs": len(items)}
+
+
+def collate_kto(items: Sequence[dict[str, Any]], pad_id: int = 0) -> dict[str, Any]:
+    """不成对的回答 → 一批 ``[2B, L]``：前 B 行是各自的回答，后 B 行是同样次序的、不配对的回答。
+
+    Returns:
+        与 :func:`collate_packed` 相同的键，另有 ``desirable`` bool ``[B]``。
+    """
+    rows = [(item[side], item[f"{side}_labels"]) for side in ("answer", "mismatched") for item in items]
+    desirable = torch.tensor([item["desirable"] for item in items])
+    return {**collate_rows(rows, pad_id), "desirable": desirable}
+
+
+def collate_rows(rows: Sequence[tuple[torch.Tensor, torch.Tensor]], pad_id: int = 0) -> dict[str, Any]:
+    """若干 ``(ids, labels)`` 各占一行，右侧补到最长的一条：``[S, L]``，键同 :func:`collate_packed`。"""
+    length = max(len(ids) for ids, _ in rows)
+    input_ids = torch.full((len(rows), length), pad_id, dtype=torch.int64)
+    labels = torch.full((len(rows), length), IGNORE, dtype=torch.int64)
+    position_ids = torch.arange(length).repeat(len(rows), 1)
     segments: list[int] = []
-    for i, (ids, label) in enumerate(sides):
+    for i, (ids, label) in enumerate(rows):
         n = len(ids)
         input_ids[i, :n], labels[i, :n] = ids, label
         segments.append(n)
@@ -96,9 +112,16 @@ def collate_dpo(items: Sequence[dict[str, Any]], pad_id: int = 0) -> dict[str, A
         "labels": labels,
         "position_ids": position_ids,
         **_boundaries(segments),
-        "num_tokens": sum(len(ids) for ids, _ in sides),
-        "num_pairs": len(items),
+        "num_tokens": sum(len(ids) for ids, _ in rows),
     }
+
+
+def rows_between(batch: Mapping[str, Any], begin: int, end: int) -> dict[str, Any]:
+    """:func:`collate_rows` 的一批里第 ``begin`` 到 ``end - 1`` 行，模型与目标要的那几样。"""
+    length, edges = batch["labels"].shape[1], batch["cu_seqlens"]
+    inside = (edges >= begin * length) & (edges <= end * length)
+    part = {name: batch[name][begin:end] for name in ("input_ids", "labels", "position_ids")}
+    return {**part, "cu_seqlens": edges[inside] - begin * length, "max_seqlen": batch["max_seqlen"]}
 
 
 def collate_rl(items: Sequence[dict[str, Any]]) -> dict[str, Any]:

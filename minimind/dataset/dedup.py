@@ -16,6 +16,7 @@ from typing import Any
 
 from minimind.arguments import arg, parse_args
 from minimind.console import say
+from minimind.dataset.normalize import FIELDS
 from minimind.dataset.rows import RowArguments, Rows, dump
 from minimind.dataset.tables import need
 from minimind.errors import UserError
@@ -38,7 +39,7 @@ class DedupArguments(RowArguments):
 
 def content_key(record: dict[str, Any], kind: str) -> bytes:
     """完全重复与否看它：有意义的内容的哈希，编号出处之类不算。"""
-    names = {"pretrain": ("text",), "dpo": ("chosen", "rejected")}.get(kind, ("conversations",))
+    names = FIELDS[kind]
     text = json.dumps([record[name] for name in names], ensure_ascii=False, sort_keys=True)
     return hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
 

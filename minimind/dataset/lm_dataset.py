@@ -1,4 +1,4 @@
-"""四个数据集：预训练、监督微调、偏好、强化学习提示。
+"""数据集：预训练、监督微调、强化学习提示；偏好的两个在 :mod:`minimind.dataset.preferences`。
 
 取样本只切缓存，不分词、不查找；拼行方案、掩码、划分都在打开时按数组算好。
 """
@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from minimind.dataset.collate import IGNORE, collate_dpo, collate_packed, collate_rl
+from minimind.dataset.collate import collate_dpo, collate_packed, collate_rl
 from minimind.dataset.conversation import split_prompt
 from minimind.dataset.jsonl import short
-from minimind.dataset.packed import CachedDataset, PackedDataset, lost_words
+from minimind.dataset.packed import CachedDataset, PackedDataset
 from minimind.dataset.packing import trim_to_turns
+from minimind.dataset.preferences import DPODataset, KTODataset
 from minimind.dataset.splits import choose
 from minimind.dataset.token_cache import TokenCache
 from minimind.errors import UserError
@@ -69,87 +69,6 @@ class SFTDataset(PackedDataset):
         ends = np.minimum(cache.spans[:, 1], limit[doc])
         times = np.bincount(docs, minlength=len(cache))[doc]
         return int((np.maximum(ends - cache.spans[:, 0], 0) * times).sum())
-
-
-class DPODataset(CachedDataset):
-    """偏好对 ``{"chosen": […], "rejected": […]}``；两边由同一个渲染器渲染，到分歧处为止逐 token 相同。
-
-    目标只有第一个不同的回合起的助手回合：共同的历史是上文，不是要比的回答（见
-    :func:`minimind.dataset.encode.shared_history_is_context`）。超过 ``max_length`` 的一边从右截断；
-    截断后看不到分歧、或有一边一个目标也不剩的对没有偏好可学，丢弃并计数。
-
-    Attributes:
-        stats: pairs 可用的对数、truncated 截断的对数、dropped 丢弃的对数。
-        cut_tokens: 留下的对里截掉的 token 数。
-    """
-
-    kind = "dpo"
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        cache = self.cache
-        lengths = np.diff(cache.offsets)
-        # 每条记录是相邻的两篇；划分按对，不会一边在训练一边在验证
-        pairs = choose(self.split, cache.split_hash[::2], lengths[::2] + lengths[1::2], self.val_ratio)
-        overlong = np.maximum(lengths[::2], lengths[1::2])[pairs] > self.max_length
-        visible = self._has_targets(2 * pairs) & self._has_targets(2 * pairs + 1)
-        for k in np.flatnonzero(overlong & visible):
-            visible[k] = self._differs_within(int(pairs[k]))
-        self.pairs, shares = self.mixed(pairs[visible], unit=2)
-        overlong_used = np.isin(self.pairs, pairs[overlong])
-        kept = np.concatenate([2 * self.pairs, 2 * self.pairs + 1])
-        self.cut_tokens = int(np.maximum(lengths[kept] - self.max_length, 0).sum())
-        if len(pairs) and not len(self.pairs):
-            raise self.nothing_left(len(pairs))
-        self.num_documents = len(self.pairs)
-        self.stats = {
-            "pairs": len(self.pairs),
-            "truncated": int(overlong_used.sum()),
-            "truncated_share": float(overlong_used.sum() / max(len(pairs), 1)),
-            "dropped": int((~visible).sum()),
-        } | ({"shares": shares} if shares else {})
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """``chosen``、``rejected``：``int64 [n]``；``chosen_labels``、``rejected_labels``：未移位，-100 不是目标。"""
-        item: dict[str, Any] = {}
-        for offset, side in enumerate(("chosen", "rejected")):
-            doc = 2 * int(self.pairs[index]) + offset
-            ids = self.cache.document(doc)[: self.max_length].astype(np.int64)
-            labels = np.full(len(ids), IGNORE, dtype=np.int64)
-            spans = self.cache.spans[self.cache.span_offsets[doc] : self.cache.span_offsets[doc + 1]]
-            for begin, end in spans.tolist():
-                labels[begin:end] = ids[begin:end]
-            item[side], item[f"{side}_labels"] = torch.from_numpy(ids), torch.from_numpy(labels)
-        return item
-
-    def lost(self) -> str:
-        return lost_words(
-            self.stats["truncated"], self.cut_tokens, self.stats["dropped"], self.max_length, "对"
-        )
-
-    def _has_targets(self, docs: np.ndarray) -> np.ndarray:
-        """哪些篇截断后还有目标，``bool [n]``；第一个不同的回合就是第一段目标。"""
-        cache = self.cache
-        first = cache.span_offsets[docs]
-        found = first < cache.span_offsets[docs + 1]
-        found[found] = cache.spans[first[found], 0] < self.max_length
-        return found
-
-    def _differs_within(self, pair: int) -> bool:
-        """截断后两边还看得出不同。"""
-        sides = [self.cache.document(2 * pair + k)[: self.max_length] for k in (0, 1)]
-        common = min(map(len, sides))
-        return bool((sides[0][:common] != sides[1][:common]).any())
-
-    def source_docs(self, index: int) -> list[int]:
-        return [2 * int(self.pairs[index])]
-
-    @property
-    def collate(self):
-        return partial(collate_dpo, pad_id=self.pad_id)
 
 
 class RLAIFDataset(CachedDataset):
@@ -242,12 +161,14 @@ DATASETS: dict[str, type[CachedDataset]] = {
     "pretrain": PretrainDataset,
     "sft": SFTDataset,
     "dpo": DPODataset,
+    "kto": KTODataset,
     "rl": RLAIFDataset,
 }
 
 __all__: Sequence[str] = (
     "DATASETS",
     "DPODataset",
+    "KTODataset",
     "PretrainDataset",
     "RLAIFDataset",
     "SFTDataset",

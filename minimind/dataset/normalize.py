@@ -14,6 +14,7 @@ Alpaca、ShareGPT 的整条记录                见 :mod:`minimind.dataset.form
 正文里与 ``tool_calls`` 相同的调用         一次调用
 ``content`` 是文本段的列表                 接起来的字符串
 顶层 ``prompt``（偏好，两边只有回答）      两边共同的提问
+``prompt`` 与 ``completion``（kto）        ``conversations``；``label`` 的 0 与 1 当作假与真
 ========================================  =====================================================
 
 两种写法同时出现而说的不是一回事时，报错并指出字段。不认识的字段记下名字，由 ``data check`` 与训练开头的一行说出来。
@@ -43,6 +44,7 @@ FIELDS = {
     "pretrain": ("text",),
     "sft": ("conversations",),
     "dpo": ("chosen", "rejected"),
+    "kto": ("conversations", "label"),
     "rl": ("conversations",),
 }
 
@@ -62,6 +64,8 @@ def normalize(record: dict[str, Any], kind: str, note: Note = lambda sentence: N
     """
     names = FIELDS[kind]
     if kind != "pretrain":
+        if kind == "kto":
+            record = _unpaired(record, note)
         record = recognise(record, kind, note)
         if len(record) > len(names) or names[0] not in record:
             record = _whole_record(record, kind, note)
@@ -71,6 +75,8 @@ def normalize(record: dict[str, Any], kind: str, note: Note = lambda sentence: N
                 fixed = [rewrite_turn(turn, f"{name}[{i}]", note) for i, turn in enumerate(turns)]
                 if any(a is not b for a, b in zip(fixed, turns, strict=True)):
                     record = {**record, name: fixed}
+        if kind == "kto":
+            record = _answer_only(record)
     # 强化学习的记录整条交给奖励函数，它的字段由奖励函数取用
     if len(record) > len(names) and kind != "rl":
         leftovers(record, set(names), "", note, strict=kind != "pretrain")
@@ -144,6 +150,42 @@ def _shared_prompt(record: dict[str, Any], note: Note) -> None:
                 fix="去掉 prompt，或把它写进两边的开头",
             )
     del record["prompt"]
+
+
+def _unpaired(record: dict[str, Any], note: Note) -> dict[str, Any]:
+    """不成对的偏好：``prompt`` 与 ``completion``（各是字符串或消息列表）接成一段对话，``label`` 写成真假。"""
+    record = dict(record)
+    if type(record.get("label")) is int and record["label"] in (0, 1):
+        record["label"] = bool(record["label"])
+        note("label 的 0 与 1 当作 false 与 true")
+    if "prompt" not in record or "completion" not in record:
+        return record
+    turns: list[Any] = []
+    for name, role in (("prompt", "user"), ("completion", "assistant")):
+        value = record.pop(name)
+        if type(value) not in (str, list) or not value:
+            raise DataError(
+                f"是 {short(value)}",
+                field=name,
+                expected="非空的字符串或消息列表",
+                fix="补上它，或删掉这一行",
+            )
+        turns += [{"role": role, "content": value}] if type(value) is str else value
+    if "conversations" in record:
+        conflict("prompt 与 completion", "conversations", turns, record["conversations"])
+    record["conversations"] = turns
+    note("prompt 与 completion 接成一段对话")
+    return record
+
+
+def _answer_only(record: dict[str, Any]) -> dict[str, Any]:
+    """标的是最后的回答：最后一次提问之前的助手回合只当上文。"""
+    turns = record.get("conversations")
+    if type(turns) is not list or not all(type(turn) is dict for turn in turns):
+        return record  # 形状不对，由校验去说
+    asked = max((i for i, turn in enumerate(turns) if turn.get("role") == "user"), default=0)
+    history = [{**t, "weight": 0} if t.get("role") == "assistant" else t for t in turns[:asked]]
+    return {**record, "conversations": history + turns[asked:]}
 
 
 def _give_system(turns: list[dict], field: str, value: Any, name: str) -> None:

@@ -1,4 +1,4 @@
-"""四种数据的格式规则：手写的检查，每条规则一句话说清该怎么修。
+"""五种数据的格式规则：手写的检查，每条规则一句话说清该怎么修。
 
 =========  ===================================================================
 种类        每行
@@ -6,6 +6,7 @@
 pretrain   ``{"text": …}``
 sft        ``{"conversations": [{"role", "content", …}, …]}``；lora、reason、蒸馏同此
 dpo        ``{"chosen": [...], "rejected": [...]}``，到分歧处为止完全相同
+kto        ``{"conversations": [...], "label": true | false}``，最后的回答好不好；或 ``{"prompt", "completion", "label"}``
 rl         ``{"conversations": [...]}``，末尾的助手回合是参考答案，可以为空或没有
 =========  ===================================================================
 
@@ -29,7 +30,7 @@ from minimind.dataset.turns import Note
 from minimind.errors import UserError
 from minimind.paths import resolve_path
 
-KINDS = ("pretrain", "sft", "dpo", "rl")
+KINDS = ("pretrain", "sft", "dpo", "kto", "rl")
 # 猜种类时至多看开头这么多字节
 GUESS_BYTES = 1 << 20
 
@@ -37,6 +38,7 @@ _EXAMPLES = {
     "pretrain": '{"text": "一段文字"}',
     "sft": '{"conversations": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]}',
     "dpo": '{"chosen": [提问, 好的回答], "rejected": [提问, 差的回答]}',
+    "kto": '{"prompt": "问", "completion": "答", "label": true}',
     "rl": '{"conversations": [{"role": "user", "content": "问"}, {"role": "assistant", "content": ""}]}',
 }
 
@@ -117,6 +119,33 @@ def validate_dpo(record: dict[str, Any]) -> None:
         )
 
 
+def validate_kto(record: dict[str, Any]) -> None:
+    """检查一条不成对的偏好：对话以助手的回答结尾，``label`` 说它好不好。"""
+    turns, label = _field(record, "conversations", "kto"), _field(record, "label", "kto")
+    check_turns(turns, "conversations")
+    if turns[-1]["role"] != "assistant":
+        raise DataError(
+            f"最后一个角色是 {turns[-1]['role']}",
+            field=f"conversations[{len(turns) - 1}].role",
+            expected="以 assistant 的回答结尾",
+            fix="补上回答，或删掉多余的回合",
+        )
+    if turns[-1].get("weight") == 0:
+        raise DataError(
+            "标了好坏的回答写着不学",
+            field=f"conversations[{len(turns) - 1}].weight",
+            expected="最后的回答要学",
+            fix="去掉 weight / loss / train，或删掉这一行",
+        )
+    if type(label) is not bool:
+        raise DataError(
+            f"是 {type_name(label)} {short(label)}",
+            field="label",
+            expected="true 或 false",
+            fix="好的写 true",
+        )
+
+
 def validate_rl(record: dict[str, Any]) -> None:
     """检查一条强化学习提示：去掉末尾的助手回合后，以 user 或 tool 结尾。"""
     turns = _field(record, "conversations", "rl")
@@ -134,6 +163,7 @@ VALIDATORS: dict[str, Callable[[dict[str, Any]], None]] = {
     "pretrain": validate_pretrain,
     "sft": validate_sft,
     "dpo": validate_dpo,
+    "kto": validate_kto,
     "rl": validate_rl,
 }
 
@@ -178,6 +208,9 @@ def _guess_kind(record: dict[str, Any]) -> str | None:
     """由字段猜种类；猜不出返回 None。"""
     if "chosen" in record or "rejected" in record:
         return "dpo"
+    labelled = type(record.get("label")) is bool and ("conversations" in record or "messages" in record)
+    if labelled or ("prompt" in record and "completion" in record):
+        return "kto"
     if is_alpaca(record):
         answer = record.get("output")
         return "rl" if type(answer) is str and is_empty_answer(answer) else "sft"

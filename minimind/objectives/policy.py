@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-LOSS_TYPES = ("dapo", "grpo", "dr_grpo", "bnpo", "cispo")
+LOSS_TYPES = ("dapo", "grpo", "dr_grpo", "bnpo", "cispo", "gspo")
+# 截断的上下限 1 − ε、1 + ε_high，没有写明时的；gspo 的比值是几何平均，离 1 近得多（Zheng 2025，5.1 节）
+CLIPS = {"cispo": (0.2, 5.0), "gspo": (3e-4, 4e-4)}
+DEFAULT_CLIP = (0.2, 0.28)
 SCALES = ("group", "batch", "none")
 # 除以标准差时垫上的数：Shao 2024 与 TRL 的取值
 SCALE_EPSILON = 1e-4
@@ -166,6 +169,35 @@ def cispo_loss(
     return -ratio.clamp(max=epsilon_high) * advantages * logp, (ratio > epsilon_high) & (advantages > 0)
 
 
+def gspo_loss(
+    logp: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
+    lengths: list[int],
+    epsilon: float = 3e-4,
+    epsilon_high: float = 4e-4,
+) -> tuple[Tensor, Tensor]:
+    """GSPO（Zheng 2025，arXiv 2507.18071，式 5 与 7）：比值是整条回答的，截断也是整条的::
+
+        s = exp( (1/|y|)·Σ_t (logp − old_logp) )，   L = − min(s·A, clip(s, 1 − ε, 1 + ε_high)·A)
+
+    奖励给的是整条回答，重要性权重也就该是整条的；开 |y| 次方，长短回答的比值才在同一个尺度上。
+
+    Args:
+        logp, old_logp, advantages: ``[N]``；一条之内的优势相同。
+        lengths: 各条的词元数，和为 N。
+
+    Returns:
+        ``[N]`` 的损失与是否截断，同一条里处处相等：按 1 / 本条长度加权求和，就是逐条的损失与梯度。
+    """
+    per_row = torch.tensor(lengths, device=logp.device)
+    rows = torch.repeat_interleave(torch.arange(len(lengths), device=logp.device), per_row)
+    log_ratio = logp - old_logp
+    mean = log_ratio.new_zeros(len(lengths)).index_add(0, rows, log_ratio) / per_row.clamp_min(1)
+    # 式 5 的比值就是 clipped_loss 的比值，只是 logp − old_logp 换成了本条的平均
+    return clipped_loss(mean[rows], torch.zeros_like(logp), advantages, epsilon, epsilon_high)
+
+
 def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
     """KL(π‖π_ref) 的逐词元估计（Schulman 2020，http://joschu.net/blog/kl-approx.html）：无偏且不为负。
 
@@ -191,7 +223,7 @@ def token_weights(lengths: list[int], loss_type: str, max_length: int) -> tuple[
     loss_type     权重                个数          意思
     ============  ==================  ============  ========================================================
     dapo、cispo   1                   词元数        全步的词元平均，长短回答的每个词元一样重（Yu 2025，式 8）
-    grpo          1 / 本条长度        条数          先逐条平均再对条平均，长回答的词元轻（Shao 2024，式 3）
+    grpo、gspo    1 / 本条长度        条数          先逐条平均再对条平均，长回答的词元轻（Shao 2024，式 3）
     dr_grpo       1 / max_length      条数          除以常数，没有长度偏向（Liu 2025，arXiv 2503.20783）
     bnpo          1 / 微批次词元数    1             微批次内词元平均，再对微批次平均（TRL）
     ============  ==================  ============  ========================================================
@@ -223,25 +255,32 @@ def grpo_loss(
     weights: Tensor,
     *,
     loss_type: str = "dapo",
-    epsilon: float = 0.2,
+    epsilon: float | None = None,
     epsilon_high: float | None = None,
     beta: float = 0.0,
     ref_logp: Tensor | None = None,
+    lengths: list[int] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """GRPO 一族的损失：Σ w·(策略损失 + beta·k3)，除以个数就是损失；见 :func:`token_weights`。
 
     Args:
         logp, old_logp, advantages, weights, ref_logp: ``[N]``；``beta`` 为 0 时不需要 ``ref_logp``。
-        epsilon_high: 不给则 0.28，cispo 是 5。
+        epsilon, epsilon_high: 不给则看 :data:`CLIPS`，其余是 :data:`DEFAULT_CLIP`。
+        lengths: 各条的词元数，和为 N；只有 gspo 用。
 
     Returns:
         0 维的损失和，与各指标的和：``clip_share``、``kl``（有参考模型时）。
     """
+    low, high = CLIPS.get(loss_type, DEFAULT_CLIP)
+    low, high = low if epsilon is None else epsilon, high if epsilon_high is None else epsilon_high
     if loss_type == "cispo":
-        loss, clipped = cispo_loss(logp, old_logp, advantages, 5.0 if epsilon_high is None else epsilon_high)
+        loss, clipped = cispo_loss(logp, old_logp, advantages, high)
+    elif loss_type == "gspo":
+        if lengths is None:
+            raise ValueError("gspo 的比值是整条的，要给出 lengths")
+        loss, clipped = gspo_loss(logp, old_logp, advantages, lengths, low, high)
     else:
-        high = 0.28 if epsilon_high is None else epsilon_high
-        loss, clipped = clipped_loss(logp, old_logp, advantages, epsilon, high)
+        loss, clipped = clipped_loss(logp, old_logp, advantages, low, high)
     sums = {"clip_share": clipped.sum()}
     if beta:
         kl = k3(logp, ref_logp)

@@ -7,11 +7,14 @@ r(x, y) = β·log(π(y|x) / μ(y|x)) + 与 y 无关的一项，于是“好的�
     L = − mean log σ(β·h)
 
 π 是正在训练的策略，μ 是不动的参考模型（从同一个权重出发，所以开头 h = 0、损失 ln 2 = 0.693），y_w、y_l 是好坏
-两个回答，log π(y|x) 在整个回答（含结束符）上求 *和*。β 大则离参考模型近。另有按词元平均的 ``ipo``、
-长度归一的 ``sigmoid_norm`` 与标签平滑，公式见 :mod:`minimind.objectives.preference`；``--sft_coef`` 另加好回答的交叉熵
+两个回答，log π(y|x) 在整个回答（含结束符）上求 *和*。β 大则离参考模型近。``--sft_coef`` 另加好回答的交叉熵
 （RPO，Pang 2024，arXiv 2404.19733，式 1），好回答自己的概率才不会跟着跌。
 
-参考模型不变，它的对数概率训练前算一遍存着（:mod:`minimind.trainer.reference`），显存里只有一个模型。
+同一页上换一个损失（``--loss_type``）就是别的算法，公式见 :mod:`minimind.objectives.preference`：按词元平均的 ``ipo``、
+长度归一的 ``sigmoid_norm``；不要参考模型的 ``orpo``、``simpo``；不要成对的 ``kto``（:mod:`minimind.recipes.unpaired`）。
+
+参考模型不变，它的对数概率训练前算一遍存着（:mod:`minimind.trainer.reference`），显存里只有一个模型；
+``orpo`` 与 ``simpo`` 连这一遍也不要。
 
 来源：Rafailov et al. 2023，arXiv 2305.18290，式 7。
 """
@@ -27,22 +30,37 @@ import torch
 from torch import nn
 
 from minimind.arguments import arg, override
-from minimind.dataset import DPODataset
+from minimind.dataset import DPODataset, KTODataset
+from minimind.errors import UserError
 from minimind.model_arguments import ON_OFF
-from minimind.objectives.preference import LOSS_TYPES, preference_loss, sequence_logprobs
+from minimind.objectives.preference import (
+    BETAS,
+    DEFAULT_BETA,
+    LOSS_TYPES,
+    REFERENCE_FREE,
+    UNPAIRED,
+    preference_loss,
+    sequence_logprobs,
+)
 from minimind.recipes.data import open_datasets
 from minimind.recipes.entry import entry, open_model
 from minimind.recipes.health import preference_health
+from minimind.recipes.unpaired import count_answers, unpaired_loss, with_reference_point
 from minimind.runtime.device import choose_dtype
 from minimind.trainer.loop import TrainResult, train
-from minimind.trainer.recipe import Data, LossResult, Recipe
-from minimind.trainer.reference import (
-    PairsWithReference,
-    StartingPoint,
-    cached_pair_logprobs,
-    weights_hash,
-)
+from minimind.trainer.recipe import LossResult, Recipe
+from minimind.trainer.reference import StartingPoint, with_reference
 from minimind.trainer.train_args import TrainArguments
+
+# 不是每种损失都用得到的参数：写了而用不到的报错，不悄悄收下
+USED_BY = {
+    "label_smoothing": ("sigmoid", "sigmoid_norm", "simpo"),
+    "simpo_gamma": ("simpo",),
+    "desirable_weight": UNPAIRED,
+    "undesirable_weight": UNPAIRED,
+    "sft_coef": tuple(name for name in LOSS_TYPES if name not in UNPAIRED),
+    "cache_reference": tuple(name for name in LOSS_TYPES if name not in REFERENCE_FREE),
+}
 
 
 @dataclass
@@ -55,14 +73,31 @@ class DPOArguments(TrainArguments, group="偏好优化"):
     batch_size: int = override(TrainArguments, "batch_size", 4)
     max_seq_len: int = override(TrainArguments, "max_seq_len", 1024)
 
-    beta: float = arg(
-        0.1, "离参考模型多近，大则近；sigmoid_norm 用按词元平均的差，要大得多（约 2）", above=0, high=1000
+    beta: float | None = arg(
+        None,
+        "离参考模型多近，大则近（orpo 是赔率一项的权重）；不给则 0.1，按词元平均的 sigmoid_norm 与 simpo 是 2",
+        above=0,
+        high=1000,
     )
-    loss_type: str = arg("sigmoid", "损失：sigmoid（标准）、sigmoid_norm（按长度归一）或 ipo", LOSS_TYPES)
-    label_smoothing: float = arg(0.0, "假定有这么大比例的偏好标反了（保守 DPO）", low=0, below=0.5)
+    loss_type: str = arg(
+        "sigmoid",
+        "损失：sigmoid（标准）、sigmoid_norm（按长度归一）、ipo、orpo 与 simpo（不要参考模型）、kto（标了好坏、不必成对的回答）",
+        LOSS_TYPES,
+    )
+    label_smoothing: float = arg(
+        0.0,
+        "假定有这么大比例的偏好标反了（保守 DPO；只有 sigmoid、sigmoid_norm、simpo 用）",
+        low=0,
+        below=0.5,
+    )
+    simpo_gamma: float | None = arg(
+        None, "simpo 的目标间隔：好的要比坏的高出这么多；不给则是 beta 的一半", low=0, high=1000
+    )
+    desirable_weight: float = arg(1.0, "kto 里好回答的权重；好坏条数悬殊时调", above=0, high=1000)
+    undesirable_weight: float = arg(1.0, "kto 里坏回答的权重", above=0, high=1000)
     sft_coef: float = arg(
         0.0,
-        "另加多少好回答的交叉熵（按词元平均，RPO）；好回答的概率也在跌时用，约 0.1 到 1",
+        "另加多少好回答的交叉熵（按词元平均，RPO）；好回答的概率也在跌时用，约 0.1 到 1；orpo 本来就有一份，kto 没有",
         low=0,
         high=1000,
     )
@@ -76,6 +111,22 @@ class DPOArguments(TrainArguments, group="偏好优化"):
     # 微调的五十分之一。192 宽、每步 4 对、300 步时，3e-4 会把别的任务从八成四冲到两成（docs/dpo.md）
     LEARNING_RATE_TIMES_WIDTH = 0.01
 
+    def __post_init__(self):
+        super().__post_init__()
+        for name, users in USED_BY.items():
+            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            if value not in (default, None) and self.loss_type not in users:
+                raise UserError(
+                    f"值是 {value:g}，而 --loss_type {self.loss_type} 用不到它",
+                    where=f"--{name}",
+                    expected=f"与 --loss_type {'、'.join(users)} 一起用",
+                    fix="去掉它，或换一个 --loss_type",
+                )
+        if self.beta is None:
+            self.beta = BETAS.get(self.loss_type, DEFAULT_BETA)
+        if self.loss_type == "simpo" and self.simpo_gamma is None:
+            self.simpo_gamma = self.beta / 2
+
 
 def dpo_loss(
     model: nn.Module, batch: dict[str, Any], args: DPOArguments, reference: nn.Module | None = None
@@ -83,7 +134,7 @@ def dpo_loss(
     """训练循环要的 ``(损失和, metrics)``，分母是对数；``reference`` 为 ``None`` 时用批里带着的参考值。"""
     policy = sequence_logprobs(model, batch)
     if reference is None:
-        reference_logps = batch["reference_logps"]
+        reference_logps = batch.get("reference_logps")  # 不要参考模型的没有
     else:
         with torch.no_grad():
             reference_logps = sequence_logprobs(reference, batch).logps
@@ -94,6 +145,7 @@ def dpo_loss(
         beta=args.beta,
         loss_type=args.loss_type,
         label_smoothing=args.label_smoothing,
+        gamma=args.simpo_gamma or 0.0,
     )
     pairs = batch["num_pairs"]
     loss = result.losses.sum() + policy.aux_loss * pairs
@@ -105,32 +157,24 @@ def dpo_loss(
 def run(args: DPOArguments) -> TrainResult:
     """按参数训练一次；返回权重位置与最后的指标。"""
     model, tokenizer = open_model(args)
-    start = StartingPoint(args, model)
-    key = weights_hash(model)
-    reference = None if args.cache_reference else copy.deepcopy(model).eval().requires_grad_(False)
-
-    def with_reference(pairs, name):
-        if pairs is None:
-            return None
-        logps = None
-        if reference is None:
-            dtype = choose_dtype(args.dtype, model.device)  # CPU 上的 auto 是 float32：只算一遍，不必为它测速
-            logps = cached_pair_logprobs(
-                model, pairs, key=key, batch_size=2 * args.batch_size, dtype=dtype, description=name
-            )
-        return PairsWithReference(pairs, logps, key)
-
-    data = open_datasets(DPODataset, args, tokenizer)
-    data = Data(
-        with_reference(data.train, "参考模型（训练集）"), with_reference(data.val, "参考模型（验证集）")
-    )
+    unpaired, needs_reference = args.loss_type in UNPAIRED, args.loss_type not in REFERENCE_FREE
+    extra_state, reference = {}, None
+    if needs_reference:
+        extra_state = {"start": StartingPoint(args, model)}
+        reference = None if args.cache_reference else copy.deepcopy(model).eval().requires_grad_(False)
+    data = open_datasets(KTODataset if unpaired else DPODataset, args, tokenizer)
+    if needs_reference:
+        dtype = choose_dtype(args.dtype, model.device)  # CPU 上的 auto 是 float32：只算一遍，不必为它测速
+        data = with_reference(data, model, 2 * args.batch_size, dtype, cached=reference is None)
+    loss = partial(unpaired_loss if unpaired else dpo_loss, args=args, reference=reference)
     recipe = Recipe(
         "dpo",
-        partial(dpo_loss, args=args, reference=reference),
+        loss,
         data.train.collate,
-        count=lambda batch: float(batch["num_pairs"]),
-        health=preference_health,
-        extra_state={"start": start},
+        count=count_answers if unpaired else lambda batch: float(batch["num_pairs"]),
+        prepare=with_reference_point(reference) if unpaired else None,
+        health=preference_health if needs_reference else None,
+        extra_state=extra_state,
     )
     return train(args, recipe, model, tokenizer, data)
 

@@ -5,12 +5,14 @@
     A_i = (r_i − 组平均) / (组标准差 + 1e-4)
     L   = − (1/N) Σ_i Σ_t min(ρ·A_i, clip(ρ, 1 − ε, 1 + ε_high)·A_i)  +  β·k3，   ρ = π_θ / π_采样
 
-N 是这一步全部回答词元数（``--loss_type dapo``，默认）；别的归约见 :func:`minimind.objectives.policy.token_weights`。
+N 是这一步全部回答词元数（``--loss_type dapo``，默认）；别的归约见 :func:`minimind.objectives.policy.token_weights`，
+``gspo`` 的 ρ 是整条回答的几何平均，截断也是整条的（:func:`minimind.objectives.policy.gspo_loss`）。
 k3 = e^d − d − 1，d = logp_ref − logp，是与参考模型的 KL 的无偏估计；β 为 0（默认）时连参考模型也不载入。
 
 一次采样只更新一次，所以 ρ = 1，A 在组内和为零，打印的 loss 总在 0 附近：它不说明什么，要看奖励、离散与 KL。
 
-来源：Shao et al. 2024（DeepSeekMath，arXiv 2402.03300）；Yu et al. 2025（DAPO，arXiv 2503.14476）。
+来源：Shao et al. 2024（DeepSeekMath，arXiv 2402.03300）；Yu et al. 2025（DAPO，arXiv 2503.14476）；
+Zheng et al. 2025（GSPO，arXiv 2507.18071）。
 """
 
 from __future__ import annotations
@@ -20,7 +22,14 @@ from dataclasses import dataclass
 
 from minimind.arguments import arg, override
 from minimind.errors import UserError
-from minimind.objectives.policy import LOSS_TYPES, SCALES, group_advantages, zero_spread
+from minimind.objectives.policy import (
+    CLIPS,
+    DEFAULT_CLIP,
+    LOSS_TYPES,
+    SCALES,
+    group_advantages,
+    zero_spread,
+)
 from minimind.recipes.entry import entry
 from minimind.recipes.rl import no_batch, open_stage, train_stage
 from minimind.rl.arguments import RLArguments
@@ -35,13 +44,19 @@ from minimind.trainer.run import Run
 class GRPOArguments(RLArguments, group="GRPO"):
     """GRPO：同题多答，组内比较。"""
 
-    loss_type: str = arg("dapo", "损失怎样归约：dapo（全步词元平均）、grpo、dr_grpo、bnpo、cispo", LOSS_TYPES)
+    loss_type: str = arg(
+        "dapo",
+        "损失怎样归约：dapo（全步词元平均）、grpo、dr_grpo、bnpo、cispo、gspo（整条回答一个比值）",
+        LOSS_TYPES,
+    )
     scale_rewards: str = arg(
         "group", "优势除以谁的标准差：group（本组）、batch（整批）、none（不除）", SCALES
     )
-    epsilon: float = arg(0.2, "比值截断的下限 1 − epsilon", above=0, below=1)
+    epsilon: float | None = arg(
+        None, "比值截断的下限 1 − epsilon；不给则 0.2，gspo 是 3e-4", above=0, below=1
+    )
     epsilon_high: float | None = arg(
-        None, "比值截断的上限 1 + epsilon_high；不给则 0.28，cispo 是 5", above=0, high=100
+        None, "比值截断的上限 1 + epsilon_high；不给则 0.28，cispo 是 5，gspo 是 4e-4", above=0, high=100
     )
     beta: float = arg(0.0, "与参考模型的 KL 的系数；0 则不载入参考模型", low=0, high=1000)
     mask_truncated: int = arg(0, "写到上限还没结束的回答不参与更新（仍参与组内比较）", (0, 1))
@@ -52,6 +67,8 @@ class GRPOArguments(RLArguments, group="GRPO"):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.epsilon is None:
+            self.epsilon = CLIPS.get(self.loss_type, DEFAULT_CLIP)[0]
         if self.num_generations < 2:
             raise UserError(
                 f"值是 {self.num_generations}",

@@ -19,20 +19,26 @@ BAD_CRITIC = -0.5  # 解释方差低于它：价值网络远不如报平均数
 BAD_TRACKER = -1.0  # 记分牌同理；它从 0.5 起步，开头几步到 −0.5 是正常的
 
 
+def ranking_health(record: dict[str, float]) -> list[str]:
+    """奖励模型，也是 DPO 一族的第一条：没学到。"""
+    if record.get("accuracy", 1.0) >= 0.55 or record["step"] < 50:
+        return []
+    return [
+        "准确率还在 50 % 上下，模型没学到偏好：学习率太小，或 chosen 与 rejected 的差别不一致（标反了？）。"
+    ]
+
+
 def preference_health(record: dict[str, float]) -> list[str]:
-    """DPO：没学到、在走样、该停了。"""
-    found = []
-    if "margin" not in record:
-        return found
-    if record["step"] >= 50 and record["accuracy"] < 0.55:
-        found.append(
-            "准确率还在 50 % 上下，模型没学到偏好：学习率太小，或 chosen 与 rejected 的差别不一致（标反了？）。"
-        )
-    if record["reward_chosen"] < -1 and record["reward_rejected"] < -1:
+    """与参考模型比的 DPO 一族：没学到、在走样、该停了。
+
+    不要参考模型的不看：它们的准确率可以从一半以下起步，回报本来就是负的。kto 没有优势一项。
+    """
+    found = ranking_health(record)
+    if record.get("reward_chosen", 0.0) < -1 and record.get("reward_rejected", 0.0) < -1:
         found.append(
             "好坏两个回答的概率都在大跌，模型正在走样：加大 --beta、减小 --learning_rate 或少训几步。"
         )
-    if record["margin"] > 10:
+    if record.get("margin", 0.0) > 10:
         found.append("优势已经很大，偏好早就分开了，再训下去只会离参考模型越来越远：可以停了。")
     return found
 

@@ -55,6 +55,7 @@ def open_stage(args: RLArguments, kl: float) -> Stage:
         device=model.device,
         data_path=data.train.cache.source,
         trust_remote_code=bool(args.trust_remote_code),
+        tokenizer_path=args.tokenizer_path,
     )
     say(rewards.describe())
     if warning := data.train.reference_warning():

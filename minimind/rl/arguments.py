@@ -58,7 +58,10 @@ class RewardArguments(Arguments, group="奖励"):
         resume="content",
     )
     reward_model_path: str | None = arg(
-        None, "奖励模型的目录（HF 序列分类模型，或带 get_score 的模型）", text="path", resume="content"
+        None,
+        "奖励模型：minimind reward 写出的 .pth，或目录（HF 序列分类模型、带 get_score 的模型）",
+        text="path",
+        resume="content",
     )
     trust_remote_code: int = arg(0, "允许执行奖励模型目录里自带的代码", ON_OFF, resume="harmless")
 

@@ -61,6 +61,7 @@ def policy_loss(args: Any, loss_type: str) -> tuple[Callable, Callable]:
             epsilon_high=args.epsilon_high,
             beta=args.beta,
             ref_logp=batch.get("ref_logps"),
+            lengths=batch["lengths"],
         )
         sums["approx_kl"] = drift(logp, batch["old_logps"]).sum()
         sums["entropy"] = entropy.sum()

@@ -1,5 +1,6 @@
-"""奖励模型：读一段对话，给出它有多好。``--reward_model_path`` 指向一个本地目录，两种都收：
+"""奖励模型：读一段对话，给出它有多好。``--reward_model_path`` 指向本地的文件或目录，三种都收：
 
+- ``minimind reward`` 训练的 ``.pth``，旁边有它的 JSON（:mod:`minimind.rl.reward_net`）；
 - Hugging Face 的序列分类器，``num_labels = 1``（由偏好数据训练出来的奖励模型大多是这种）；
 - 有 ``get_score(tokenizer, messages)`` 的模型（例如 InternLM2-reward），它们自带代码，要明说 ``--trust_remote_code 1``。
 
@@ -21,13 +22,14 @@ from minimind.answers import ANSWER_SPAN, after_thinking
 from minimind.console import say
 from minimind.dataset.jsonl import short
 from minimind.errors import UserError
-from minimind.paths import folder_problem, resolve_path
+from minimind.paths import file_problem, folder_problem, resolve_path
+from minimind.rl.reward_net import encode_answers, open_reward_net, score_rows
 from minimind.rl.reward_rules import Sample
 
 WHOLE_SHARE, ANSWER_SHARE = 0.4, 0.6
 BATCH_SIZE = 16
 _EXPECTED = "序列分类器（num_labels = 1），或有 get_score(tokenizer, messages) 的奖励模型"
-_FIX = "换成奖励模型的目录；没有奖励模型就去掉 --reward_model_path，用可验证的规则（--reward auto）"
+_FIX = "换成奖励模型的文件或目录；没有奖励模型就去掉 --reward_model_path，用可验证的规则（--reward auto）"
 
 
 class RewardModel:
@@ -60,7 +62,7 @@ class RewardModel:
         return whole
 
     def _clipped(self, chats: list[list[dict]], samples: Sequence[Sample]) -> list[float]:
-        scores = self._classify(chats) if self.classifier else self._get_scores(chats)
+        scores = self._scores(chats)
         for score, sample in zip(scores, samples, strict=True):
             if not math.isfinite(score):
                 raise UserError(
@@ -71,6 +73,9 @@ class RewardModel:
                     fix="多半是半精度溢出，换成 float32 保存的奖励模型",
                 )
         return [min(max(score, -self.clip), self.clip) for score in scores]
+
+    def _scores(self, chats: list[list[dict]]) -> list[float]:
+        return self._classify(chats) if self.classifier else self._get_scores(chats)
 
     @torch.no_grad()
     def _classify(self, chats: list[list[dict]]) -> list[float]:
@@ -90,17 +95,29 @@ class RewardModel:
         else:  # 编码器一类的分类器：提示与回答是一个句对
             prompt = "\n".join(turn.get("content") or "" for turn in chat[:-1])
             encoded = tokenizer(prompt, chat[-1]["content"])
-        over = len(encoded["input_ids"]) - self.max_length
-        if over > 0:
-            encoded = {key: values[over:] for key, values in encoded.items()}
-            if not self.told_truncation:
-                self.told_truncation = True
-                say(f"注意：有对话超过奖励模型的 {self.max_length} 个 token，从左边截去。")
-        return dict(encoded)
+        over = self._over(len(encoded["input_ids"]))
+        return {key: values[over:] for key, values in encoded.items()}
+
+    def _over(self, length: int) -> int:
+        """从左边截去几个 token；头一次要截时说一声。"""
+        over = max(length - self.max_length, 0)
+        if over and not self.told_truncation:
+            self.told_truncation = True
+            say(f"注意：有对话超过奖励模型的 {self.max_length} 个 token，从左边截去。")
+        return over
 
     @torch.no_grad()
     def _get_scores(self, chats: list[list[dict]]) -> list[float]:
         return [float(self.model.get_score(self.tokenizer, chat)) for chat in chats]
+
+
+class OwnRewardModel(RewardModel):
+    """``minimind reward`` 训练的：渲染、读分数的位置都与训练时一样。"""
+
+    def _scores(self, chats: list[list[dict]]) -> list[float]:
+        rows = encode_answers(self.tokenizer, chats)
+        rows = [tuple(part[self._over(len(part)) :] for part in row) for row in rows]
+        return score_rows(self.model, rows, BATCH_SIZE, self.tokenizer.pad_token_id)
 
 
 def load_reward_model(
@@ -110,15 +127,27 @@ def load_reward_model(
     trust_remote_code: bool = False,
     reasoning: bool = False,
     clip: float = 3.0,
+    tokenizer_path: str | None = None,
 ) -> RewardModel:
     """打开奖励模型；不执行目录里自带的代码，除非明说。
 
+    Args:
+        tokenizer_path: 训练它的分词器，只有 ``.pth`` 要；不给则用自带的。
+
     Raises:
-        UserError: 没有这个目录；不是奖励模型（语言模型、没有打分头、不止一个分数）；要执行自带的代码而没有允许；
+        UserError: 没有这个文件或目录；不是奖励模型（语言模型、没有打分头、不止一个分数）；要执行自带的代码而没有允许；
             没有分词器。
     """
     folder = resolve_path(path)
     where = f"--reward_model_path {folder}"
+    if folder.suffix == ".pth":
+        if problem := file_problem(folder, ".pth"):
+            raise UserError(
+                f"权重文件{problem}", where=where, expected="minimind reward 写出的 .pth", fix=_FIX
+            )
+        model, tokenizer = open_reward_net(folder, where, tokenizer_path)
+        model.to(device).requires_grad_(False)
+        return OwnRewardModel(model, tokenizer, folder, classifier=False, reasoning=reasoning, clip=clip)
     config = _read_config(folder, where)
     names = config.get("architectures") or []
     if any(name.endswith("ForSequenceClassification") for name in names):
@@ -151,7 +180,10 @@ def _read_config(folder: Path, where: str) -> dict[str, Any]:
         problem = folder_problem(folder)
         found = f"目录{problem}" if problem else f"读不出 config.json（{type(error).__name__}）"
         raise UserError(
-            found, where=where, expected="下载到本地的 Hugging Face 模型目录", fix=_FIX
+            found,
+            where=where,
+            expected="minimind reward 写出的 .pth，或下载到本地的 Hugging Face 模型目录",
+            fix=_FIX,
         ) from error
 
 

@@ -6,7 +6,7 @@
     --reward exact:1,format:0.5            登记表里的几条，冒号后是权重
     --reward "auto,length(1-200):0.2"      有的规则带参数
     --reward path/to/file.py:function:0.3  自己的函数 f(prompt, response, reference) -> float
-    --reward_model_path 目录               奖励模型，见 :mod:`minimind.rl.reward_model`
+    --reward_model_path 文件或目录         奖励模型，见 :mod:`minimind.rl.reward_model`
 
 总分 R_i = Σ_k w_k · f_k(样本 i)。哪一条对哪个样本抛异常、或给出的不是有限的数，就报错并指出是哪个样本：
 悄悄记 0 分会让模型朝着“让打分出错”去学，而曲线上看不出来。
@@ -191,6 +191,7 @@ def build_rewards(
     device: torch.device | str = "cpu",
     data_path: str | Path | None = None,
     trust_remote_code: bool = False,
+    tokenizer_path: str | None = None,
 ) -> Rewards:
     """由命令行的写法建立奖励。
 
@@ -201,6 +202,7 @@ def build_rewards(
         device: 奖励模型放在哪里。
         data_path: 数据文件，报错时指出第几行。
         trust_remote_code: 允许执行奖励模型目录里自带的代码。
+        tokenizer_path: 训练的分词器；自己训练的奖励模型要用同一个。
 
     Raises:
         UserError: 写法不对、没有这条奖励、文件或函数不对、奖励模型不是奖励模型。
@@ -231,6 +233,7 @@ def build_rewards(
             trust_remote_code=trust_remote_code,
             reasoning=bool(reasoning),
             clip=MODEL_CLIP,
+            tokenizer_path=tokenizer_path,
         )
         identity = f"（{content_hash(resolve_path(reward_model_path))}）"
         chosen["model"] = (Rule(model, -MODEL_CLIP, MODEL_CLIP, False, identity), chosen["model"][1])

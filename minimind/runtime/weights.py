@@ -40,12 +40,14 @@ COMMANDS = {
     "full_sft": "python trainer/train_full_sft.py",
     "dpo": "python trainer/train_dpo.py",
     "reason": "python trainer/train_reason.py",
+    "reward": "python trainer/train_reward.py",
     "ppo_actor": "python trainer/train_ppo.py",
     "grpo": "python trainer/train_grpo.py",
     "spo": "python trainer/train_spo.py",
     "agent": "python trainer/train_agent.py",
     "full_dist": "python trainer/train_distillation.py",
 }
+REWARD = "reward"  # 奖励模型的配方名，写在它的旁注里
 # 决定权重形状与含义的配置项；其余（dropout、注意力实现、外推）可以随意不同
 STRUCTURE = (
     "arch", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -186,6 +188,21 @@ def check_tokenizer(path: Path, sidecar: Mapping[str, Any], config: MiniMindConf
         )
 
 
+def check_speaks(path: Path, sidecar: Mapping[str, Any]) -> None:
+    """不是奖励模型：它只有打分头，接不下去话。
+
+    Raises:
+        UserError: 旁注写着它是奖励模型。
+    """
+    if sidecar.get("recipe") == REWARD:
+        raise UserError(
+            "这是奖励模型，只会打分，不会说话",
+            where=str(path),
+            expected="语言模型的权重",
+            fix=f"换一份权重，如 full_sft；打分用 --reward_model_path {path}",
+        )
+
+
 # ---------------------------------------------------------------- 配置 → 模型
 
 
@@ -204,6 +221,7 @@ def open_weights(
 
     tokenizer = load_tokenizer(tokenizer_path)
     file = read_weights(path, given, **extra)
+    check_speaks(path, file.sidecar)
     check_tokenizer(path, file.sidecar, file.config, tokenizer)
     file.config.pad_token_id = tokenizer.pad_token_id
     model = MiniMindForCausalLM(file.config)
@@ -282,6 +300,7 @@ def _training_start(
     if not path.is_file():
         raise missing_weights(lm_config, from_weight, save_dir)
     sidecar = read_sidecar(path) or {}
+    check_speaks(path, sidecar)
     if saved := sidecar.get("config", {}):
         lm_config.vocab_size = saved.get("vocab_size", lm_config.vocab_size)
     else:

@@ -25,6 +25,7 @@ from minimind.runtime import checkpoint, distributed
 from minimind.runtime.checkpoint import atomic_write, load_file
 from minimind.runtime.device import autocast_context, preserved_rng
 from minimind.runtime.files import file_lock
+from minimind.trainer.recipe import Data
 
 # 按长度排好再切批，免得短的陪长的填充；一次只取这么多批来排，大数据也不必先全读一遍
 SORTED_BATCHES = 64
@@ -73,8 +74,8 @@ def pair_logprobs(
     return sum(distributed.gather_objects(result)) if world > 1 else result
 
 
-def longest_side(item: dict[str, Tensor]) -> int:
-    return max(len(item["chosen"]), len(item["rejected"]))
+def longest_side(item: dict[str, Any]) -> int:
+    return max(len(value) for value in item.values() if isinstance(value, Tensor))
 
 
 def cached_pair_logprobs(
@@ -179,6 +180,27 @@ class PairsWithReference(Dataset):
         if self.logps is not None:
             batch["reference_logps"] = torch.stack([item["reference"] for item in items]).T.flatten()
         return batch
+
+
+def with_reference(data: Data, model: nn.Module, batch_size: int, dtype: torch.dtype, cached: bool) -> Data:
+    """训练集与验证集都附上参考模型的对数概率。
+
+    Args:
+        model: 参考模型，即训练的起点。
+        batch_size, dtype: 见 :func:`pair_logprobs`。
+        cached: 现在算好（或读自缓存）；否则只记下参考模型的指纹，训练时现算。
+    """
+    key = weights_hash(model)
+
+    def attach(pairs: Any, name: str) -> PairsWithReference | None:
+        if pairs is None:
+            return None
+        options = {"key": key, "batch_size": batch_size, "dtype": dtype, "description": name}
+        return PairsWithReference(
+            pairs, cached_pair_logprobs(model, pairs, **options) if cached else None, key
+        )
+
+    return Data(attach(data.train, "参考模型（训练集）"), attach(data.val, "参考模型（验证集）"))
 
 
 # ---------------------------------------------------------------- 起点

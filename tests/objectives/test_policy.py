@@ -201,6 +201,46 @@ def test_不认识的_loss_type():
         obj.token_weights([1], "ppo", 8)
 
 
+def test_gspo_整条一个比值_手算():
+    """两条，长 2 与 1：log ρ = (0.3, −0.1) 与 −0.5，平均 0.1 与 −0.5，A = 2 与 −1。
+
+    s = e^0.1 = 1.105 在 1.28 以内，梯度是 −A·s/|y| 摊给每个词元，第二个词元自己的比值不到 1 也一样；
+    s = e^−0.5 = 0.607 低于 0.8 而 A < 0：截断，没有梯度。
+    """
+    old = torch.zeros(3)
+    logp = torch.tensor([0.3, -0.1, -0.5], requires_grad=True)
+    advantages, lengths = torch.tensor([2.0, 2.0, -1.0]), [2, 1]
+    weights, count = obj.token_weights(lengths, "gspo", 8)
+    assert weights.tolist() == [0.5, 0.5, 1.0] and count == 2
+    total, sums = obj.grpo_loss(
+        logp, old, advantages, weights, loss_type="gspo", epsilon=0.2, epsilon_high=0.28, lengths=lengths
+    )
+    close(total, -2 * math.exp(0.1) + 0.8)
+    total.backward()
+    close(logp.grad, [-math.exp(0.1), -math.exp(0.1), 0])
+    assert int(sums["clip_share"]) == 1
+    # 没有写明时按文中的 3e-4 与 4e-4：1.105 早已超过，两条都截断
+    _, sums = obj.grpo_loss(logp, old, advantages, weights, loss_type="gspo", lengths=lengths)
+    assert int(sums["clip_share"]) == 3
+
+
+def test_gspo_不给长度就说():
+    with pytest.raises(ValueError, match="lengths"):
+        obj.grpo_loss(torch.zeros(1), torch.zeros(1), torch.ones(1), torch.ones(1), loss_type="gspo")
+
+
+def test_gspo_比值都是一时与grpo同样的梯度():
+    torch.manual_seed(1)
+    old, advantages, lengths = torch.randn(6), torch.tensor([1.0] * 4 + [-1.0] * 2), [4, 2]
+    grads = []
+    for loss_type in ("grpo", "gspo"):
+        logp = old.clone().requires_grad_()
+        weights, _ = obj.token_weights(lengths, loss_type, 8)
+        obj.grpo_loss(logp, old, advantages, weights, loss_type=loss_type, lengths=lengths)[0].backward()
+        grads.append(logp.grad)
+    close(*grads)
+
+
 # ---------------------------------------------------------------- 与 TRL 对照
 
 SHAPE, LENGTHS = (4, 6), [6, 2, 4, 1]
@@ -215,8 +255,10 @@ def trl_loss(loss_type, logp, old, ref, advantages, mask, beta, epsilon_high):
     stub = MagicMock()
     stub._get_per_token_logps_and_entropies = lambda *a, **k: (logp, torch.zeros_like(logp.detach()), None)
     settings = {
-        "top_entropy_quantile": 1.0, "off_policy_mask_threshold": None, "importance_sampling_level": "token",
-        "beta": beta, "loss_type": loss_type, "epsilon_low": 0.2, "epsilon_high": epsilon_high, "use_vllm": False,
+        "top_entropy_quantile": 1.0, "off_policy_mask_threshold": None,
+        "importance_sampling_level": "sequence" if loss_type == "gspo" else "token",
+        "beta": beta, "loss_type": "grpo" if loss_type == "gspo" else loss_type,
+        "epsilon_low": 0.2, "epsilon_high": epsilon_high, "use_vllm": False,
         "max_completion_length": 8, "current_gradient_accumulation_steps": 1, "aux_loss_enabled": False,
         "_entropy_bonus_enabled": False,
     }  # fmt: skip
@@ -252,8 +294,9 @@ def test_与_TRL_的值和梯度一致(loss_type, beta):
     weights, count = obj.token_weights(LENGTHS, loss_type, 8)
     per_token = advantages.repeat_interleave(torch.tensor(LENGTHS))
     total, _ = obj.grpo_loss(
-        logp, old[flat], per_token, weights, loss_type=loss_type, beta=beta, ref_logp=ref[flat]
-    )
+        logp, old[flat], per_token, weights, loss_type=loss_type, beta=beta, ref_logp=ref[flat],
+        epsilon=0.2, epsilon_high=high, lengths=LENGTHS,
+    )  # fmt: skip
     loss = total / count
     (grad,) = torch.autograd.grad(loss, logp)
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)

@@ -86,6 +86,7 @@ CASES = {
     "full_sft": Case("full_sft", "sft", "full_sft", {"from_weight": "full_sft"}),
     "lora": Case("lora", "lora_identity", "lora_identity"),
     "dpo": Case("dpo", "dpo", "dpo"),
+    "reward": Case("reward", "dpo", "reward"),
     "distillation": Case("distillation", "sft", "full_dist", {"from_teacher_weight": "teacher"}),
     "reason": Case("reason", "reason", "reason"),
     "ppo": Case("ppo", "rl", "ppo_actor", RL),

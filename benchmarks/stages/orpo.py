@@ -1,0 +1,16 @@
+"""ORPO：不要参考模型，赔率比加交叉熵；题目与考法同 DPO。"""
+
+from __future__ import annotations
+
+from bench_stages import Bench, Goal, Outcome
+from stages import dpo
+
+TITLE = "ORPO：不要参考模型，赔率比加交叉熵"
+GOALS = [Goal("accuracy", "留出的偏好对：好的每词元概率更高"), *dpo.GOALS[1:]]
+SETTINGS = {"loss_type": "orpo", "beta": 1.0, "sft_coef": 0.0, "learning_rate": 1.7e-4}
+before = dpo.before
+
+
+def run(bench: Bench, seed: int) -> Outcome:
+    """训练一次并考试。"""
+    return dpo.run(bench, seed, **SETTINGS)
