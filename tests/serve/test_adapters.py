@@ -18,6 +18,7 @@ from minimind.inference.engine import Engine
 from minimind.inference.generate import generate_batch
 from minimind.inference.int8 import int8_available
 from minimind.inference.loading import load_for_inference, stop_ids
+from minimind.inference.requests import Request
 from minimind.inference.sampling import SamplingParams
 from minimind.inference.shared import SharedModel
 from minimind.model.model_lora import apply_lora, lora_layers, lora_state_dict
@@ -186,7 +187,7 @@ def test_有一个引擎还在写_谁的权重也不换_写完都换(out):
         order = []
 
         async def scenario():
-            long = lora.submit([5, 6, 7], SamplingParams(temperature=0.0), 64)
+            long = lora.submit(Request([5, 6, 7], SamplingParams(temperature=0.0), 64))
 
             async def reading(ticket, name):
                 while True:
@@ -198,7 +199,7 @@ def test_有一个引擎还在写_谁的权重也不换_写完都换(out):
             async def reload():
                 async with lora.paused(), base.paused():
                     order.append("换")
-                    late.append(base.submit([5, 6, 7], SamplingParams(temperature=0.0), 2))
+                    late.append(base.submit(Request([5, 6, 7], SamplingParams(temperature=0.0), 2)))
                     for _ in range(5):
                         await base.call(lambda: None)
                     assert not base.engine.has_unfinished and base._held, "停着时新来的等着"
