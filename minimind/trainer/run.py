@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from minimind.model import MiniMindConfig
-from minimind.runtime.device import stat_dtype
+from minimind.runtime.device import DTYPES, stat_dtype
 from minimind.runtime.distributed import all_reduce_sum
 from minimind.trainer.meter import Meter
 from minimind.trainer.progress import Progress
@@ -31,7 +31,6 @@ class Run:
         model: 没有包装的模型，存档的键名因此干净。
         wrapped: 训练时前向的那个：编译在里、DDP 在外。
         optimizer: 优化器；scaler: float16 的梯度缩放器，别的精度下是直通的。
-        device, dtype: 设备与计算精度。
         numerics: 设备、精度、矩阵乘峰值、线程数；写进存档供续训沿用。
         state: 走到哪里。
         vitals: 体征；meter: 速度与剩余时间；journal: 日志；samples: 每次验证答一遍的样例。
@@ -46,8 +45,6 @@ class Run:
     wrapped: nn.Module
     optimizer: Any
     scaler: torch.amp.GradScaler
-    device: torch.device
-    dtype: torch.dtype
     numerics: dict[str, Any]
     state: Progress
     vitals: VitalSigns
@@ -55,6 +52,16 @@ class Run:
     journal: Journal
     samples: Sampler
     exhibits: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """模型所在的设备。"""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """计算精度。"""
+        return DTYPES[self.numerics["dtype"]]
 
     @property
     def config(self) -> MiniMindConfig:

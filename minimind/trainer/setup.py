@@ -79,8 +79,6 @@ def set_up(args: Any, recipe: Recipe, model: nn.Module, tokenizer: Any, data: Da
         wrapped=model,
         optimizer=optimizer,
         scaler=scaler,
-        device=device,
-        dtype=dtype,
         numerics=numerics,
         state=state,
         vitals=VitalSigns(model, saved.get("vitals")),

@@ -74,7 +74,7 @@ def test_两次运行逐字节相同_与散列种子无关(tmp_path):
         )
         contents.append({p.name: p.read_bytes() for p in sorted(out.iterdir())})
     assert contents[0] == contents[1]
-    assert len(contents[0]) == 2 * len(TRAIN_FILES) + 2
+    assert len(contents[0]) == 2 * (len(TRAIN_FILES) + 2) + 2  # agent 与 agent_sft 也各有留出的一份
 
 
 def test_换种子换语料也换划分(tmp_path):
