@@ -58,6 +58,8 @@ def decode(card: Card, size: str) -> None:
             found[mode][str(rows)] = max(
                 write(card, engine, rows, count, True) for _ in range(card.pick(2, 1))
             )
+            if mode == "recorded" and engine._graphs.trouble:
+                raise RuntimeError(f"{rows} 条{engine._graphs.trouble}")
             if mode == "recorded":
                 found["recorded_sampled"][str(rows)] = write(card, engine, rows, count, False)
             card.note(**found, stride=engine.stride)

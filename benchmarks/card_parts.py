@@ -250,8 +250,6 @@ def server(card: Card) -> None:
     )
     folder, questions = bench_server.weights_folder(args), bench_server.Questions(args)
     service = bench_server.our_service(args, folder)
-    if card.on_cuda:
-        service.command += ["--cuda_graphs", "1"]
     with service:
         bench_server.throughput(args, service, questions)  # 预热：录制、编译都在这里
         for _ in range(card.pick(3, 1)):

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from minimind.inference.prefix_store import PrefixStore
+from minimind.inference.prompt_attention import BlockedAttention
 from minimind.inference.requests import Pending, Row, Sequence
 
 # 不设 chunk 时一批读多少个位置。CPU 上再多反而慢（26M 单线程，128 个 token 一条：512 个位置 4,230、2,048 个
@@ -32,6 +33,9 @@ BATCH_TOKENS_DEVICE = 8192
 # 卡上太少填不满
 CHUNK = {"cpu": 256}
 CHUNK_DEVICE = 2048
+
+# 没读完的停在它的整倍数上：CPU 的注意力一块 64 个查询，零头是新的形状，oneDNN 要现编内核（一次几十毫秒）
+BLOCK = BlockedAttention.BLOCK
 
 # 提示读到多深时一步只读一半：CPU 上一个位置的注意力在这里约等于其余的计算，别人等的时间才不会越来越长
 DEEP = 4096
@@ -152,6 +156,8 @@ class Admission:
                     room = self._bearable(self._share(position, budget), depth)
             start, reused = self._begin(pending)
             stop = min(length, start + room)
+            if stop < length and stop - stop % BLOCK > start:
+                stop -= stop % BLOCK
             budget -= (stop - start) * (DEEP + start) // DEEP if self.chunk else stop - start
             if stop < length:
                 pieces.append(_Piece(pending, start, stop, self.max_slots - 1, 0, reused))

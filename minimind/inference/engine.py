@@ -58,7 +58,7 @@ class Engine:
             多写的会丢掉。CPU 上总是 1。
         prefill_chunk: 一步最多读多少个提示位置，长提示读着的时候别人照写；``None`` 不拆，总的最快。
         prefix_cache_tokens: 前缀库最多存多少个位置，0 不用；只有 :class:`~minimind.inference.decoder.FusedDecoder` 能用。
-        cuda_graphs: 卡上把一步解码录成图（:mod:`minimind.inference.cuda_graph`）；混合专家与别的设备上不起作用。
+        cuda_graphs: CUDA 上把一步解码录成图，与照常解码核对过才用（:mod:`minimind.inference.cuda_graph`）；混合专家与别的设备上不起作用。
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Engine:
         stride: int = 1,
         prefill_chunk: int | None = None,
         prefix_cache_tokens: int = 0,
-        cuda_graphs: bool = False,
+        cuda_graphs: bool = True,
     ):
         if max_slots < 1:
             raise ValueError(f"max_slots 至少为 1，得到 {max_slots}")
@@ -156,7 +156,7 @@ class Engine:
         """模型的权重变了，前缀库作废。正在写的样本沿用旧权重算出的 KV，所以应在空闲时调用。"""
         self.decoder.refresh()
         if self._graphs is not None:
-            self._graphs.clear()
+            self._graphs.refresh()
         self._admission.forget()
         for row in self._rows:
             row.shareable = False

@@ -69,12 +69,17 @@ class JoinedLinear:
         self.refresh()
 
     def refresh(self) -> None:
-        """权重变了：重新合并。"""
-        self.weight = self._join("codes" if self.int8 else "weight")
-        self.scale = self._join("scale") if self.int8 else None
-        self.bias = self._join("bias") if self.linears[0].bias is not None else None
+        """权重变了：重新合并。放得进原来的地方就写在原地，录好的一步还能用。"""
+        self.weight = self._join("codes" if self.int8 else "weight", self.weight)
+        self.scale = self._join("scale", self.scale) if self.int8 else None
+        self.bias = self._join("bias", self.bias) if self.linears[0].bias is not None else None
         if self.packed:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), TYPICAL_ROWS)
+
+    def places(self) -> list[int]:
+        """各张量在哪里；预排的没有地址，以对象代替。"""
+        tensors = [tensor for tensor in (self.weight, self.scale, self.bias) if tensor is not None]
+        return [id(tensor) if self.packed else tensor.data_ptr() for tensor in tensors]
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[N, 入]`` → ``[N, 各出之和]``。"""
@@ -90,10 +95,19 @@ class JoinedLinear:
             return torch.ops.mkldnn._linear_pointwise.binary(x, total, self.weight, None, "add")
         return total + self(x)
 
-    def _join(self, name: str) -> Tensor:
+    def _join(self, name: str, old: Tensor | None) -> Tensor:
+        """各层的 ``name`` 首尾相接；``old`` 是上一次的结果，能写进去就写进去。"""
         if self.int8:  # 各自的精度不能动
             parts = [getattr(linear, name) for linear in self.linears]
         else:
             read = effective_weight if name == "weight" else (lambda linear: linear.bias)
-            parts = [read(linear).detach().to(self.dtype) for linear in self.linears]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+            parts = [read(linear).detach() for linear in self.linears]
+        if len(parts) == 1 and (self.int8 or parts[0].dtype == self.dtype):
+            return parts[0]  # 就是模型自己的那一份，不复制
+        if old is None or self.packed:
+            return torch.cat([part if self.int8 else part.to(self.dtype) for part in parts])
+        start = 0
+        for part in parts:
+            old[start : start + len(part)] = part
+            start += len(part)
+        return old

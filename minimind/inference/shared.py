@@ -77,8 +77,15 @@ class SharedModel:
         """底座的参数，见 ``nn.Module.parameters``。"""
         return self.model.parameters()
 
+    def places(self) -> list[int]:
+        """解码要读的权重各在哪里；录好的一步只在这些都没动时还能用。"""
+        linears = [self.head, *(linear for layer in self.layers for linear in layer.joined)]
+        joined = [place for linear in linears for place in linear.places()]
+        own = [tensor.data_ptr() for tensor in (*self.model.parameters(), *self.model.buffers())]
+        return joined + own
+
     def refresh(self) -> None:
-        """底座的权重变了：重新合并。各份 LoRA 用的就是这一份，不用再做什么。"""
+        """底座的权重变了：重新合并，写在原来的地方。各份 LoRA 用的就是这一份，不用再做什么。"""
         if self.adapter is None:
             with torch.inference_mode():
                 for linear in [self.head, *(linear for layer in self.layers for linear in layer.joined)]:

@@ -45,7 +45,7 @@ class EngineRunner:
         max_length: 提示加回答的上限。
         prefill_chunk: 一步最多读多少个提示位置；0 由设备定。
         prefix_cache_tokens: 前缀库最多存多少个位置；0 不用。
-        cuda_graphs: 卡上把一步解码录成图。
+        cuda_graphs: 卡上把一步解码录成图，核对过才用。
         step_seconds: 一步过了这么久还没走完就当它卡住了。
         clock: 看一步走了多久的钟，秒。
     """
@@ -60,7 +60,7 @@ class EngineRunner:
         max_length: int,
         prefill_chunk: int = 0,
         prefix_cache_tokens: int = 16384,
-        cuda_graphs: bool = False,
+        cuda_graphs: bool = True,
         step_seconds: float = STEP_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ):

@@ -202,3 +202,4 @@ def test_读得越深一步读得越少(model):
     assert spans[0] == (0, 256) and sum(n for _, n in spans) == 2000
     work = [n * (4096 + start) for start, n in spans]
     assert max(work) <= 256 * 4096 * 1.07
+    assert all(start % 64 == 0 for start, _ in spans), "停在一块的边上：零头是新的形状，要现编内核"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import subprocess
@@ -14,6 +15,8 @@ from waiting import until
 
 from minimind.errors import UserError
 from minimind.serve.app import create_app, fill_table
+from minimind.serve.cli import ServeArguments, model_table
+from minimind.serve.runner import EngineRunner
 
 
 def test_没有权重_一句错误_退出码2(tmp_path):
@@ -58,3 +61,24 @@ def test_同一种子同一答案不保证的精度_启动时说一句(weights, 
     with ServerProcess("--save_dir", weights, *options, folder=tmp_path) as server:
         until(lambda: "服务在" in server.output(), server.output)
         assert ("同一种子未必是同一答案" in server.output()) == told
+
+
+def test_载入的库不再每次回收都看一遍_引擎除外(weights, monkeypatch):
+    """一次完整的回收要看二十多万个对象，每个人的字都停着；引擎会重建，旧的有环，要回收得了。"""
+    done = []
+    monkeypatch.setattr(gc, "freeze", lambda: done.append("冻结"))
+    monkeypatch.setattr(ServeArguments, "load", recorded(ServeArguments.load, done, "权重"))
+    monkeypatch.setattr(EngineRunner, "__init__", recorded(EngineRunner.__init__, done, "引擎"))
+    table = model_table(ServeArguments(save_dir=str(weights), device="cpu", max_slots=2, max_length=64))
+    table.default.runner.close()
+    assert done == ["权重", "冻结", "引擎"]
+
+
+def recorded(function, done, name):
+    """照常做，并记下做了什么。"""
+
+    def wrapper(*args, **options):
+        done.append(name)
+        return function(*args, **options)
+
+    return wrapper
