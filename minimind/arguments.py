@@ -12,11 +12,12 @@ import unicodedata
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from minimind.chinese_parser import ChineseParser
 from minimind.errors import UserError
-from minimind.public_flags import PublicFlag, accepted, summary, translate
 from minimind.ranges import TEXTS, Range, name_fix, parse_number, shown
-from minimind.spelling import suggest_choice
+
+if typing.TYPE_CHECKING:  # 有命令行要读时才载入：从代码里建参数的用不着
+    from minimind.chinese_parser import ChineseParser
+    from minimind.public_flags import PublicFlag
 
 T = TypeVar("T")
 RANGE_NAMES = tuple(field.name for field in dataclasses.fields(Range))
@@ -152,6 +153,8 @@ def _fix(field: dataclasses.Field) -> str:
 
 def wrong_choice(field: dataclasses.Field, value: Any) -> UserError:
     """不在可选的值里；大小写、近似的拼写与 True、False 给出建议。"""
+    from minimind.spelling import suggest_choice
+
     choices = field.metadata["choices"]
     near = suggest_choice(str(value), [str(choice) for choice in choices])
     if near is None and {0, 1} <= set(choices):
@@ -198,8 +201,7 @@ def convert(field: dataclasses.Field, kind: type, text: str) -> Any:
 def _base_type(annotation: Any) -> type:
     """``int | None`` → ``int``；其余原样。"""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        inner = [a for a in typing.get_args(annotation) if a is not type(None)]
-        return inner[0]
+        return next(a for a in typing.get_args(annotation) if a is not type(None))
     return annotation
 
 
@@ -220,12 +222,12 @@ def build_parser(cls: type, prog: str | None = None, description: str | None = N
 
     ``bool`` 字段是不带值的开关，``tuple[str, ...]`` 收下几个值。公共项目的叫法也收，见 :mod:`minimind.public_flags`。
     """
-    fields = [field.name for field in declared(cls)]
-    parser = ChineseParser(
-        prog=prog, description=description or (cls.__doc__ or "").split("\n")[0], fields=fields
-    )
+    from minimind.chinese_parser import ChineseParser
+    from minimind.public_flags import accepted
+
+    fields, about = [field.name for field in declared(cls)], (cls.__doc__ or "").split("\n")[0]
+    parser = ChineseParser(prog=prog, description=description or about, fields=fields)
     positional = [field.metadata["metavar"] for field in declared(cls) if field.metadata["metavar"]]
-    parser.epilog = summary(fields)
     parser.usage = " ".join(["%(prog)s", *positional, "[--参数 值]…"])
     hints = typing.get_type_hints(cls)
     # 命令自己的组在前，越是共用的越往后
@@ -240,7 +242,7 @@ def build_parser(cls: type, prog: str | None = None, description: str | None = N
         else:
             options["type"] = _reader(field, str if many else kind)
             options["metavar"] = rules["metavar"] or (
-                _choice_names(rules["choices"])
+                "{" + ",".join(map(str, rules["choices"])) + "}"
                 if rules["choices"]
                 else (str if many else kind).__name__.upper()
             )
@@ -274,10 +276,6 @@ def _public_field(cls: type, name: str, public: PublicFlag) -> dataclasses.Field
     return field
 
 
-def _choice_names(choices: tuple) -> str:
-    return "{" + ",".join(map(str, choices)) + "}"
-
-
 def _reader(field: dataclasses.Field, kind: type) -> Callable[[str], Any]:
     return lambda text: convert(field, kind, text)
 
@@ -290,6 +288,8 @@ def parse_args(
     Raises:
         UserError: 有不认识的参数，或取值不对。
     """
+    from minimind.public_flags import accepted, translate
+
     namespace = vars(build_parser(cls, prog, description).parse_args(argv))
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in namespace.items()}
     defaults = {field.name: field.default for field in declared(cls)}

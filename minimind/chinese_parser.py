@@ -8,7 +8,7 @@ import sys
 import typing
 
 from minimind.errors import UserError
-from minimind.public_flags import refusal
+from minimind.public_flags import refusal, summary
 from minimind.ranges import shown
 from minimind.spelling import suggest_flag
 
@@ -25,7 +25,7 @@ class ChineseParser(argparse.ArgumentParser):
     def __init__(self, *args, fields: typing.Collection[str] = (), **kwargs):
         super().__init__(*args, add_help=False, exit_on_error=False, allow_abbrev=False, **kwargs)
         self.formatter_class = argparse.RawDescriptionHelpFormatter
-        self.fields = fields
+        self.fields, self.epilog = fields, summary(fields)
         self._negative_number_matcher = self.NEGATIVE
         self._positionals.title, self._optionals.title = "位置参数", "选项"
         self.add_argument("-h", "--help", action="help", default=argparse.SUPPRESS, help="显示这份说明后退出")

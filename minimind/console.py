@@ -1,11 +1,13 @@
-"""给人看的输出：只有主进程说话；有终端就画进度条，没有终端就按时打印一行。"""
+"""给人看的输出：只有主进程说话；有终端就画进度条，没有终端就按时打印一行；还要多久由最近的步时估计。"""
 
 from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from statistics import fmean, median
 from typing import TypeVar
 
 from rich.console import Console
@@ -19,6 +21,7 @@ from rich.progress import (
 )
 
 T = TypeVar("T")
+WINDOW = 50  # 步时只看最近这么多步：机器忙闲变化、序列长短变化都跟得上
 
 # 进度与日志走 stderr，stdout 只留给命令的结果，方便管道
 console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -112,3 +115,51 @@ def track(items: Iterable[T], description: str, total: float | None = None, unit
         for item in items:
             yield item
             bar.advance()
+
+
+class Meter:
+    """记每步用时，以及验证、存盘这些“停顿”的用时。
+
+    Args:
+        eval_guess: 还没验证过时，对一次验证用时的猜测（以训练步数计）。
+    """
+
+    def __init__(self, eval_guess_steps: float = 0.0):
+        self.steps: deque[float] = deque(maxlen=WINDOW)
+        self.pauses: dict[str, list[float]] = {"eval": [], "save": [], "compile": []}
+        self.eval_guess_steps = eval_guess_steps
+        self.seen = 0
+        self.mark = self.start = time.perf_counter()
+
+    def lap(self) -> float:
+        """一步结束：返回这一步的秒数（不含其间的停顿）。"""
+        now = time.perf_counter()
+        seconds, self.mark = now - self.mark, now
+        self.seen += 1
+        # 第一步含编译、缓存预热，不代表以后；有了别的就丢掉它
+        if self.seen == 2:
+            self.steps.clear()
+        self.steps.append(seconds)
+        return seconds
+
+    @contextmanager
+    def pause(self, kind: str) -> Iterator[None]:
+        """里面的时间不算在训练速度里；验证与存盘还会再有，算进剩余时间，编译只有一次，不算。"""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - start
+            self.pauses[kind].append(seconds)
+            self.mark += seconds
+
+    def seconds_left(self, steps: int, evals: int, saves: int) -> float:
+        """还要多久：剩余步数 × 最近的平均步时 + 剩余验证与存盘次数 × 各自的典型用时。"""
+        per_step = fmean(self.steps) if self.steps else 0.0
+        eval_seconds = self.pauses["eval"][-5:] or [self.eval_guess_steps * per_step]
+        save_seconds = self.pauses["save"][-5:] or [0.0]
+        return steps * per_step + evals * median(eval_seconds) + saves * median(save_seconds)
+
+    def elapsed(self) -> float:
+        """从建立到现在的秒数。"""
+        return time.perf_counter() - self.start

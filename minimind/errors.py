@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import TextIO
 
 from minimind import signals
-from minimind.distribution import warn_other_minimind
 
 # 与被 SIGPIPE 结束的程序相同：128 + 13
 PIPE_CLOSED = 141
@@ -50,6 +49,8 @@ def guard(main: Callable[..., int | None]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs) -> int:
+        from minimind.distribution import warn_other_minimind  # 只有入口要查
+
         warn_other_minimind()
         with signals.watching() as watch:
             try:

@@ -60,12 +60,6 @@ def commands() -> dict[str, type]:
     return argument_classes()
 
 
-@pytest.fixture(autouse=True)
-def _no_teacher(monkeypatch):
-    """蒸馏的参数要看教师的权重在不在；这里只看名字收不收。"""
-    monkeypatch.setattr("minimind.recipes.distillation.resolve_sizes", lambda args: None)
-
-
 @pytest.mark.parametrize(("command", "name"), CASES)
 def test_公共项目的每个参数都收下并起作用_或说出改用什么(commands, command, name):
     cls = commands[command]

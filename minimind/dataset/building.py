@@ -6,28 +6,32 @@ import errno
 import functools
 import json
 import os
+import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from minimind.console import format_duration, progress, say
-from minimind.cpus import available_cpus
-from minimind.dataset.encode import id_dtype
+from minimind.dataset.encode import Chunk, id_dtype
 from minimind.dataset.jsonl import DataError, line_ranges
+from minimind.dataset.schema import KINDS
 from minimind.dataset.sources import shell_of, write_plain
 from minimind.dataset.token_cache import (
     FILES,
     FORMAT_VERSION,
     FORMATS_VERSION,
     TEXT_NAME,
-    CacheWriter,
     TokenCache,
 )
 from minimind.dataset.workers import WorkerPool, run_inline
 from minimind.errors import UserError
+from minimind.runtime.fair_share import available_cpus
 from minimind.runtime.files import temporary_folder, unique_tag
 
 if TYPE_CHECKING:
@@ -38,6 +42,66 @@ CHUNK_BYTES = 4 << 20
 # 小于这么大的文件在本进程里分词：两秒的活不值得等子进程启动
 INLINE_BYTES = 6 << 20
 MAX_WORKERS = 16
+# meta.json 里留几条坏行作例子
+KEPT_BAD_LINES = 20
+
+
+def bad_kind(error: dict[str, Any]) -> str:
+    """坏行按哪一种计数：字段（不论第几个）与期望。"""
+    field = re.sub(r"\[\d+\]", "[]", error["field"] or "整行")
+    return f"{field}：期望{error['expected'] or '合法的一行'}"
+
+
+class CacheWriter:
+    """边收边写，内存里只有当前这一段。"""
+
+    def __init__(self, folder: Path, dtype: np.dtype):
+        self.dtype = dtype
+        self.files = {name: (folder / f"{name}.bin").open("wb") for name in ("ids", *FILES)}
+        self.num_documents = self.num_tokens = self.num_lines = self.num_spans = 0
+        self.bad_count, self.bad = 0, []
+        self.bad_kinds: Counter[str] = Counter()
+        self.notes: Counter[str] = Counter()
+        for name in ("offsets", "span_offsets"):
+            self.files[name].write(np.zeros(1, np.int64).tobytes())
+
+    def __enter__(self) -> CacheWriter:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        for file in self.files.values():
+            if exc[0] is None:
+                file.flush()
+                os.fsync(file.fileno())
+            file.close()
+
+    def add(self, chunk: Chunk, path: Path) -> None:
+        def write(name: str, array: np.ndarray, dtype) -> None:
+            self.files[name].write(np.ascontiguousarray(array, dtype=dtype))
+
+        write("ids", chunk.ids, self.dtype)
+        write("offsets", self.num_tokens + np.cumsum(chunk.lengths, dtype=np.int64), np.int64)
+        write("spans", chunk.spans, np.int32)
+        write("span_offsets", self.num_spans + np.cumsum(chunk.span_counts, dtype=np.int64), np.int64)
+        write("split_hash", chunk.split_hash, np.uint64)
+        write("lines", chunk.lines + self.num_lines + 1, np.int64)
+        write("positions", chunk.positions, np.int64)
+        for error in chunk.bad[: KEPT_BAD_LINES - len(self.bad)]:
+            self.bad.append({**error, "file": str(path), "line": self.num_lines + error["line"] + 1})
+        self.bad_count += len(chunk.bad)
+        self.bad_kinds.update(map(bad_kind, chunk.bad))
+        self.notes.update(chunk.notes)
+        self.num_documents += len(chunk.lengths)
+        self.num_tokens += len(chunk.ids)
+        self.num_spans += len(chunk.spans)
+        self.num_lines += chunk.num_lines
+
+
+def check_source(path: Path, kind: str) -> None:
+    """读不了的文件、不认识的种类，动手之前就说。"""
+    if kind not in KINDS:
+        raise UserError(f"不认识的数据种类 {kind}", expected=" | ".join(KINDS))
+    shell_of(path)
 
 
 def build_tokens(

@@ -6,7 +6,7 @@
     index/<路径的哈希>.json   路径 → (大小, 修改时间) 与内容哈希；没变就不用重读文件
     tokens/<键>/             一份缓存；键由内容、分词器、种类与格式版本决定，文件改名或复制后仍能用
         meta.json  ids.bin  offsets.bin  spans.bin  span_offsets.bin  split_hash.bin  lines.bin  positions.bin
-        plans/               拼行方案，见 packed.py
+        plans/               拼行方案，见 token_cache.py
         text.jsonl           压缩或列式文件解出的文本（预训练不留），按行取原始记录用
 """
 
@@ -24,9 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minimind.console import say
-from minimind.dataset.jsonl import DataError
-from minimind.dataset.schema import KINDS
-from minimind.dataset.sources import shell_of
+from minimind.dataset.spec import parse_spec
 from minimind.dataset.token_cache import FORMAT_VERSION, FORMATS_VERSION, TokenCache
 from minimind.errors import UserError
 from minimind.paths import base_dir, resolve_path
@@ -34,6 +32,8 @@ from minimind.runtime.files import file_lock, replacing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+    from minimind.dataset.mixture import MixedCache
 
 # torchrun 的其余进程晚这么久才去抢锁，让会显示进度条的主进程来分词
 RANK_DELAY_SECONDS = 2.0
@@ -48,6 +48,22 @@ def cache_root(cache_dir: str | Path | None = None) -> Path:
     if os.environ.get("MINIMIND_CACHE"):
         return Path(os.environ["MINIMIND_CACHE"]).expanduser().absolute()
     return base_dir() / ".cache" / "minimind"
+
+
+def open_cache(
+    spec: str | Path, kind: str, tokenizer: Any, *args: Any, flag: str = "--data_path", **options: Any
+) -> TokenCache | MixedCache:
+    """打开 ``spec``（:mod:`minimind.dataset.spec`）里全部文件的缓存，没有就建；只有一个文件时就是它自己的缓存。
+
+    其余参数见 :func:`build_cache`。
+    """
+    parts = parse_spec(spec, flag)
+    caches = [build_cache(file, kind, tokenizer, *args, **options) for part in parts for file in part.files]
+    if len(caches) == 1:
+        return caches[0]
+    from minimind.dataset.mixture import MixedCache
+
+    return MixedCache(caches, [(part.name, len(part.files), part.weight) for part in parts])
 
 
 def build_cache(
@@ -78,12 +94,9 @@ def build_cache(
     from minimind.tokenizer.layouts import OURS
     from minimind.tokenizer.templates import layout_of
 
-    if kind not in KINDS:
-        raise UserError(f"不认识的数据种类 {kind}", expected=" | ".join(KINDS))
     if on_bad_line not in ("error", "skip"):
         raise UserError(f"不认识的 --on_bad_line {on_bad_line}", expected="error | skip")
     path = resolve_path(path)
-    shell_of(path)  # 读不了的早早报错
     root = cache_root(cache_dir)
     identity = [tokenizer_fingerprint(tokenizer), kind, options or {}, FORMAT_VERSION]
     layout = layout_of(tokenizer)
@@ -93,8 +106,9 @@ def build_cache(
     content = remembered_hash(root, path)
     cache = _open(root, content, identity, path) if content else None
     if cache is None:
-        from minimind.dataset.building import build_tokens  # 打开现成的缓存用不着它
+        from minimind.dataset.building import build_tokens, check_source  # 打开现成的缓存用不着读源文件的那些
 
+        check_source(path, kind)
         if int(os.environ.get("LOCAL_RANK", "0")):
             time.sleep(RANK_DELAY_SECONDS)
         with _translate_os_errors(root), _lock(root, path):
@@ -133,6 +147,8 @@ def _apply_bad_lines(cache: TokenCache, on_bad_line: str) -> None:
     count, notes = cache.meta["bad_count"], cache.meta["notes"]
     first = None
     if count:
+        from minimind.dataset.jsonl import DataError
+
         first = DataError.from_dict(cache.meta["bad"][0])
         first = first.at(cache.source, first.line)
         if on_bad_line == "error":

@@ -57,7 +57,7 @@ def main_check(argv: list[str] | None = None) -> int:
     """检查一份数据并打印报告；有坏行时返回 1。"""
     args = parse_args(CheckArguments, argv, prog="minimind data check")
 
-    from minimind.dataset.mixture import open_cache
+    from minimind.dataset.cache import open_cache
     from minimind.tokenizer import load_tokenizer
 
     picture = resolve_path(args.histogram) if args.histogram else None

@@ -22,25 +22,8 @@ def model_inputs(batch: Mapping[str, Any], *more: str) -> dict[str, Any]:
     return {name: batch[name] for name in (*MODEL_INPUTS, *more) if name in batch}
 
 
-def collate_packed(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """打包行 → 一批。
-
-    Returns:
-        ``input_ids``、``labels``、``position_ids``：``int64 [B, T]``；labels 未移位，-100 不是目标，
-        每段的第一个 token 总是 -100，所以没有目标跨文档。
-        ``cu_seqlens``：``int32 [n + 1]``，各段在展平的 ``B·T`` 个位置里的边界，末尾的填充自成一段。
-        ``max_seqlen``：最长的一段（Python int）。
-        ``num_tokens``：非填充位置数（Python int），算有效吞吐用。
-    """
-    segments = [length for row in rows for length in row["seg_lens"]]
-    batch = {
-        name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels", "position_ids")
-    }
-    batch.update(_boundaries(segments), num_tokens=sum(row["num_tokens"] for row in rows))
-    return batch
-
-
-def _boundaries(segments: Sequence[int]) -> dict[str, Any]:
+def boundaries(segments: Sequence[int]) -> dict[str, Any]:
+    """各段的长度 → 批里的 ``cu_seqlens`` 与 ``max_seqlen``。"""
     cu_seqlens = np.zeros(len(segments) + 1, dtype=np.int32)
     np.cumsum(segments, out=cu_seqlens[1:])
     return {"cu_seqlens": torch.from_numpy(cu_seqlens), "max_seqlen": max(segments)}
@@ -76,7 +59,7 @@ def collate_dpo(items: Sequence[dict[str, Any]], pad_id: int = 0) -> dict[str, A
     """偏好对 → 一批 ``[2B, L]``：前 B 行是 chosen，后 B 行是同样次序的 rejected，L 为这批里最长的一条。
 
     Returns:
-        与 :func:`collate_packed` 相同的键，另有 ``num_pairs`` = B。
+        与 :func:`minimind.dataset.packed.collate_packed` 相同的键，另有 ``num_pairs`` = B。
     """
     rows = [(item[side], item[f"{side}_labels"]) for side in ("chosen", "rejected") for item in items]
     return {**collate_rows(rows, pad_id), "num_pairs": len(items)}
@@ -86,7 +69,7 @@ def collate_kto(items: Sequence[dict[str, Any]], pad_id: int = 0) -> dict[str, A
     """不成对的回答 → 一批 ``[2B, L]``：前 B 行是各自的回答，后 B 行是同样次序的、不配对的回答。
 
     Returns:
-        与 :func:`collate_packed` 相同的键，另有 ``desirable`` bool ``[B]``。
+        与 :func:`minimind.dataset.packed.collate_packed` 相同的键，另有 ``desirable`` bool ``[B]``。
     """
     rows = [(item[side], item[f"{side}_labels"]) for side in ("answer", "mismatched") for item in items]
     desirable = torch.tensor([item["desirable"] for item in items])
@@ -94,7 +77,7 @@ def collate_kto(items: Sequence[dict[str, Any]], pad_id: int = 0) -> dict[str, A
 
 
 def collate_rows(rows: Sequence[tuple[torch.Tensor, torch.Tensor]], pad_id: int = 0) -> dict[str, Any]:
-    """若干 ``(ids, labels)`` 各占一行，右侧补到最长的一条：``[S, L]``，键同 :func:`collate_packed`。"""
+    """若干 ``(ids, labels)`` 各占一行，右侧补到最长的一条：``[S, L]``，键同 :func:`minimind.dataset.packed.collate_packed`。"""
     length = max(len(ids) for ids, _ in rows)
     input_ids = torch.full((len(rows), length), pad_id, dtype=torch.int64)
     labels = torch.full((len(rows), length), IGNORE, dtype=torch.int64)
@@ -111,7 +94,7 @@ def collate_rows(rows: Sequence[tuple[torch.Tensor, torch.Tensor]], pad_id: int 
         "input_ids": input_ids,
         "labels": labels,
         "position_ids": position_ids,
-        **_boundaries(segments),
+        **boundaries(segments),
         "num_tokens": sum(len(ids) for ids, _ in rows),
     }
 

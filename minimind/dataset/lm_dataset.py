@@ -1,6 +1,5 @@
-"""数据集：预训练、监督微调、强化学习提示；偏好的两个在 :mod:`minimind.dataset.preferences`。
-
-取样本只切缓存，不分词、不查找；拼行方案、掩码、划分都在打开时按数组算好。
+"""五个数据集的名字都能从这里取；强化学习提示的一个写在这里，预训练与微调的在 :mod:`minimind.dataset.packed`，
+偏好的两个在 :mod:`minimind.dataset.preferences`。
 """
 
 from __future__ import annotations
@@ -12,13 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from minimind.dataset.collate import collate_dpo, collate_packed, collate_rl
+from minimind.dataset.base import CachedDataset, choose
+from minimind.dataset.collate import collate_dpo, collate_rl
 from minimind.dataset.conversation import split_prompt
 from minimind.dataset.jsonl import short
-from minimind.dataset.packed import CachedDataset, PackedDataset
-from minimind.dataset.packing import trim_to_turns
+from minimind.dataset.packed import PretrainDataset, SFTDataset, collate_packed
 from minimind.dataset.preferences import DPODataset, KTODataset
-from minimind.dataset.splits import choose
 from minimind.dataset.token_cache import TokenCache
 from minimind.errors import UserError
 
@@ -26,49 +24,6 @@ from minimind.errors import UserError
 SAMPLED_REFERENCES = 2000
 # 少于这么多条相同不算“大多相同”：几行的小文件说明不了什么
 MIN_SAME_REFERENCES = 5
-
-
-class PretrainDataset(PackedDataset):
-    """预训练文本 ``{"text": …}``。长文档切块而不是截断：相邻块重叠一个 token，每个 token 恰好当一次目标。"""
-
-    kind, splittable = "pretrain", True
-
-    def _label(self, labels, ids, doc):
-        labels[1:] = ids[1:]
-
-    def _kept_lengths(self, docs):
-        return np.diff(self.cache.offsets)[docs]
-
-    def _count_targets(self, docs, kept):
-        return int((kept - 1).sum())
-
-
-class SFTDataset(PackedDataset):
-    """对话 ``{"conversations": […]}``；只学助手的回合（含结束符）。
-
-    超长的对话留下完整的前几个回合；第一个回答就放不下时截断它，结束符不在其中。
-    """
-
-    kind, splittable = "sft", False
-
-    def _label(self, labels, ids, doc):
-        spans = self.cache.spans[self.cache.span_offsets[doc] : self.cache.span_offsets[doc + 1]]
-        for begin, end in spans.tolist():
-            labels[begin:end] = ids[begin:end]  # 超出截断处的部分，切片自然为空
-
-    def _kept_lengths(self, docs):
-        cache = self.cache
-        kept = trim_to_turns(np.diff(cache.offsets), cache.spans, cache.span_offsets, self.max_length)
-        return kept[docs]
-
-    def _count_targets(self, docs, kept):
-        cache = self.cache
-        limit = np.zeros(len(cache), dtype=np.int64)
-        limit[docs] = kept
-        doc = np.repeat(np.arange(len(cache)), np.diff(cache.span_offsets))
-        ends = np.minimum(cache.spans[:, 1], limit[doc])
-        times = np.bincount(docs, minlength=len(cache))[doc]
-        return int((np.maximum(ends - cache.spans[:, 0], 0) * times).sum())
 
 
 class RLAIFDataset(CachedDataset):

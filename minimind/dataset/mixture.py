@@ -23,8 +23,6 @@ from typing import Any
 
 import numpy as np
 
-from minimind.dataset.cache import build_cache
-from minimind.dataset.spec import Part, parse_spec
 from minimind.dataset.token_cache import TokenCache
 from minimind.errors import UserError
 
@@ -198,17 +196,3 @@ def share_words(shares: list[tuple[str, int, int]]) -> str:
         )
         words.append(f"{Path(name).name} {count:,} 条（{count / total:.2%}，{how}）")
     return f"一轮 {total:,} 条：" + "、".join(words)
-
-
-def open_cache(
-    spec: str | Path, kind: str, tokenizer: Any, *args: Any, flag: str = "--data_path", **options: Any
-) -> TokenCache | MixedCache:
-    """打开 ``spec`` 里全部文件的缓存，没有就建；只有一个文件时就是它自己的缓存。
-
-    其余参数见 :func:`minimind.dataset.cache.build_cache`。
-    """
-    parts: list[Part] = parse_spec(spec, flag)
-    caches = [build_cache(file, kind, tokenizer, *args, **options) for part in parts for file in part.files]
-    if len(caches) == 1:
-        return caches[0]
-    return MixedCache(caches, [(part.name, len(part.files), part.weight) for part in parts])

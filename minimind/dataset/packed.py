@@ -1,27 +1,25 @@
-"""数据集的共同部分：打开缓存、划分、拼行，以及拼行方案的存取。"""
+"""打包的数据集：若干文档拼成一行，预训练与监督微调都用它；``ds[i]`` 是一行。
+
+取样本只切缓存，不分词、不查找；拼行方案、掩码、划分都在打开时按数组算好。
+"""
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
-from minimind.dataset.collate import IGNORE, collate_packed
-from minimind.dataset.mixture import MixedCache, open_cache, share_words
-from minimind.dataset.packing import Packing, pack_documents
-from minimind.dataset.splits import choose
-from minimind.dataset.token_cache import TokenCache
+from minimind.dataset.base import CachedDataset, choose, lost_words
+from minimind.dataset.collate import IGNORE, boundaries
+from minimind.dataset.packing import Packing, pack_documents, trim_to_turns
+from minimind.dataset.token_cache import read_plan, write_plan
 from minimind.errors import UserError
-from minimind.runtime.files import file_lock, temporary_folder
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from minimind.runtime.files import file_lock
 
 # 拼行、截断或划分的规则变了就加一，存着的方案随之作废
 PLAN_VERSION = 2
@@ -29,96 +27,22 @@ PLAN_VERSION = 2
 STORED_DOCUMENTS = 100_000
 
 
-class CachedDataset(Dataset):
-    """共同的开头：检查参数、打开缓存、选出这一划分的文档。"""
+def collate_packed(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """打包行 → 一批。
 
-    kind: str
-
-    def __init__(
-        self,
-        data_path: str | Path,
-        tokenizer: PreTrainedTokenizerFast,
-        max_length: int = 512,
-        *,
-        split: str = "all",
-        val_ratio: float = 0.01,
-        seed: int = 42,
-        on_bad_line: str = "error",
-        cache_dir: str | Path | None = None,
-        num_workers: int | None = None,
-        options: dict[str, Any] | None = None,
-    ):
-        """
-        Args:
-            data_path: 数据：一个文件，或几个文件与权重，写法见 :mod:`minimind.dataset.spec`。
-            tokenizer: 分词器。
-            max_length: 行长（预训练、微调）或样本的最大长度。
-            split: ``train``、``val`` 或 ``all``（不划分）。
-            val_ratio: 验证集占的比例，另有 20 万 token 的上限；划分只看内容的哈希。
-            seed: 拼行的种子。
-            on_bad_line: ``error`` 或 ``skip``。
-            cache_dir, num_workers, options: 见 :func:`minimind.dataset.cache.build_cache`。
-        """
-        if max_length < 2:
-            raise UserError(
-                f"max_seq_len = {max_length}", expected="至少 2", fix="用 --max_seq_len 512 之类的值"
-            )
-        self.max_length, self.split, self.val_ratio, self.seed = max_length, split, val_ratio, seed
-        self.cache: TokenCache | MixedCache = open_cache(
-            data_path, self.kind, tokenizer, cache_dir, num_workers, on_bad_line, options
-        )
-        pad_id = tokenizer.pad_token_id
-        self.pad_id: int = tokenizer.eos_token_id if pad_id is None else pad_id
-
-    @property
-    def fingerprint(self) -> str:
-        """数据的身份：内容、分词器与选行方式都相同，第 i 行才是同一行；续训据此核对。"""
-        return f"{self.cache.folder.name}/{self.split}/{self.max_length}/{self.seed}/{self.val_ratio}"
-
-    def mixed(self, records: np.ndarray, unit: int = 1) -> tuple[np.ndarray, list[tuple[str, int, int]]]:
-        """可用的记录 → 一轮里用哪些与各组的条数；没有写权重、或是划出的验证集时原样返回，条数为空。
-
-        见 :meth:`minimind.dataset.mixture.MixedCache.mix`。
-        """
-        if self.split == "val" or not isinstance(self.cache, MixedCache) or not self.cache.weighted:
-            return records, []
-        return self.cache.mix(records, self.seed, unit)
-
-    def mixture_words(self) -> str:
-        """一句话：按权重配出的一轮里各组多少条；没有写权重时为空串。"""
-        return share_words(self.stats["shares"]) if self.stats.get("shares") else ""
-
-    def source_names(self, index: int) -> list[str]:
-        """第 ``index`` 个样本各来自哪个文件，与 :meth:`source_lines` 一一对应。"""
-        return [str(self.cache.origin(doc)[0]) for doc in self.source_docs(index)]
-
-    def source_lines(self, index: int) -> list[int]:
-        """第 ``index`` 个样本由源文件的哪几行得来（行号从 1 起），出现 NaN 时报给使用者。"""
-        return [self.cache.origin(doc)[1] for doc in self.source_docs(index)]
-
-    def source_docs(self, index: int) -> list[int]:
-        """第 ``index`` 个样本由缓存里的哪几篇得来。"""
-        raise NotImplementedError
-
-    def lost(self) -> str:
-        """一句话：哪些样本丢弃、截断了，各多少；一条也没有时为空串。训练开头说出来，不让内容悄悄不见。"""
-        raise NotImplementedError
-
-    def nothing_left(self, dropped: int) -> UserError:
-        return UserError(
-            f"{self.cache.source} 里没有可用的样本（{dropped:,} 条没有目标，或目标都在第 {self.max_length} 个 token 之后）",
-            fix="调大 --max_seq_len",
-        )
-
-
-def lost_words(truncated: int, cut_tokens: int, dropped: int, max_length: int, unit: str) -> str:
-    """:meth:`CachedDataset.lost` 的说法，对话与偏好对共用。"""
-    words = []
-    if truncated:
-        words.append(f"{truncated:,} {unit}截到 {max_length} 个 token（后面的 {cut_tokens:,} 个不学）")
-    if dropped:
-        words.append(f"丢弃 {dropped:,} {unit}（没有目标，或截断后没有目标可学）")
-    return "，".join(words)
+    Returns:
+        ``input_ids``、``labels``、``position_ids``：``int64 [B, T]``；labels 未移位，-100 不是目标，
+        每段的第一个 token 总是 -100，所以没有目标跨文档。
+        ``cu_seqlens``：``int32 [n + 1]``，各段在展平的 ``B·T`` 个位置里的边界，末尾的填充自成一段。
+        ``max_seqlen``：最长的一段（Python int）。
+        ``num_tokens``：非填充位置数（Python int），算有效吞吐用。
+    """
+    segments = [length for row in rows for length in row["seg_lens"]]
+    batch = {
+        name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels", "position_ids")
+    }
+    batch.update(boundaries(segments), num_tokens=sum(row["num_tokens"] for row in rows))
+    return batch
 
 
 class PackedDataset(CachedDataset):
@@ -139,7 +63,7 @@ class PackedDataset(CachedDataset):
         Args:
             row_length: 行长 R，默认等于 ``max_length``。对话切不开，长度都略过半行时填充可达 7 %（例如
                 reason 数据在 340）；行长取几倍、批大小除以同样的倍数，位置数不变而填充不到 2 %
-                （:func:`minimind.recipes.data.fill_rows` 自动这样做）。
+                （:func:`minimind.recipes.entry.fill_rows` 自动这样做）。
         """
         super().__init__(*args, **kwargs)
         self.row_length = row_length or self.max_length
@@ -263,17 +187,18 @@ class PackedDataset(CachedDataset):
             return self._make_plan()
         with suppress(OSError):  # 几个文件合成的没有自己的缓存文件夹；建不了就现算
             self.cache.folder.mkdir(parents=True, exist_ok=True)
-        plan = self._stored_plan()
+        folder = self._plan_folder()
+        plan = read_plan(folder)
         if plan is not None:
             return plan
         # 同一台机器上的进程只算一次：一千万篇要十几秒、1 GB 内存，八个进程一起算会撑爆
-        lock = self._plan_folder().with_name(f"{self._plan_folder().name}.lock")
+        lock = folder.with_name(f"{folder.name}.lock")
         writable = os.access(self.cache.folder, os.W_OK)
         with file_lock(lock) if writable else nullcontext():
-            plan = self._stored_plan()
+            plan = read_plan(folder)
             if plan is None:
                 plan = self._make_plan()
-                self._store_plan(*plan)
+                write_plan(folder, *plan)
         return plan
 
     def _plan_folder(self) -> Path:
@@ -282,20 +207,45 @@ class PackedDataset(CachedDataset):
         )
         return self.cache.folder / "plans" / name
 
-    def _stored_plan(self) -> tuple[Packing, dict[str, Any]] | None:
-        folder = self._plan_folder()
-        try:
-            stats = json.loads((folder / "stats.json").read_text("utf-8"))
-            arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in Packing._fields]
-        except (OSError, ValueError):
-            return None
-        return Packing(*(array.view(np.ndarray) for array in arrays)), stats
 
-    def _store_plan(self, packing: Packing, stats: dict[str, Any]) -> None:
-        folder = self._plan_folder()
-        # 别的进程先存好了，或目录只读、磁盘满：方案可以重算，不存也能训练
-        with suppress(OSError), temporary_folder(folder) as temporary:
-            for name, array in zip(Packing._fields, packing, strict=True):
-                np.save(temporary / f"{name}.npy", array)
-            (temporary / "stats.json").write_text(json.dumps(stats), "utf-8")
-            os.rename(temporary, folder)
+class PretrainDataset(PackedDataset):
+    """预训练文本 ``{"text": …}``。长文档切块而不是截断：相邻块重叠一个 token，每个 token 恰好当一次目标。"""
+
+    kind, splittable = "pretrain", True
+
+    def _label(self, labels, ids, doc):
+        labels[1:] = ids[1:]
+
+    def _kept_lengths(self, docs):
+        return np.diff(self.cache.offsets)[docs]
+
+    def _count_targets(self, docs, kept):
+        return int((kept - 1).sum())
+
+
+class SFTDataset(PackedDataset):
+    """对话 ``{"conversations": […]}``；只学助手的回合（含结束符）。
+
+    超长的对话留下完整的前几个回合；第一个回答就放不下时截断它，结束符不在其中。
+    """
+
+    kind, splittable = "sft", False
+
+    def _label(self, labels, ids, doc):
+        spans = self.cache.spans[self.cache.span_offsets[doc] : self.cache.span_offsets[doc + 1]]
+        for begin, end in spans.tolist():
+            labels[begin:end] = ids[begin:end]  # 超出截断处的部分，切片自然为空
+
+    def _kept_lengths(self, docs):
+        cache = self.cache
+        kept = trim_to_turns(np.diff(cache.offsets), cache.spans, cache.span_offsets, self.max_length)
+        return kept[docs]
+
+    def _count_targets(self, docs, kept):
+        cache = self.cache
+        limit = np.zeros(len(cache), dtype=np.int64)
+        limit[docs] = kept
+        doc = np.repeat(np.arange(len(cache)), np.diff(cache.span_offsets))
+        ends = np.minimum(cache.spans[:, 1], limit[doc])
+        times = np.bincount(docs, minlength=len(cache))[doc]
+        return int((np.maximum(ends - cache.spans[:, 0], 0) * times).sum())

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from minimind.dataset.base import CachedDataset, choose, lost_words
 from minimind.dataset.collate import IGNORE, collate_dpo, collate_kto
-from minimind.dataset.packed import CachedDataset, lost_words
 from minimind.dataset.schema import detect_kind
 from minimind.dataset.spec import parse_spec
-from minimind.dataset.splits import choose
 
 
 class DPODataset(CachedDataset):

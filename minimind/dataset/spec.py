@@ -20,8 +20,6 @@ from fractions import Fraction
 from pathlib import Path
 
 from minimind.console import say
-from minimind.dataset.jsonl import check_exists
-from minimind.dataset.sources import is_data_file
 from minimind.errors import UserError
 from minimind.paths import LISTED, file_problem, resolve_path
 
@@ -148,6 +146,8 @@ def _files(name: str, flag: str) -> tuple[Path, ...]:
             fix="检查路径；子文件夹里的用 **，例如 data/**/*.jsonl",
         )
     if not flag.startswith("--"):
+        from minimind.dataset.jsonl import check_exists
+
         check_exists(path)
     if problem := file_problem(path):
         raise UserError(
@@ -166,6 +166,8 @@ def _fix(flag: str) -> str:
 
 def _in_folder(folder: Path, flag: str) -> tuple[Path, ...]:
     """文件夹这一层的数据文件；不是数据的说出来，免得以为都用上了。"""
+    from minimind.dataset.sources import is_data_file  # 只写了一个文件的不必认外壳
+
     try:
         entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     except OSError as error:

@@ -1,4 +1,4 @@
-"""一份分词缓存在磁盘上的样子：写出（:class:`CacheWriter`）与读回（:class:`TokenCache`）。"""
+"""一份分词缓存在磁盘上的样子，与怎么读它；写出的是 :class:`minimind.dataset.building.CacheWriter`。"""
 
 from __future__ import annotations
 
@@ -6,18 +6,14 @@ import functools
 import itertools
 import json
 import os
-import re
-from collections import Counter
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from minimind.dataset.schema import read_record
-from minimind.dataset.sources import raw_lines
-
-if TYPE_CHECKING:
-    from minimind.dataset.encode import Chunk
+from minimind.dataset.packing import Packing
+from minimind.runtime.files import temporary_folder
 
 # 文件布局或编码方式变了就加一，旧缓存自然作废
 FORMAT_VERSION = 2
@@ -25,8 +21,6 @@ FORMAT_VERSION = 2
 FORMATS_VERSION = 1
 # 压缩或列式文件解出的 jsonl，在缓存文件夹里的名字
 TEXT_NAME = "text.jsonl"
-# meta.json 里留几条坏行作例子
-KEPT_BAD_LINES = 20
 
 FILES = {
     "offsets": np.int64,
@@ -51,6 +45,8 @@ class TokenCache:
         meta: meta.json 的内容。
         source: 源文件；缓存可能由同样内容的另一个文件建成，所以打开时给出。
     """
+
+    weighted = False  # 一个文件，没有份额可配；几个文件的见 :class:`minimind.dataset.mixture.MixedCache`
 
     def __init__(self, folder: Path, source: Path):
         self.folder, self.source = folder, source
@@ -105,6 +101,9 @@ class TokenCache:
 
     def record(self, i: int) -> dict[str, Any]:
         """第 i 篇的原始记录，从源文件（压缩或列式的，从解出的文本）读那一行。"""
+        from minimind.dataset.schema import read_record  # 取样本只要 token；要看原文的才读格式规则
+        from minimind.dataset.sources import raw_lines
+
         text = self.folder / TEXT_NAME
         if not text.is_file():
             text = self.source
@@ -130,52 +129,23 @@ class TokenCache:
         return np.memmap(file, dtype=dtype, mode="r").view(np.ndarray)
 
 
-def bad_kind(error: dict[str, Any]) -> str:
-    """坏行按哪一种计数：字段（不论第几个）与期望。"""
-    field = re.sub(r"\[\d+\]", "[]", error["field"] or "整行")
-    return f"{field}：期望{error['expected'] or '合法的一行'}"
+# ---- 拼行方案存在缓存旁边：语料再大，第二次启动也不用重算 ----
 
 
-class CacheWriter:
-    """边收边写，内存里只有当前这一段。"""
+def read_plan(folder: Path) -> tuple[Packing, dict[str, Any]] | None:
+    """存着的方案与它的统计；没有或不完整时为 ``None``。"""
+    try:
+        stats = json.loads((folder / "stats.json").read_text("utf-8"))
+        arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in Packing._fields]
+    except (OSError, ValueError):
+        return None
+    return Packing(*(array.view(np.ndarray) for array in arrays)), stats
 
-    def __init__(self, folder: Path, dtype: np.dtype):
-        self.dtype = dtype
-        self.files = {name: (folder / f"{name}.bin").open("wb") for name in ("ids", *FILES)}
-        self.num_documents = self.num_tokens = self.num_lines = self.num_spans = 0
-        self.bad_count, self.bad = 0, []
-        self.bad_kinds: Counter[str] = Counter()
-        self.notes: Counter[str] = Counter()
-        for name in ("offsets", "span_offsets"):
-            self.files[name].write(np.zeros(1, np.int64).tobytes())
 
-    def __enter__(self) -> CacheWriter:
-        return self
-
-    def __exit__(self, *exc) -> None:
-        for file in self.files.values():
-            if exc[0] is None:
-                file.flush()
-                os.fsync(file.fileno())
-            file.close()
-
-    def add(self, chunk: Chunk, path: Path) -> None:
-        def write(name: str, array: np.ndarray, dtype) -> None:
-            self.files[name].write(np.ascontiguousarray(array, dtype=dtype))
-
-        write("ids", chunk.ids, self.dtype)
-        write("offsets", self.num_tokens + np.cumsum(chunk.lengths, dtype=np.int64), np.int64)
-        write("spans", chunk.spans, np.int32)
-        write("span_offsets", self.num_spans + np.cumsum(chunk.span_counts, dtype=np.int64), np.int64)
-        write("split_hash", chunk.split_hash, np.uint64)
-        write("lines", chunk.lines + self.num_lines + 1, np.int64)
-        write("positions", chunk.positions, np.int64)
-        for error in chunk.bad[: KEPT_BAD_LINES - len(self.bad)]:
-            self.bad.append({**error, "file": str(path), "line": self.num_lines + error["line"] + 1})
-        self.bad_count += len(chunk.bad)
-        self.bad_kinds.update(map(bad_kind, chunk.bad))
-        self.notes.update(chunk.notes)
-        self.num_documents += len(chunk.lengths)
-        self.num_tokens += len(chunk.ids)
-        self.num_spans += len(chunk.spans)
-        self.num_lines += chunk.num_lines
+def write_plan(folder: Path, packing: Packing, stats: dict[str, Any]) -> None:
+    """存下方案；别的进程先存好了，或目录只读、磁盘满：方案可以重算，不存也能训练。"""
+    with suppress(OSError), temporary_folder(folder) as temporary:
+        for name, array in zip(Packing._fields, packing, strict=True):
+            np.save(temporary / f"{name}.npy", array)
+        (temporary / "stats.json").write_text(json.dumps(stats), "utf-8")
+        os.rename(temporary, folder)

@@ -19,9 +19,8 @@ from minimind.paths import folder_problem, resolve_path
 from minimind.runtime.adapters import adapter_names, merge_adapters, open_adapters
 from minimind.runtime.checkpoint import BUFFERS, read_state
 from minimind.runtime.device import choose_dtype, device_name, resolve_device
-from minimind.runtime.shapes import arch_of
+from minimind.runtime.shapes import arch_of, check_plain
 from minimind.runtime.weights import find_weights, missing_weights, open_weights, weights_file
-from minimind.runtime.weights_check import check_plain
 from minimind.tokenizer import load_tokenizer
 from minimind.tokenizer.loading import codec_of
 from minimind.tokenizer.special import IM_END, IM_START

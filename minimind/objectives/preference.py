@@ -34,6 +34,15 @@ REFERENCE_FREE, UNPAIRED = ("orpo", "simpo"), ("kto",)
 # 没有写明 β 时；按词元平均的差小得多，β 要大得多（Meng 2024，表 8：2.0 到 2.5）
 BETAS = {"sigmoid_norm": 2.0, "simpo": 2.0}
 DEFAULT_BETA = 0.1
+# 不是每种损失都用得到的参数 → 用它的损失
+USED_BY = {
+    "label_smoothing": ("sigmoid", "sigmoid_norm", "simpo"),
+    "simpo_gamma": ("simpo",),
+    "desirable_weight": UNPAIRED,
+    "undesirable_weight": UNPAIRED,
+    "sft_coef": tuple(name for name in LOSS_TYPES if name not in UNPAIRED),
+    "cache_reference": tuple(name for name in LOSS_TYPES if name not in REFERENCE_FREE),
+}
 
 
 class SequenceScores(NamedTuple):

@@ -26,8 +26,7 @@ from minimind.dataset import RLAIFDataset
 from minimind.errors import UserError
 from minimind.model_arguments import ON_OFF
 from minimind.objectives.policy import group_advantages
-from minimind.recipes.data import open_datasets
-from minimind.recipes.entry import entry, open_model
+from minimind.recipes.entry import entry, open_datasets, open_model
 from minimind.recipes.grpo import GRPOArguments, learnable_rows
 from minimind.recipes.health import AgentHealth
 from minimind.recipes.rl import correct_by_task, no_batch
@@ -39,9 +38,8 @@ from minimind.runtime.distributed import is_main_process
 from minimind.tools.toolset import Toolset
 from minimind.trainer.loader import epoch_order
 from minimind.trainer.loop import TrainResult, train
-from minimind.trainer.recipe import Data, Recipe, Window
+from minimind.trainer.recipe import Data, Recipe, Run, Window
 from minimind.trainer.reference import StartingPoint
-from minimind.trainer.run import Run
 from minimind.trainer.samples import is_count
 from minimind.trainer.train_args import MAX_LENGTH
 

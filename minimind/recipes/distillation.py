@@ -25,16 +25,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from minimind.arguments import arg, check, override
+from minimind.arguments import arg, override
 from minimind.dataset import SFTDataset, collate_packed
 from minimind.dataset.collate import model_inputs, target_places
 from minimind.model_arguments import ON_OFF
 from minimind.objectives.distillation import DIVERGENCES, chunked_loss, distillation_loss
-from minimind.recipes.data import open_datasets
-from minimind.recipes.entry import entry, open_model
+from minimind.recipes.entry import entry, open_datasets, open_model
 from minimind.recipes.health import distillation_health
-from minimind.recipes.teacher import load_teacher, resolve_sizes
-from minimind.rl.own_answers import own_answers
+from minimind.recipes.teacher import choose_models, load_teacher, own_answers
 from minimind.rl.rollout import LocalRollout
 from minimind.trainer.loop import TrainResult, train
 from minimind.trainer.recipe import LossResult, Recipe
@@ -83,12 +81,8 @@ class DistillationArguments(TrainArguments, group="蒸馏"):
 
     LEARNING_RATE_TIMES_WIDTH = 0.5
 
-    def __post_init__(self):
-        check(self)
-        self._teacher = resolve_sizes(self)  # 学习率随学生的宽度与起点而定，所以先看有哪些权重
-        if self.from_weight == "none":
-            self.LEARNING_RATE_TIMES_WIDTH = TrainArguments.LEARNING_RATE_TIMES_WIDTH
-        super().__post_init__()
+    def usual_learning_rate(self) -> None:
+        """随学生的宽度与起点而定，要看过有哪些权重才知道，见 :func:`minimind.recipes.teacher.choose_models`。"""
 
 
 def distill_loss(
@@ -127,8 +121,9 @@ def distill_loss(
 
 def run(args: DistillationArguments) -> TrainResult:
     """按参数训练一次；返回权重位置与最后的指标。"""
+    chosen = choose_models(args)  # 学生多大、从哪里开始、学习率多少，没写明的看现有的权重
     student, tokenizer = open_model(args)
-    teacher = load_teacher(args, student.config, student.device)
+    teacher = load_teacher(chosen, args, student.config, student.device)
     data = open_datasets(SFTDataset, args, tokenizer)
     prepare = None
     if args.on_policy:

@@ -31,36 +31,16 @@ from torch import nn
 
 from minimind.arguments import arg, override
 from minimind.dataset import DPODataset, KTODataset
-from minimind.errors import UserError
 from minimind.model_arguments import ON_OFF
-from minimind.objectives.preference import (
-    BETAS,
-    DEFAULT_BETA,
-    LOSS_TYPES,
-    REFERENCE_FREE,
-    UNPAIRED,
-    preference_loss,
-    sequence_logprobs,
-)
-from minimind.recipes.data import open_datasets
-from minimind.recipes.entry import entry, open_model
+from minimind.objectives import preference
+from minimind.recipes.entry import entry, open_datasets, open_model
 from minimind.recipes.health import preference_health
 from minimind.recipes.unpaired import count_answers, unpaired_loss, with_reference_point
 from minimind.runtime.device import choose_dtype
 from minimind.trainer.loop import TrainResult, train
 from minimind.trainer.recipe import LossResult, Recipe
 from minimind.trainer.reference import StartingPoint, with_reference
-from minimind.trainer.train_args import TrainArguments
-
-# 不是每种损失都用得到的参数：写了而用不到的报错，不悄悄收下
-USED_BY = {
-    "label_smoothing": ("sigmoid", "sigmoid_norm", "simpo"),
-    "simpo_gamma": ("simpo",),
-    "desirable_weight": UNPAIRED,
-    "undesirable_weight": UNPAIRED,
-    "sft_coef": tuple(name for name in LOSS_TYPES if name not in UNPAIRED),
-    "cache_reference": tuple(name for name in LOSS_TYPES if name not in REFERENCE_FREE),
-}
+from minimind.trainer.train_args import TrainArguments, refuse_unused
 
 
 @dataclass
@@ -82,7 +62,7 @@ class DPOArguments(TrainArguments, group="偏好优化"):
     loss_type: str = arg(
         "sigmoid",
         "损失：sigmoid（标准）、sigmoid_norm（按长度归一）、ipo、orpo 与 simpo（不要参考模型）、kto（标了好坏、不必成对的回答）",
-        LOSS_TYPES,
+        preference.LOSS_TYPES,
     )
     label_smoothing: float = arg(
         0.0,
@@ -113,17 +93,9 @@ class DPOArguments(TrainArguments, group="偏好优化"):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, users in USED_BY.items():
-            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
-            if value not in (default, None) and self.loss_type not in users:
-                raise UserError(
-                    f"值是 {value:g}，而 --loss_type {self.loss_type} 用不到它",
-                    where=f"--{name}",
-                    expected=f"与 --loss_type {'、'.join(users)} 一起用",
-                    fix="去掉它，或换一个 --loss_type",
-                )
+        refuse_unused(self, "loss_type", preference.USED_BY)
         if self.beta is None:
-            self.beta = BETAS.get(self.loss_type, DEFAULT_BETA)
+            self.beta = preference.BETAS.get(self.loss_type, preference.DEFAULT_BETA)
         if self.loss_type == "simpo" and self.simpo_gamma is None:
             self.simpo_gamma = self.beta / 2
 
@@ -132,21 +104,15 @@ def dpo_loss(
     model: nn.Module, batch: dict[str, Any], args: DPOArguments, reference: nn.Module | None = None
 ) -> LossResult:
     """训练循环要的 ``(损失和, metrics)``，分母是对数；``reference`` 为 ``None`` 时用批里带着的参考值。"""
-    policy = sequence_logprobs(model, batch)
+    policy = preference.sequence_logprobs(model, batch)
     if reference is None:
         reference_logps = batch.get("reference_logps")  # 不要参考模型的没有
     else:
         with torch.no_grad():
-            reference_logps = sequence_logprobs(reference, batch).logps
-    result = preference_loss(
-        policy.logps,
-        reference_logps,
-        policy.lengths,
-        beta=args.beta,
-        loss_type=args.loss_type,
-        label_smoothing=args.label_smoothing,
-        gamma=args.simpo_gamma or 0.0,
-    )
+            reference_logps = preference.sequence_logprobs(reference, batch).logps
+    options = {"loss_type": args.loss_type, "label_smoothing": args.label_smoothing}
+    options |= {"beta": args.beta, "gamma": args.simpo_gamma or 0.0}
+    result = preference.preference_loss(policy.logps, reference_logps, policy.lengths, **options)
     pairs = batch["num_pairs"]
     loss = result.losses.sum() + policy.aux_loss * pairs
     if args.sft_coef:
@@ -157,7 +123,8 @@ def dpo_loss(
 def run(args: DPOArguments) -> TrainResult:
     """按参数训练一次；返回权重位置与最后的指标。"""
     model, tokenizer = open_model(args)
-    unpaired, needs_reference = args.loss_type in UNPAIRED, args.loss_type not in REFERENCE_FREE
+    unpaired = args.loss_type in preference.UNPAIRED
+    needs_reference = args.loss_type not in preference.REFERENCE_FREE
     extra_state, reference = {}, None
     if needs_reference:
         extra_state = {"start": StartingPoint(args, model)}

@@ -19,8 +19,7 @@ from dataclasses import dataclass
 
 from minimind.arguments import override
 from minimind.dataset import SFTDataset, collate_packed
-from minimind.recipes.data import open_datasets
-from minimind.recipes.entry import entry, open_model
+from minimind.recipes.entry import entry, open_datasets, open_model
 from minimind.trainer.loop import TrainResult, train
 from minimind.trainer.recipe import Recipe, language_model_loss
 from minimind.trainer.train_args import TrainArguments

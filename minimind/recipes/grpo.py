@@ -36,8 +36,7 @@ from minimind.rl.arguments import RLArguments
 from minimind.rl.experience import Collector, Experience, global_moments, prompts_of
 from minimind.rl.policy import frozen_copy, policy_loss, response_logps
 from minimind.trainer.loop import TrainResult
-from minimind.trainer.recipe import Recipe, Window
-from minimind.trainer.run import Run
+from minimind.trainer.recipe import Recipe, Run, Window
 
 
 @dataclass

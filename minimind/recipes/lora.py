@@ -23,8 +23,7 @@ from minimind.errors import UserError
 from minimind.model.model_lora import apply_lora, lora_state_dict
 from minimind.paths import resolve_path
 from minimind.ranges import MANY
-from minimind.recipes.data import open_datasets
-from minimind.recipes.entry import entry, open_model
+from minimind.recipes.entry import entry, open_datasets, open_model
 from minimind.runtime.adapters import adapter_path, base_fingerprint
 from minimind.trainer.loop import TrainResult, train
 from minimind.trainer.recipe import Recipe, language_model_loss

@@ -42,8 +42,7 @@ from minimind.rl.policy import drift, frozen_copy, mean_drift, per_token, respon
 from minimind.runtime.device import mix_seeds
 from minimind.runtime.distributed import rank
 from minimind.trainer.loop import TrainResult
-from minimind.trainer.recipe import Batch, LossResult, Recipe, Window
-from minimind.trainer.run import Run
+from minimind.trainer.recipe import Batch, LossResult, Recipe, Run, Window
 
 
 @dataclass

@@ -18,8 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from minimind.dataset import PretrainDataset, collate_packed
-from minimind.recipes.data import open_datasets
-from minimind.recipes.entry import entry, open_model
+from minimind.recipes.entry import entry, open_datasets, open_model
 from minimind.trainer.loop import TrainResult, train
 from minimind.trainer.recipe import Recipe, language_model_loss
 from minimind.trainer.train_args import TrainArguments

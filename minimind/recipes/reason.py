@@ -24,8 +24,7 @@ from torch import Tensor
 from minimind.arguments import arg, override
 from minimind.console import say
 from minimind.dataset import SFTDataset, collate_packed
-from minimind.recipes.data import open_datasets
-from minimind.recipes.entry import entry, open_model
+from minimind.recipes.entry import entry, open_datasets, open_model
 from minimind.tokenizer.loading import codec_of
 from minimind.tokenizer.special import ANSWER, END_ANSWER, END_THINK, THINK
 from minimind.trainer.loop import TrainResult, train

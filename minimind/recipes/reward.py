@@ -26,8 +26,7 @@ from minimind.arguments import arg, override
 from minimind.dataset import DPODataset
 from minimind.errors import UserError
 from minimind.objectives.preference import reward_model_loss
-from minimind.recipes.data import open_datasets
-from minimind.recipes.entry import entry, open_model
+from minimind.recipes.entry import entry, open_datasets, open_model
 from minimind.recipes.health import ranking_health
 from minimind.rl.reward_net import RewardNet, score_rows
 from minimind.runtime.weights import REWARD

@@ -11,8 +11,7 @@ from torch import nn
 from minimind.console import say
 from minimind.dataset import RLAIFDataset
 from minimind.model import MiniMindLM
-from minimind.recipes.data import open_datasets
-from minimind.recipes.entry import open_model
+from minimind.recipes.entry import open_datasets, open_model
 from minimind.recipes.health import RLHealth
 from minimind.rl.arguments import RLArguments
 from minimind.rl.experience import score
@@ -109,7 +108,7 @@ def held_out_score(
     items = [stage.val_ds[int(i)] for i in chosen]
     own = None  # 样例就用留出的题；使用者另给了一个文件的，答他的
     if not is_count(args.sample_prompts):
-        own = Sampler.for_run(args, "rl", stage.model.config, stage.tokenizer)
+        own = Sampler.for_run(args.sample_prompts, "rl", stage.model.config, stage.tokenizer)
 
     def answer(model: nn.Module) -> dict[str, Any]:
         sampler = LocalRollout(model, stage.tokenizer, max_new_tokens=args.max_gen_len, temperature=0.0)

@@ -28,11 +28,16 @@ from minimind.rl.arguments import RLArguments
 from minimind.rl.experience import Collector, global_moments, prompts_of
 from minimind.rl.policy import frozen_copy, policy_loss, response_logps
 from minimind.rl.rewards import Rewards
-from minimind.rl.single_stream import calibrate_tracker, calibration, divergences, draw_prompts, observe
-from minimind.rl.tracker import PromptTracker
+from minimind.rl.tracker import (
+    PromptTracker,
+    calibrate_tracker,
+    calibration,
+    divergences,
+    draw_prompts,
+    observe,
+)
 from minimind.trainer.loop import TrainResult
-from minimind.trainer.recipe import Recipe, Window
-from minimind.trainer.run import Run
+from minimind.trainer.recipe import Recipe, Run, Window
 
 
 @dataclass

@@ -1,22 +1,32 @@
-"""蒸馏的两个模型：教师是哪个权重、学生多大、从哪里开始，没说的按现有的权重补上并说一声。"""
+"""蒸馏的两个模型：教师是哪个权重、学生多大、从哪里开始，没说的按现有的权重补上并说一声；``--on_policy`` 时学生自己作答的批。"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
 from torch import nn
 
+from minimind.arguments import check
 from minimind.console import say
 from minimind.errors import UserError
 from minimind.model import MiniMindConfig, MiniMindLM, count_parameters
+from minimind.objectives.logprobs import IGNORE
 from minimind.paths import resolve_path
+from minimind.rl.rollout import LocalRollout, response_batch
 from minimind.runtime.checkpoint import config_dict, load_weights, read_sidecar, weights_path
+from minimind.runtime.device import mix_seeds
+from minimind.runtime.distributed import broadcast_object, rank
 from minimind.runtime.weights import named_weights, read_weights
 from minimind.tokenizer import load_tokenizer, tokenizer_fingerprint
-from minimind.trainer.trainer_utils import model_config
+from minimind.trainer.recipe import Run, Window
+from minimind.trainer.setup import model_config
+from minimind.trainer.train_args import TrainArguments
 
 # 公共项目蒸馏的默认尺寸：教师 768 × 16，学生 512 × 8
 TEACHER_SIZE, STUDENT_SIZE = (768, 16), (512, 8)
@@ -74,8 +84,12 @@ def no_teacher(args: Any, folder: Path) -> UserError:
     )
 
 
-def resolve_sizes(args: Any) -> Teacher:
-    """补上没给的学生尺寸与起点：写进 ``args`` 的 ``hidden_size num_hidden_layers use_moe from_weight``。"""
+def choose_models(args: Any) -> Teacher:
+    """选出教师；补上没给的学生尺寸、起点与学习率：写进 ``args`` 的 ``hidden_size num_hidden_layers use_moe from_weight learning_rate``。
+
+    Raises:
+        UserError: 没有教师的权重，或补上的尺寸不合规矩。
+    """
     paths = find_teachers(args)
     teacher = open_teacher(paths[0], args.teacher_num_layers)
     default = type(args).__dataclass_fields__
@@ -103,6 +117,10 @@ def resolve_sizes(args: Any) -> Teacher:
         args.from_weight = args.from_student_weight
     elif args.from_weight == "none":
         args.from_weight = next((w for w in ("full_sft", "pretrain") if same_size(args, w)), "none")
+    if args.learning_rate is None:
+        home = TrainArguments if args.from_weight == "none" else args  # 从头训练用预训练的
+        args.learning_rate = home.LEARNING_RATE_TIMES_WIDTH / args.width
+    check(args)
     # 学生若就从最大的那个权重开始，教师换下一个
     if teacher.path == weights_path(model_config(args), args.from_weight, args.save_dir) and len(paths) > 1:
         return open_teacher(paths[1], args.teacher_num_layers)
@@ -119,13 +137,13 @@ def same_size(args: Any, weight: str) -> bool:
     return path.is_file() and all(saved.get(key, current[key]) == current[key] for key in keys)
 
 
-def load_teacher(args: Any, student: MiniMindConfig, device: torch.device) -> nn.Module:
-    """教师模型，不求梯度；词表与分词器必须和学生的相同。
+def load_teacher(chosen: Teacher, args: Any, student: MiniMindConfig, device: torch.device) -> nn.Module:
+    """教师模型，不求梯度；词表与分词器必须和学生的相同。各机器上有的权重可以不同，一律听主进程选的。
 
     Raises:
         UserError: 词表大小或分词器不同，或教师就是学生的起点本身。
     """
-    teacher: Teacher = args._teacher
+    teacher = broadcast_object(chosen)
     tokenizer = load_tokenizer(args.tokenizer_path)
     sizes = (teacher.config.vocab_size, student.vocab_size)
     if sizes[0] != sizes[1] or teacher.tokenizer_hash not in (None, tokenizer_fingerprint(tokenizer)):
@@ -157,3 +175,35 @@ def load_teacher(args: Any, student: MiniMindConfig, device: torch.device) -> nn
         + ("从头训练。" if args.from_weight == "none" else f"从 {args.from_weight} 开始。")
     )
     return model.to(device).eval().requires_grad_(False)
+
+
+def last_prompts(batch: dict[str, Any]) -> list[list[int]]:
+    """打包行里每段对话最后一个回答之前的全部词元，即让学生自己作答的提示。"""
+    ids, is_target = batch["input_ids"].flatten(), (batch["labels"] != IGNORE).flatten()
+    prompts = []
+    for begin, end in pairwise(batch["cu_seqlens"].tolist()):
+        targets = is_target[begin:end]
+        starts = (targets & ~targets.roll(1)).nonzero()  # 段的第一个词元从不是目标
+        if len(starts):
+            prompts.append(ids[begin : begin + int(starts[-1])].tolist())
+    return prompts
+
+
+def own_answers(
+    run: Run, window: Window, *, share: float, seed: int, rollout: LocalRollout
+) -> Iterator[Window]:
+    """``--on_policy`` 时训练循环的 ``prepare``（GKD，arXiv 2306.13649）：有 ``share`` 的机会把一个微批次换成学生此刻自己的回答，批里记 ``on_policy``。
+
+    由种子与步数决定，续训逐位一致。
+    """
+    replaced, own = [], 0
+    for index, (ids, batch) in enumerate(window):
+        own_seed = mix_seeds(seed, run.state.step, index, rank())
+        prompts = last_prompts(batch) if Random(own_seed).random() < share else []
+        if ids and prompts:
+            answers = rollout.generate(prompts, 1, own_seed)
+            batch = {**response_batch(answers, slice(None), run.data.train.pad_id), "on_policy": True}
+            own += 1
+        replaced.append((ids, batch))
+    run.record(on_policy=(own, len(window)))
+    yield replaced

@@ -16,8 +16,7 @@ from minimind.dataset.collate import rows_between, to_device
 from minimind.objectives.preference import kto_loss, sequence_logprobs
 from minimind.runtime.device import autocast_context, stat_dtype
 from minimind.runtime.distributed import all_reduce_sum
-from minimind.trainer.recipe import Batch, LossResult, Window
-from minimind.trainer.run import Run
+from minimind.trainer.recipe import Batch, LossResult, Run, Window
 
 
 def count_answers(batch: Batch) -> float:

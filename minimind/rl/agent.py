@@ -29,7 +29,7 @@ from minimind.runtime.device import mix_seeds
 from minimind.runtime.distributed import is_main_process
 from minimind.tokenizer import encode_chat
 from minimind.trainer.exhibits import extremes
-from minimind.trainer.run import Run
+from minimind.trainer.recipe import Run
 
 
 class ToolSource(Protocol):

@@ -18,8 +18,7 @@ from minimind.rl.rollout import LocalRollout, Rollout, response_batch
 from minimind.runtime.device import mix_seeds, stat_dtype
 from minimind.runtime.distributed import all_reduce_sum, barrier, gather_objects, is_main_process, rank
 from minimind.trainer.exhibits import extremes
-from minimind.trainer.recipe import Batch, Window
-from minimind.trainer.run import Run
+from minimind.trainer.recipe import Batch, Run, Window
 
 
 @dataclass

@@ -15,8 +15,7 @@ from minimind.objectives.policy import grpo_loss, token_weights
 from minimind.rl.experience import Experience, global_moments
 from minimind.rl.rollout import response_batch
 from minimind.runtime.device import autocast_context
-from minimind.trainer.recipe import Batch, LossResult
-from minimind.trainer.run import Run
+from minimind.trainer.recipe import Batch, LossResult, Run
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:

@@ -17,7 +17,6 @@ from minimind.errors import UserError
 from minimind.paths import resolve_path
 from minimind.runtime import files
 from minimind.runtime.distributed import world_size
-from minimind.runtime.weights_check import check_plain, check_tied
 
 FORMAT_VERSION = 1
 # 包装层（compile、DDP）加在键名前的前缀；存档里不许有，读旧文件时去掉
@@ -172,8 +171,10 @@ def read_state(path: Path) -> dict[str, Tensor]:
     """读一份普通的权重字典，去掉包装层的前缀与位置编码的表。
 
     Raises:
-        UserError: 文件损坏，或里面不是权重字典（例如续训存档），见 :func:`check_plain`。
+        UserError: 文件损坏，或里面不是权重字典（例如续训存档），见 :func:`minimind.runtime.shapes.check_plain`。
     """
+    from minimind.runtime.shapes import check_plain  # 从头训练的不读权重
+
     state = load_file(path)
     if isinstance(state, dict):
         state = {k: v for k, v in state.items() if not (isinstance(k, str) and BUFFERS.fullmatch(k))}
@@ -190,6 +191,8 @@ def check_state(model: nn.Module, state: Mapping[str, Tensor], where: Path, fix:
     Raises:
         UserError: 指出文件、键、两边的形状。
     """
+    from minimind.runtime.shapes import check_tied
+
     own = unwrap(model).state_dict()
     tied = getattr(model, "tied_keys", {})
     for key, value in own.items():

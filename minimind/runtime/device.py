@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from minimind.cpus import available_cpus
 from minimind.errors import UserError
-from minimind.runtime.fair_share import CROWDED, fair_share, queued_seconds
+from minimind.runtime.fair_share import CROWDED, available_cpus, fair_share, queued_seconds
 
 # 各卡稠密 bf16/fp16 矩阵乘峰值（TFLOPS，厂商公布值，不含稀疏加速）；按名字里的片段匹配，长的在前
 PEAK_TFLOPS = {

@@ -31,7 +31,6 @@ from minimind.runtime.checkpoint import (
 )
 from minimind.runtime.device import resolve_device
 from minimind.runtime.distributed import broadcast_object, broadcast_state, on_main
-from minimind.runtime.shapes import check_visible, config_of_state, visible_sizes
 from minimind.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 # 权重名 → 得到它的命令，写进“找不到权重”的提示里
@@ -164,6 +163,8 @@ def read_weights(
         except (ValueError, TypeError) as error:
             raise UserError(str(error), where=str(sidecar_path(path))) from error
         return WeightsFile(path, config, read_state(path), sidecar)
+    from minimind.runtime.shapes import check_visible, config_of_state  # 有旁注的用不着
+
     state = read_state(path)
     check_visible(state, given, path, prefix)
     config = config_of_state(state, path, {**given, **extra}, notes)
@@ -304,6 +305,8 @@ def _training_start(
     if saved := sidecar.get("config", {}):
         lm_config.vocab_size = saved.get("vocab_size", lm_config.vocab_size)
     else:
+        from minimind.runtime.shapes import check_visible, visible_sizes
+
         state = read_state(path)
         check_visible(state, config_dict(lm_config), path)
         lm_config.vocab_size = visible_sizes(state, path)["vocab_size"]

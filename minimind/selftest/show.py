@@ -19,9 +19,9 @@ from rich.markup import escape
 from rich.table import Table
 
 import minimind
-from minimind.cpus import available_cpus
 from minimind.runtime.checkpoint import atomic_write
 from minimind.runtime.device import device_name, module_of
+from minimind.runtime.fair_share import available_cpus
 from minimind.selftest.rows import FAILED, PASSED, SKIPPED, UNTESTED, ResultRow
 
 STYLES = {PASSED: "green", FAILED: "bold red", SKIPPED: "dim", UNTESTED: "yellow"}

@@ -6,32 +6,33 @@
     encode_plain(tokenizer, "文本")                   # 文本里的控制 token 只是普通字符
     encode_pretrain(tokenizer, "文档")                # [bos] + 文本 + [eos]
     encode_chat(tokenizer, messages).ids / .target   # 对话与目标掩码，掩码来自结构
+
+名字用到时才导入：预训练打开分词器，用不着对话怎么渲染、别人的模板怎么认。
 """
 
-from minimind.tokenizer.chat import (
-    ChatEncoding,
-    encode_chat,
-    encode_chat_batch,
-    encode_plain,
-    encode_plain_batch,
-    encode_pretrain,
-    encode_unfinished,
-)
-from minimind.tokenizer.loading import load_tokenizer, token_byte_lengths, tokenizer_fingerprint
-from minimind.tokenizer.render import Segment, render, render_text
+from __future__ import annotations
 
-__all__ = [
-    "ChatEncoding",
-    "Segment",
-    "encode_chat",
-    "encode_chat_batch",
-    "encode_plain",
-    "encode_plain_batch",
-    "encode_pretrain",
-    "encode_unfinished",
-    "load_tokenizer",
-    "render",
-    "render_text",
-    "token_byte_lengths",
-    "tokenizer_fingerprint",
-]
+import importlib
+from typing import Any
+
+_HOMES = {
+    "ChatEncoding": "chat",
+    "Segment": "render",
+    "encode_chat": "chat",
+    "encode_chat_batch": "chat",
+    "encode_plain": "chat",
+    "encode_plain_batch": "chat",
+    "encode_pretrain": "chat",
+    "encode_unfinished": "chat",
+    "load_tokenizer": "loading",
+    "render_text": "render",
+    "token_byte_lengths": "loading",
+    "tokenizer_fingerprint": "loading",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"模块 {__name__} 没有 {name}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from minimind.console import format_duration, say
 from minimind.dataset.collate import to_device
@@ -27,7 +26,7 @@ from minimind.runtime.distributed import any_process, gather_objects
 from minimind.trainer.recipe import Batch, Window
 
 if TYPE_CHECKING:
-    from minimind.trainer.run import Run
+    from minimind.trainer.recipe import Run
 
 # auto：不编译要跑这么久才值得先花几十秒编译；算力按峰值的两成、查不到峰值时按步数估
 WORTH_SECONDS, WORTH_STEPS, EAGER_SHARE_OF_PEAK = 300.0, 2000, 0.2
@@ -75,6 +74,10 @@ class CompiledBlocks(nn.Module):
         args = tuple(self.static_inputs(a) if isinstance(a, dict) else a for a in args)
         with self._swapped():
             return self.module(*args, **self.static_inputs(kwargs))
+
+    def check(self, run: Run, window: Window) -> None:
+        """见 :func:`compile_and_check`。"""
+        compile_and_check(run, window)
 
     def turn_off(self, reason: str) -> None:
         """从此不用编译的，说明为什么。"""
@@ -191,8 +194,8 @@ def compile_and_check(run: Run, window: Window) -> None:
     随机数，核对时关掉。梯度全为 0 的微批次说明不了什么（优势全是 0 的强化学习），留到下一个更新再核对。
     各进程一起得出同一个结论。
     """
-    compiled = run.wrapped.module if isinstance(run.wrapped, DistributedDataParallel) else run.wrapped
-    if not isinstance(compiled, CompiledBlocks) or compiled.state != "unchecked":
+    compiled = run.compiled
+    if compiled.state != "unchecked":
         return
     with run.meter.pause("compile"), preserved_rng(run.device):
         batch = next((b for ids, b in window if ids), window[0][1])

@@ -1,4 +1,4 @@
-"""训练要多少内存：按结构数出来，不必跑一步；开训前说一声，也用来算一张卡放得下多大的批。
+"""训练要多少内存：按结构数出来，不必跑一步；开训前说一声，也用来算一张卡放得下多大的批；真的不够时说清该动哪个参数。
 
 数的是逐算子执行、自动混合精度下留给反向的中间结果，一个一个对着 model_minimind.py 数；编译之后有些会重算，用得更少。
 与实测的对照：CPU 上是 ``saved_tensors_hooks`` 数出的字节，一张 H200 上是分配器的最高值（tests/trainer/test_footprint.py）。
@@ -6,16 +6,24 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from minimind.console import say
+from minimind.errors import UserError
 from minimind.model import MiniMindConfig
+from minimind.model.model_minimind import MiniMindModel
 from minimind.trainer.optim import split_parameters
 
+T = TypeVar("T")
+# torch.OutOfMemoryError 之外的：NPU、MPS 与 CPU 的分配器只抛 RuntimeError，认它们的话
+SAYINGS = ("out of memory", "can't allocate memory", "not enough memory")
 GB = 1e9
 FULL, INDEX = 4, 8  # fp32 与下标各几个字节
 CARD_OVERHEAD = 0.8 * GB  # 显卡上下文、矩阵乘的工作区，不归分配器管
@@ -87,6 +95,24 @@ def backward_bytes(config: MiniMindConfig, half: bool) -> int:
     chosen = config.num_experts_per_tok + config.n_shared_experts if config.use_moe else 1
     width = (config.moe_intermediate_size if config.use_moe else config.intermediate_size) * chosen
     return 3 * (2 if half else FULL) * width + 2 * FULL * config.hidden_size
+
+
+def recompute_layers(model: nn.Module, layers: str) -> None:
+    """``--checkpoint_layers``：每个主干（强化学习的价值网络也有一个）的前几层反向时重算。
+
+    Raises:
+        UserError: 比模型的层数还多。
+    """
+    trunks = [module for module in model.modules() if isinstance(module, MiniMindModel)]
+    for trunk in trunks:
+        trunk.gradient_checkpointing = len(trunk.layers) if layers == "all" else int(layers)
+        if trunk.gradient_checkpointing > len(trunk.layers):
+            raise UserError(
+                f"要重算 {layers} 层",
+                where="--checkpoint_layers",
+                expected=f"至多 {len(trunk.layers)} 层，这个模型的全部",
+                fix="全部重算写 --checkpoint_layers all",
+            )
 
 
 def recomputed_layers(config: MiniMindConfig, choice: int | str) -> int:
@@ -161,12 +187,23 @@ def largest_rows(model: nn.Module, card_gb: float, length: int, **options: Any) 
     return low
 
 
-def expected(run: Any) -> Footprint | None:
-    """这次训练的内存；不是只有一个 MiniMind 的交叉熵训练（另有教师、价值网络、采样的缓存）时数不全，为 None。"""
+def describe(found: Footprint) -> str:
+    """一句话：``6.2 GB（参数、梯度与优化器 0.4，中间结果 5.4，其余 0.4）``。"""
+    fixed = found.weights + found.state + found.casts + (found.gradients if found.accumulates else 0)
+    rest = max(found.peak - fixed - found.activations, 0)
+    parts = f"参数与优化器 {fixed / GB:.1f}，中间结果 {found.activations / GB:.1f}，其余 {rest / GB:.1f}"
+    return f"{found.peak / GB:.1f} GB（{parts}）"
+
+
+def announce_memory(run: Any) -> None:
+    """预计的内存；卡上放不下就先说该动哪个参数，不等它走到一半。
+
+    不是只有一个 MiniMind 的交叉熵训练（另有教师、价值网络、采样的缓存）时数不全，不说。
+    """
     args, length = run.args, getattr(run.data.train, "row_length", None)
     if not (run.recipe.cross_entropy and length and isinstance(run.config, MiniMindConfig)):
-        return None
-    return footprint(
+        return
+    found = footprint(
         run.model,
         args.batch_size * length,
         half=run.dtype != torch.float32,
@@ -175,11 +212,66 @@ def expected(run: Any) -> Footprint | None:
         accumulates=args.accumulation_steps > 1,
         on_cpu=run.device.type == "cpu",
     )
+    say(f"预计{'内存' if run.device.type == 'cpu' else '显存'} {describe(found)}。")
+    if run.device.type == "cuda":
+        room = torch.cuda.mem_get_info(run.device)[0] + torch.cuda.memory_reserved(run.device)
+        if found.peak > room:
+            say(f"留意：卡上只剩 {room / GB:.1f} GB，多半放不下；可以 {remedies(args)}。")
 
 
-def describe(found: Footprint) -> str:
-    """一句话：``6.2 GB（参数、梯度与优化器 0.4，中间结果 5.4，其余 0.4）``。"""
-    fixed = found.weights + found.state + found.casts + (found.gradients if found.accumulates else 0)
-    rest = max(found.peak - fixed - found.activations, 0)
-    parts = f"参数与优化器 {fixed / GB:.1f}，中间结果 {found.activations / GB:.1f}，其余 {rest / GB:.1f}"
-    return f"{found.peak / GB:.1f} GB（{parts}）"
+# ---------------------------------------------------------------- 不够的时候
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """是不是设备或主机的内存不够。"""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in SAYINGS)
+
+
+def remedies(args: Any) -> str:
+    """按代价从小到大的办法，各带现在的值；已经到头的不提。
+
+    Args:
+        args: :class:`minimind.trainer.train_args.TrainArguments` 或其子类。
+    """
+    ways = []
+    if args.batch_size > 1:
+        half = args.batch_size // 2
+        more = -(-args.batch_size * args.accumulation_steps // half)
+        ways.append(
+            f"--batch_size {half} --accumulation_steps {more}"
+            f"（现在 {args.batch_size} 与 {args.accumulation_steps}；每步的样本不少，只是分几次算）"
+        )
+    rows = getattr(args, "rows_per_forward", 1)
+    if rows > 1:
+        ways.append(f"--rows_per_forward {rows // 2}（现在 {rows}；打分与更新时一次少算几条）")
+    if args.checkpoint_layers != "all":
+        ways.append(
+            f"--checkpoint_layers all（现在 {args.checkpoint_layers}；结果不变，多花至多三分之一的时间）"
+        )
+    if args.max_seq_len > 64:
+        ways.append(
+            f"--max_seq_len {args.max_seq_len // 2}（现在 {args.max_seq_len}；长文会切开或截短，要从头训练）"
+        )
+    return "；或 ".join(ways) or "换小一号的 --preset，或内存大的设备"
+
+
+def explain_out_of_memory(train: Callable[..., T]) -> Callable[..., T]:
+    """包住 ``train(args, …)``：内存不够变成一句说得出办法的 :class:`UserError`。"""
+
+    @functools.wraps(train)
+    def wrapped(args: Any, *rest: Any, **named: Any) -> T:
+        try:
+            return train(args, *rest, **named)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            raise UserError(
+                f"内存不够：{first}",
+                where="训练",
+                fix=f"{remedies(args)}。此前的存档没有动，前几样换好后加 --from_resume 1 接着训练",
+            ) from error
+
+    return wrapped

@@ -16,30 +16,23 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from minimind.console import progress as progress_bar
 from minimind.console import say
-from minimind.runtime.checkpoint import write_sidecar
-from minimind.runtime.device import preserved_rng
-from minimind.runtime.distributed import any_process, barrier, broadcast_object, is_main_process, world_size
+from minimind.runtime.distributed import any_process, world_size
 from minimind.runtime.fair_share import fair_share
 from minimind.runtime.interrupt import StopSignal
-from minimind.tokenizer import token_byte_lengths
-from minimind.trainer import samples
-from minimind.trainer.archive import Archive, keep_best
-from minimind.trainer.compiling import compile_and_check
-from minimind.trainer.exhibits import EXHIBITS
+from minimind.trainer.archive import Archive
+from minimind.trainer.footprint import explain_out_of_memory
 from minimind.trainer.journal import announce, announce_total, conclude, log_interval
 from minimind.trainer.loader import training_batches
-from minimind.trainer.memory import explain_out_of_memory
 from minimind.trainer.optim import set_learning_rate
-from minimind.trainer.recipe import Data, Recipe
-from minimind.trainer.run import Run
+from minimind.trainer.progress import due
+from minimind.trainer.recipe import Data, Recipe, Run
 from minimind.trainer.setup import set_up
 from minimind.trainer.step import forward_backward, report_nonfinite, update_weights
-from minimind.trainer.validation import validate
+from minimind.trainer.validation import evaluate, owes_evaluation
 
 
 @dataclass
@@ -103,10 +96,11 @@ def train(args: Any, recipe: Recipe, model: nn.Module, tokenizer: Any, data: Dat
             updates = 0
             for update in recipe.prepare(run, window) if recipe.prepare else (window,):
                 updates += 1
-                compile_and_check(run, update)
+                if run.compiled is not None:  # 头一个更新之前核对
+                    run.compiled.check(run, update)
                 sums, micro_losses = forward_backward(run, update, stop)
                 stopping = sums.pop("stop") > 0 or stopping
-                if update_weights(run, sums):
+                if update_weights(run, sums, args.grad_clip):
                     state.nonfinite_in_row = 0
                 elif sums["count"]:
                     report_nonfinite(run, update, micro_losses, sums)
@@ -123,7 +117,7 @@ def train(args: Any, recipe: Recipe, model: nn.Module, tokenizer: Any, data: Dat
             last = state.step == state.total_steps
             if due(state.step, args.log_interval) or last:
                 log_interval(run, epoch)
-            evaluating = run.evaluates and (due(state.step, args.eval_interval) or last)
+            evaluating = run.evaluates and state.owes_evaluation()
             if due(state.step, args.save_interval) or last or evaluating or stopping:
                 with run.meter.pause("save"):
                     archive.save()
@@ -135,11 +129,6 @@ def train(args: Any, recipe: Recipe, model: nn.Module, tokenizer: Any, data: Dat
         run.journal.close()
         raise SystemExit(128 + (stop.signum or signal.SIGTERM))
     return finish(run)
-
-
-def due(step: int, interval: int) -> bool:
-    """每 ``interval`` 步一次的事这一步该不该做；0 表示从不。"""
-    return interval > 0 and step % interval == 0
 
 
 def lap(run: Run) -> None:
@@ -162,63 +151,6 @@ def accumulate_interval(run: Run, sums: dict[str, float]) -> None:
     interval["steps"] = interval.get("steps", 0.0) + good
     interval["skipped"] = interval.get("skipped", 0.0) + (not good)
     state.tokens += sums["tokens"]
-
-
-def owes_evaluation(run: Run) -> bool:
-    """续训点该有一次验证而日志里没有：上次停在存盘与验证之间，要补上。"""
-    step, log = run.state.step, run.journal.log
-    wanted = step > 0 and (step == run.state.total_steps or due(step, run.args.eval_interval))
-    return broadcast_object(bool(wanted and run.evaluates and log and step not in log.evaluated_steps))
-
-
-def evaluate(run: Run, archive: Archive, stop: StopSignal) -> bool:
-    """验证并记录；此前已存盘，验证出了错也不丢训练成果。
-
-    Returns:
-        是否做完；收到退出信号就半途放弃，续训时会补上。
-    """
-    state, recipe, result, shown = run.state, run.recipe, {}, dict(run.exhibits)
-    with run.meter.pause("eval"):
-        if run.data.val is not None:
-            lengths = None if run.tokenizer is None else torch.from_numpy(token_byte_lengths(run.tokenizer))
-            result = validate(
-                run.model,
-                run.data.val,
-                recipe.loss,
-                recipe.collate,
-                count=recipe.count,
-                batch_size=run.args.batch_size,
-                device=run.device,
-                dtype=run.dtype,
-                byte_lengths=lengths,
-                max_rows=run.args.val_max_rows,
-                should_stop=lambda: stop.requested,
-            )
-            if result is None:
-                return False
-        if recipe.on_eval is not None:
-            if is_main_process():
-                with preserved_rng(run.device):
-                    run.model.eval()
-                    found = recipe.on_eval(run.model, state.step)
-                    shown |= {key: found[key] for key in EXHIBITS if key in found}
-                    result |= {key: value for key, value in found.items() if key not in shown}
-                    run.model.train()
-            barrier()
-        shown = samples.take(run.samples, run.model, run.device, shown)
-    state.metrics = result
-    if is_main_process() and state.saved_step == state.step:
-        write_sidecar(recipe.weights, archive.sidecar())
-        keep_best(run, result)
-    if shown:  # 先写：验证的那一行在，样例一定在
-        run.journal.write({"step": state.step, **shown}, state.step)
-    run.journal.write(
-        {"step": state.step, "epoch": state.epoch_for_people, **result, "time": state.seconds}, state.step
-    )
-    words = {"val_loss": "损失", "val_bpb": "每字节比特数"}
-    say(f"验证（第 {state.step} 步）：" + "，".join(f"{words.get(k, k)} {v:.4f}" for k, v in result.items()))
-    samples.show(shown)
-    return True
 
 
 def finish(run: Run) -> TrainResult:

@@ -66,7 +66,7 @@ class Progress(TrainState):
     """走到哪里，加上由参数、行数与进程数推出的总步数、下一窗的大小、学习率；随训练就地更新。
 
     Args:
-        args: 需要 ``epochs max_steps batch_size accumulation_steps`` 与学习率日程的参数。
+        args: 需要 ``epochs max_steps batch_size accumulation_steps``、学习率的日程、验证与存盘的间隔。
         rows: 训练集的行数。
         world_size: 进程数。
         saved: 存档里的 :class:`TrainState`；重新训练时没有。
@@ -78,45 +78,40 @@ class Progress(TrainState):
 
     def __init__(self, args: Any, rows: int, world_size: int, **saved: Any):
         super().__init__(**saved)
-        self.args, self.rows = args, rows
+        self.rows, self.epochs, self.max_steps = rows, args.epochs, args.max_steps
         self.global_batch = args.batch_size * world_size  # 一个全局微批次的样本数
+        self.accumulation = args.accumulation_steps
+        self.eval_interval, self.save_interval = args.eval_interval, args.save_interval
+        names = ("schedule", "warmup_ratio", "decay_ratio")
+        self.shape = {"peak": args.learning_rate, **{name: getattr(args, name) for name in names}}
         self.total_steps = self._count_steps()
         self.saved_step = self.step if saved else -1
         self.train_loss, self.metrics = math.nan, {}
 
     def _steps(self, samples: int) -> int:
         """这么多样本要走多少个优化步；末尾不满的窗口也算一步。"""
-        return math.ceil(math.ceil(samples / self.global_batch) / self.args.accumulation_steps)
+        return math.ceil(math.ceil(samples / self.global_batch) / self.accumulation)
 
     def _count_steps(self) -> int:
-        epochs_left = self.args.epochs - self.epoch
+        epochs_left = self.epochs - self.epoch
         left = 0
         if epochs_left > 0:
             left = self._steps(self.rows - self.samples) + (epochs_left - 1) * self._steps(self.rows)
         total = self.step + left
-        return min(total, self.args.max_steps) if self.args.max_steps else total
+        return min(total, self.max_steps) if self.max_steps else total
 
     def window_size(self) -> tuple[int, int]:
         """下一个优化步的（微批次数，全局样本数）；一轮的末尾可能不满。"""
         left = self.rows - self.samples
-        micro = min(self.args.accumulation_steps, math.ceil(left / self.global_batch))
+        micro = min(self.accumulation, math.ceil(left / self.global_batch))
         return micro, min(left, micro * self.global_batch)
 
     def learning_rate(self, samples: int) -> float:
         """即将走的这一步的学习率：按样本进度（换了进程数也不跳），由 ``--max_steps`` 截断时按步数进度。"""
-        args = self.args
-        if args.max_steps and self.total_steps == args.max_steps:
-            position = (self.step + 0.5, args.max_steps)
-        else:
-            done = self.epoch * self.rows + self.samples + samples / 2
-            position = (done, args.epochs * self.rows)
-        return lr_at(
-            *position,
-            peak=args.learning_rate,
-            schedule=args.schedule,
-            warmup_ratio=args.warmup_ratio,
-            decay_ratio=args.decay_ratio,
-        )
+        if self.max_steps and self.total_steps == self.max_steps:
+            return lr_at(self.step + 0.5, self.max_steps, **self.shape)
+        done = self.epoch * self.rows + self.samples + samples / 2
+        return lr_at(done, self.epochs * self.rows, **self.shape)
 
     def advance(self, samples: int) -> None:
         """一步走完：样本位置前移，到头则进入下一轮。"""
@@ -125,7 +120,32 @@ class Progress(TrainState):
         if self.samples >= self.rows:
             self.epoch, self.samples = self.epoch + 1, 0
 
+    def owes_evaluation(self) -> bool:
+        """这一步走完该不该验证：到了间隔，或到了末尾。"""
+        return self.step == self.total_steps or due(self.step, self.eval_interval)
+
+    def pauses_left(self) -> tuple[int, int]:
+        """还会有几次验证、几次存盘。"""
+        intervals = self.eval_interval, self.save_interval
+        evals, saves = (events_left(self.step, self.total_steps, interval) for interval in intervals)
+        return evals, saves
+
     @property
     def epoch_for_people(self) -> int:
         """从 1 数的轮次；一轮刚走完时仍说是那一轮。"""
         return self.epoch + (self.samples > 0 or self.step == 0)
+
+
+def due(step: int, interval: int) -> bool:
+    """每 ``interval`` 步一次的事这一步该不该做；0 表示从不。"""
+    return interval > 0 and step % interval == 0
+
+
+def events_left(step: int, total: int, interval: int) -> int:
+    """从第 ``step`` 步之后到 ``total`` 步为止，“每 interval 步一次、结束时必有一次”的事还会发生几次。"""
+    if step >= total:
+        return 0
+    if interval <= 0:
+        return 1
+    regular = total // interval - step // interval
+    return regular + (total % interval != 0)

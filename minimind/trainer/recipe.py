@@ -1,4 +1,7 @@
-"""配方的记录：训练循环要知道的一切，一个配方一份；另有数据的记录，与预训练、SFT 一族共用的损失和它的分母。"""
+"""训练循环看得到的一切：配方的记录（一个配方一份）、数据的记录、一次训练的状态；另有预训练、SFT 一族共用的损失和它的分母。
+
+状态怎么建起来见 :mod:`minimind.trainer.setup`，怎么存盘见 :mod:`minimind.trainer.archive`。
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from minimind.console import Meter
 from minimind.dataset.collate import model_inputs
+from minimind.model import MiniMindConfig
+from minimind.runtime.device import DTYPES, stat_dtype
+from minimind.runtime.distributed import all_reduce_sum
+from minimind.trainer.journal import Journal
+from minimind.trainer.progress import Progress
+from minimind.trainer.vital_signs import VitalSigns
 
 Batch = dict[str, Any]
 Window = list[tuple[list[int], Batch]]  # 一次更新的各微批次：（样本编号，批）；编号为空的是凑数的批
@@ -51,11 +63,11 @@ class Recipe:
             才是损失；``metrics`` 的每一项也是目标上的和（同一个分母），或自带分母的 ``(和, 个数)``。
         collate: 把若干样本拼成一个微批次；送得进另起的进程（模块里的函数、``partial``、对象的方法）。
         count: 在 CPU 上数一个微批次的目标数，即损失的分母。
-        prepare: ``prepare(run, window)``（``run`` 是 :class:`minimind.trainer.run.Run`）把取到的一窗微批次变成若干窗，每窗更新一次权重；强化学习在这里采样、打分，
+        prepare: ``prepare(run, window)``（``run`` 是 :class:`Run`）把取到的一窗微批次变成若干窗，每窗更新一次权重；强化学习在这里采样、打分，
             一步之内可以更新几次。可以是生成器：下一窗开始时上一窗已经更新完。各进程给出的窗数必须相同；
-            过程中的指标用 :meth:`minimind.trainer.run.Run.record` 记下。默认就用取到的那一窗。
+            过程中的指标用 :meth:`Run.record` 记下。默认就用取到的那一窗。
         health: 每行日志之后调用 ``health(record)``，返回的每一句是发现的毛病，照样打印。
-        on_eval: 每次验证后在主进程调用 ``on_eval(model, step)``，返回的指标一并记录；另可带着
+        on_eval: 每次验证后在主进程调用 ``on_eval(model, step)``，返回的数是指标，一并记录；另可带着
             :data:`minimind.trainer.exhibits.EXHIBITS` 里的几样，随样例一起看。
         extra_state: 配方自己要存进续训存档的对象，有 ``state_dict``（给出拷贝）与 ``load_state_dict``。
         identity: 数据与分词器之外，结果还依赖哪些文件：``{"教师": 内容的指纹}``；写进存档，续训时核对。
@@ -81,3 +93,88 @@ class Recipe:
     def cross_entropy(self) -> bool:
         """损失就是每个目标词元的交叉熵，瞎猜时等于 ln V。"""
         return self.loss is language_model_loss
+
+
+@dataclass
+class Run:
+    """一次训练。
+
+    Args:
+        args: 命令行参数，:class:`minimind.trainer.train_args.TrainArguments` 或其子类。
+        recipe: 配方；``weights`` 已经定下。
+        data: 训练集与验证集。
+        tokenizer: 算每字节比特数与指纹用，可以没有。
+        model: 没有包装的模型，存档的键名因此干净。
+        wrapped: 训练时前向的那个：编译在里、DDP 在外。
+        optimizer: 优化器；scaler: float16 的梯度缩放器，别的精度下是直通的。
+        numerics: 设备、精度、矩阵乘峰值、线程数；写进存档供续训沿用。
+        state: 走到哪里。
+        vitals: 体征；meter: 速度与剩余时间；journal: 日志。
+        samples: 每次验证答一遍的样例（:class:`minimind.trainer.samples.Sampler`）；不要样例时没有。
+        exhibits: 配方这一步放在这里、随下一次样例一起看的：强化学习采样里最好、居中、最差的回答。
+    """
+
+    args: Any
+    recipe: Recipe
+    data: Data
+    tokenizer: Any
+    model: nn.Module
+    wrapped: nn.Module
+    optimizer: Any
+    scaler: torch.amp.GradScaler
+    numerics: dict[str, Any]
+    state: Progress
+    vitals: VitalSigns
+    meter: Meter
+    journal: Journal
+    samples: Any = None
+    exhibits: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """模型所在的设备。"""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """计算精度。"""
+        return DTYPES[self.numerics["dtype"]]
+
+    @property
+    def config(self) -> MiniMindConfig:
+        """模型的配置。"""
+        return self.model.config
+
+    @property
+    def compiled(self) -> Any:
+        """编译的包装（:class:`minimind.trainer.compiling.CompiledBlocks`）；不编译时是 ``None``。"""
+        inner = self.wrapped.module if isinstance(self.wrapped, DistributedDataParallel) else self.wrapped
+        return None if inner is self.model else inner
+
+    @property
+    def evaluates(self) -> bool:
+        """期间有没有验证要做。"""
+        return self.data.val is not None or self.recipe.on_eval is not None
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        """松开 DDP：它要在进程组解散之前析构，见 :func:`minimind.runtime.distributed.shutdown_distributed`。"""
+        self.wrapped = None
+
+    def record(self, **metrics: tuple[float, float]) -> None:
+        """记下这一步的指标，供配方的 ``prepare`` 用：``run.record(reward=(和, 个数))``。
+
+        各进程的和与个数分别相加，记录时是区间里的平均。每个进程都要调用，键与次序相同。
+        """
+        if not metrics:
+            return
+        values = torch.tensor(
+            [list(map(float, pair)) for pair in metrics.values()], dtype=stat_dtype(self.device)
+        )
+        totals = all_reduce_sum(values.to(self.device)).tolist()
+        interval = self.state.interval
+        for name, pair in zip(metrics, totals):
+            for part, value in zip(("sum", "count"), pair):
+                interval[f"{name}/{part}"] = interval.get(f"{name}/{part}", 0.0) + value

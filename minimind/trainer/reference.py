@@ -218,38 +218,37 @@ class StartingPoint:
     """
 
     def __init__(self, args: Any, model: nn.Module):
-        saved = None
+        saved, weight, folder = None, args.save_weight, args.checkpoint_dir
         if args.from_resume:
             saved = distributed.broadcast_state(
-                distributed.on_main(lambda: self._saved(args, model)), model.device
+                distributed.on_main(lambda: self._saved(weight, folder, model)), model.device
             )
         if saved is not None:
-            self._check_same(saved, args, model)
+            if args.from_weight not in ("none", weight):
+                self._check_same(saved, args.from_weight, model)
             model.load_state_dict(saved)
         self.state = {name: exact_half(value) for name, value in model.state_dict().items()}
 
     @staticmethod
-    def _saved(args: Any, model: Any) -> dict[str, Tensor] | None:
-        data = checkpoint.lm_checkpoint(model.config, args.save_weight, save_dir=args.checkpoint_dir)
+    def _saved(weight: str, folder: str, model: Any) -> dict[str, Tensor] | None:
+        data = checkpoint.lm_checkpoint(model.config, weight, save_dir=folder)
         own = model.state_dict()
         found = ((data or {}).get("recipe_state") or {}).get("start")
         fits = found and {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in own.items()}
         return found if fits else None  # 结构不同的随后由训练循环逐项指出
 
     @staticmethod
-    def _check_same(saved: dict[str, Tensor], args: Any, model: Any) -> None:
+    def _check_same(saved: dict[str, Tensor], from_weight: str, model: Any) -> None:
         """存盘改写不到的起点文件若换了内容，多半是拿错了：说出来，不悄悄用旧的。
 
         Raises:
             UserError: ``from_weight`` 的内容与存档里的起点不同。
         """
         own = model.state_dict()
-        if args.from_weight in ("none", args.save_weight):
-            return
         if any(not torch.equal(own[key].cpu(), value.to(own[key].dtype)) for key, value in saved.items()):
             raise UserError(
                 "起点的权重（参考模型由它来）与存档里的不同：文件后来换过",
-                where=f"--from_weight {args.from_weight}",
+                where=f"--from_weight {from_weight}",
                 expected="与开始训练时同一份权重",
                 fix="放回原来的权重，或去掉 --from_resume 重新训练",
             )

@@ -1,14 +1,13 @@
 """续训：什么必须与存档相同，什么由存档还原，可以换的换了又怎样。每个参数声明自己属于哪一类（:data:`minimind.arguments.RESUME`），没有声明的一律要相同。
 
 被杀之后续训与没中断过逐位相同，靠的是“结果依赖的一切，要么在存档里，要么与存档核对过”。参数按值核对；文件（数据、教师、
-奖励）按内容核对，写进存档的 ``identity``；参考模型是训练开始时的权重，那个文件可能就是这次训练正在改写的，所以它整个
-放进存档（:class:`minimind.trainer.reference.StartingPoint`）。
+奖励）按内容核对，写进存档的 ``identity``（:mod:`minimind.trainer.archive`）；参考模型是训练开始时的权重，那个文件可能就是这次训练正在
+改写的，所以它整个放进存档（:class:`minimind.trainer.reference.StartingPoint`）。
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -17,7 +16,7 @@ from minimind.arguments import declared
 from minimind.console import say
 from minimind.errors import UserError
 from minimind.runtime import checkpoint, distributed
-from minimind.tokenizer import tokenizer_fingerprint
+from minimind.trainer.archive import val_identity
 from minimind.trainer.progress import Progress
 from minimind.trainer.recipe import Data, Recipe
 
@@ -26,72 +25,57 @@ IGNORED_CONFIG = ("dtype", "torch_dtype", "architectures", "_name_or_path", "fla
 SAME = "用与存档相同的参数，或去掉 --from_resume 重新训练"
 # 学习率变化超过这个比例就叫“跳”
 JUMP = 0.05
+# 哪一类里的哪些参数变了：{类: {参数: (存档里的值, 现在的值)}}
+Changes = dict[str, dict[str, tuple[Any, Any]]]
 
 
 # ---------------------------------------------------------------- 参数
 
 
-def options_of(args: Any) -> dict[str, Any]:
-    """声明过的全部参数与它们的值（没写明的已经填上）。"""
-    return {field.name: getattr(args, field.name) for field in declared(type(args))}
+def changes(saved: Mapping[str, Any], args: Any) -> Changes:
+    """值与存档不同的参数，按声明的类分开；存档里没有的（后来才有的参数）不算。"""
+    found: Changes = {}
+    for field in declared(type(args)):
+        now = getattr(args, field.name)
+        if field.name in saved and saved[field.name] != now:
+            found.setdefault(field.metadata["resume"], {})[field.name] = saved[field.name], now
+    return found
 
 
-def public_options(args: Any) -> dict[str, Any]:
-    """同上，写进旁注：随权重走，所以绝对路径只留末尾的名字。"""
-
-    def shown(field: Any, value: Any) -> Any:
-        if field.metadata["text"] not in ("path", "paths") or value is None:
-            return value
-        parts = [Path(part.strip()) for part in value.split(",")]  # --reward 可以有几项
-        return ",".join(part.name if part.is_absolute() else str(part) for part in parts)
-
-    return {field.name: shown(field, getattr(args, field.name)) for field in declared(type(args))}
-
-
-def changed(saved: Mapping[str, Any], args: Any, kind: str) -> list[str]:
-    """``kind`` 一类的参数里，值与存档不同的。"""
-    fields = [field for field in declared(type(args)) if field.metadata["resume"] == kind]
-    return [f.name for f in fields if f.name in saved and saved[f.name] != getattr(args, f.name)]
-
-
-def check_arguments(saved: Mapping[str, Any], args: Any, where: str) -> None:
+def check_arguments(found: Changes, where: str) -> None:
     """决定结果的参数必须与存档相同。
 
     Raises:
         UserError: 有不同，逐项写出两边的值。
     """
-    names = changed(saved, args, "compared")
-    old, new = ({f"--{name}": value[name] for name in names} for value in (saved, options_of(args)))
+    pairs = found.get("compared", {})
+    old, new = ({f"--{name}": pair[side] for name, pair in pairs.items()} for side in (0, 1))
     checkpoint.check_same_config(old, new, where, SAME)
 
 
-def say_changes(saved: dict[str, Any], args: Any, recipe: Recipe, data: Data, state: Progress) -> None:
+def say_changes(saved: dict[str, Any], found: Changes, recipe: Recipe, data: Data, state: Progress) -> None:
     """可以换的参数换了：说出由什么换成什么，以及它的后果（学习率跳到多少、总步数、每步的行数）。"""
-    old, world_size = saved["args"], distributed.world_size()
-    noted = changed(old, args, "noted")
-    for name in noted:
-        say(f"注意：--{name} 由 {old[name]} 改为 {getattr(args, name)}，续训按新的来。")
-    for name in changed(old, args, "rounding"):
-        say(
-            f"注意：--{name} 由 {old[name]} 改为 {getattr(args, name)}：算的是同一件事，舍入不同，"
-            "续训与没中断时不再逐位相同。"
-        )
+    world_size, noted = distributed.world_size(), found.get("noted", {})
+    for name, (old, new) in noted.items():
+        say(f"注意：--{name} 由 {old} 改为 {new}，续训按新的来。")
+    for name, (old, new) in found.get("rounding", {}).items():
+        say(f"注意：--{name} 由 {old} 改为 {new}：算的是同一件事，舍入不同，续训与没中断时不再逐位相同。")
     if saved["world_size"] != world_size:
         say(f"注意：进程数由 {saved['world_size']} 变为 {world_size}，从同一个样本接着训练。")
     if saved.get("val_identity") != val_identity(data):
         say("注意：验证集与存档的不同，前后的验证损失不能相比。")
     if noted or saved["world_size"] != world_size:
-        for effect in effects(saved, args, recipe, state):
+        for effect in effects(saved, recipe, state):
             say(f"注意：{effect}。")
 
 
-def effects(saved: dict[str, Any], args: Any, recipe: Recipe, state: Progress) -> list[str]:
+def effects(saved: dict[str, Any], recipe: Recipe, state: Progress) -> list[str]:
     """换了参数的后果，各一句话。"""
     sentences = []
     if saved["total_steps"] != state.total_steps:
         sentences.append(f"总步数由 {saved['total_steps']:,} 变为 {state.total_steps:,}")
     before = saved["args"]["batch_size"] * saved["args"]["accumulation_steps"] * saved["world_size"]
-    after = state.global_batch * args.accumulation_steps
+    after = state.global_batch * state.accumulation
     if before != after:
         sentences.append(f"每步由 {before} 行变为 {after} 行")
     if state.step and state.step < state.total_steps:
@@ -109,52 +93,6 @@ def effects(saved: dict[str, Any], args: Any, recipe: Recipe, state: Progress) -
 # ---------------------------------------------------------------- 存档
 
 
-def tokenizer_hash(tokenizer: Any) -> str | None:
-    """分词器的指纹；没有分词器时为 None。"""
-    return None if tokenizer is None else tokenizer_fingerprint(tokenizer)
-
-
-def identity_of(recipe: Recipe, data: Data, tokenizer: Any) -> dict[str, Any]:
-    """结果所依赖的各种文件的身份：数据、分词器，配方另外用到的（教师、奖励）；只看内容。"""
-    return {
-        "配方": recipe.name,
-        "训练行数": len(data.train),
-        "数据指纹": getattr(data.train, "fingerprint", None),
-        "行长": getattr(data.train, "row_length", None),
-        "分词器指纹": tokenizer_hash(tokenizer),
-        **recipe.identity,
-    }
-
-
-def val_identity(data: Data) -> str | int | None:
-    """验证集的身份；换了它不影响训练，只是前后不能相比。"""
-    return None if data.val is None else getattr(data.val, "fingerprint", len(data.val))
-
-
-def check_same_everywhere(identity: dict[str, Any], model: nn.Module, data: Data) -> None:
-    """各机器各读各的数据文件：不是同一份，就会各训各的，或者步数不同而互相干等。
-
-    Raises:
-        UserError: 有进程的数据、分词器或模型与主进程的不同；指出是哪个进程。
-    """
-    mine = {**identity, "模型": checkpoint.config_dict(model.config), "验证集": val_identity(data)}
-
-    def check(everyone: list[dict[str, Any]]) -> None:
-        for rank, other in enumerate(everyone):
-            different = [key for key in mine if mine[key] != other[key]]
-            if different:
-                what = "，".join(f"{key} {other[key]!r}（主进程 {mine[key]!r}）" for key in different)
-                raise UserError(
-                    f"与主进程的不同：{what}",
-                    where=f"进程 {rank}/{len(everyone)}",
-                    expected="每台机器上的数据文件、分词器与参数都相同",
-                    fix="把同一份文件放到每台机器上，或用 --data_path、--val_path 明确指出",
-                )
-
-    everyone = distributed.gather_objects(mine)
-    distributed.on_main(lambda: check(everyone))
-
-
 def load(args: Any, model: nn.Module, identity: dict[str, Any]) -> dict[str, Any]:
     """读续训存档并核对，发给各进程（它只在主进程的磁盘上有）；没有存档是空的。
 
@@ -163,8 +101,9 @@ def load(args: Any, model: nn.Module, identity: dict[str, Any]) -> dict[str, Any
     """
 
     def read() -> dict[str, Any]:
-        path = checkpoint.resume_path(model.config, args.save_weight, args.checkpoint_dir)
-        saved = checkpoint.lm_checkpoint(model.config, args.save_weight, save_dir=args.checkpoint_dir)
+        weight, folder = args.save_weight, args.checkpoint_dir
+        path = checkpoint.resume_path(model.config, weight, folder)
+        saved = checkpoint.lm_checkpoint(model.config, weight, save_dir=folder)
         if saved is None:
             say(f"没有续训存档 {path}，从头开始。")
             return {}
@@ -172,7 +111,7 @@ def load(args: Any, model: nn.Module, identity: dict[str, Any]) -> dict[str, Any
             if key not in saved:
                 raise UserError(f"续训存档里没有 {key}", where=str(path), fix="去掉 --from_resume 重新训练")
         config = {k: v for k, v in checkpoint.config_dict(model.config).items() if k not in IGNORED_CONFIG}
-        check_arguments(saved["args"], args, str(path))
+        check_arguments(changes(saved["args"], args), str(path))
         checkpoint.check_same_config(saved["config"], config, str(path), SAME)
         checkpoint.check_same_config(saved["identity"], identity, str(path), SAME)
         return saved

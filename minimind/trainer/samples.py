@@ -115,10 +115,10 @@ class Sampler:
                 )
 
     @classmethod
-    def for_run(cls, args: Any, recipe_name: str, config: Any, tokenizer: Any) -> Sampler:
-        """按参数备好；没有分词器就没有样例。"""
+    def for_run(cls, wanted: str, recipe_name: str, config: Any, tokenizer: Any) -> Sampler:
+        """按 ``--sample_prompts`` 备好。"""
         plain = recipe_name == "pretrain"
-        prompts = read_prompts(args.sample_prompts, plain) if tokenizer is not None else []
+        prompts = read_prompts(wanted, plain)
         return cls(prompts, tokenizer, plain, getattr(config, "max_position_embeddings", 1 << 30))
 
     def answer(self, model: nn.Module) -> list[dict[str, str]]:
@@ -136,50 +136,47 @@ class Sampler:
             answers[i] = self.tokenizer.decode(completion.ids, skip_special_tokens=True)
         return [{"prompt": prompt, "answer": answer} for prompt, answer in zip(self.prompts, answers)]
 
+    def take(self, model: nn.Module, device: torch.device, shown: Mapping[str, Any]) -> dict[str, Any]:
+        """这一次验证的样例，主进程之外与不要样例时是空的；每个进程都要调用。
 
-def take(
-    sampler: Sampler, model: nn.Module, device: torch.device, shown: Mapping[str, Any]
-) -> dict[str, Any]:
-    """这一次验证的样例，主进程之外与不要样例时是空的；每个进程都要调用。
+        Args:
+            shown: 配方自己给的几样（:data:`minimind.trainer.exhibits.EXHIBITS`）；给了 ``samples`` 就用它的前几个，不另答。
+        """
+        if not self.prompts:
+            return {}
+        found: dict[str, Any] = {}
+        if is_main_process():
+            if load := expert_load(model):  # 先取：作答会改写它
+                found["expert_load"] = load
+            found |= shown
+            if "samples" in found:
+                found["samples"] = found["samples"][: len(self.prompts)]
+            else:
+                training = model.training
+                with preserved_rng(device):
+                    model.eval()
+                    found["samples"] = self.answer(model)
+                    model.train(training)
+        barrier()
+        return found
 
-    Args:
-        shown: 配方自己给的几样（:data:`minimind.trainer.exhibits.EXHIBITS`）；给了 ``samples`` 就用它的前几个，不另答。
-    """
-    if not sampler.prompts:
-        return {}
-    found: dict[str, Any] = {}
-    if is_main_process():
-        if load := expert_load(model):  # 先取：作答会改写它
-            found["expert_load"] = load
-        found |= shown
-        if "samples" in found:
-            found["samples"] = found["samples"][: len(sampler.prompts)]
-        else:
-            training = model.training
-            with preserved_rng(device):
-                model.eval()
-                found["samples"] = sampler.answer(model)
-                model.train(training)
-    barrier()
-    return found
+    @staticmethod
+    def show(found: Mapping[str, Any]) -> None:
+        """打印样例。"""
+        for one in found.get("samples", ()):
+            say(f"样例｜{line(one['prompt'])} → {line(one['answer']) or '（什么也没写）'}")
+        for one in found.get("rollouts", ()):
+            parts = "，".join(f"{name} {value:g}" for name, value in one["parts"].items())
+            say(
+                f"采样·{KINDS[one['kind']]}｜{line(one['prompt'])} → {line(one['answer']) or '（什么也没写）'}"
+                f"｜奖励 {one['reward']:g}（{parts}）"
+            )
 
 
 def expert_load(model: nn.Module) -> list[list[float]]:
     """各层混合专家最近一次前向（验证的最后一批）里，每个专家分到的份额；稠密模型是空的。"""
     loads = [module.last_load for module in model.modules() if isinstance(module, MoE)]
     return [[round(share, 4) for share in load.tolist()] for load in loads if load is not None]
-
-
-def show(found: Mapping[str, Any]) -> None:
-    """打印样例。"""
-    for one in found.get("samples", ()):
-        say(f"样例｜{line(one['prompt'])} → {line(one['answer']) or '（什么也没写）'}")
-    for one in found.get("rollouts", ()):
-        parts = "，".join(f"{name} {value:g}" for name, value in one["parts"].items())
-        say(
-            f"采样·{KINDS[one['kind']]}｜{line(one['prompt'])} → {line(one['answer']) or '（什么也没写）'}"
-            f"｜奖励 {one['reward']:g}（{parts}）"
-        )
 
 
 def line(text: str) -> str:

@@ -1,4 +1,6 @@
-"""开训之前：核对各进程、读存档、定精度、建优化器、包装模型、定随机数，得到一个 :class:`~minimind.trainer.run.Run`。"""
+"""开训之前：进程组、设备、模型的尺寸；然后核对各进程、读存档、定精度、建优化器、包装模型、定随机数，
+得到一个 :class:`~minimind.trainer.recipe.Run`。
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,11 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from minimind.console import say
+from minimind.console import Meter, say
 from minimind.dataset.collate import to_device
 from minimind.errors import UserError
-from minimind.model.model_minimind import MiniMindModel
+from minimind.model import MiniMindConfig, preset
+from minimind.paths import resolve_path
 from minimind.runtime import checkpoint, distributed
 from minimind.runtime.device import (
     DTYPES,
@@ -21,22 +24,68 @@ from minimind.runtime.device import (
     make_scaler,
     mix_seeds,
     peak_flops,
+    prepare_device,
     preserved_rng,
+    resolve_device,
     reuse_threads,
     seed_all,
     set_rng_state,
 )
 from minimind.runtime.fair_share import fair_share
-from minimind.trainer import resume
-from minimind.trainer.compiling import maybe_compile
-from minimind.trainer.meter import Meter
+from minimind.runtime.files import check_writable
+from minimind.trainer.archive import check_same_everywhere, identity_of
+from minimind.trainer.footprint import recompute_layers
+from minimind.trainer.journal import Journal
 from minimind.trainer.optim import build_optimizer
 from minimind.trainer.progress import Progress
-from minimind.trainer.recipe import Data, Recipe
-from minimind.trainer.run import Run
-from minimind.trainer.samples import Sampler
-from minimind.trainer.tracking import Journal
+from minimind.trainer.recipe import Data, Recipe, Run
+from minimind.trainer.validation import guess_evaluation
 from minimind.trainer.vital_signs import VitalSigns
+
+
+def start_run(args: Any) -> torch.device:
+    """训练命令的第一步：建进程组、查输出目录、选设备、设种子（各进程同一个种子，模型初始化才一致）。
+
+    Raises:
+        UserError: 没有这个设备，或输出目录写不了：训练几个小时之后才发现存不下就晚了。
+    """
+    local_rank = distributed.init_distributed_mode(args.device)
+    # 没写明的参数有的由磁盘上有哪些权重而定（蒸馏的起点与学习率），各机器看到的可以不同，一律听主进程的
+    vars(args).update(distributed.broadcast_object(vars(args)))
+
+    def check_outputs() -> None:
+        out, checkpoints = resolve_path(args.save_dir), resolve_path(args.checkpoint_dir)
+        for folder, flag in ((out, "save"), (out / "logs", "save"), (checkpoints, "checkpoint")):
+            check_writable(folder, f"--{flag}_dir")
+
+    distributed.on_main(check_outputs)
+    device = resolve_device(args.device, local_rank if torch.distributed.is_initialized() else None)
+    prepare_device(device)
+    seed_all(args.seed)
+    return device
+
+
+def model_config(args: Any, **overrides: Any) -> MiniMindConfig:
+    """由命令行参数得到模型配置；给了 ``--preset`` 就以它的尺寸为准。
+
+    从头训练的初始化随优化器：Muon 用残差为零的，同样步数验证损失更低；AdamW 每个数走的步子有上限，从零起步反而慢，
+    用普通的（docs/quality.md）。载入权重时它不起作用。
+
+    v3 的混合专家只选一个专家，权重归一之后恒为 1，路由器从损失得不到梯度（7e-10，不归一 3e-3），所以从头训练时不归一；
+    从已有的权重开始则照它训练时的（旁注里写着；公开的没有旁注，按归一）。
+    """
+    given = {"arch": args.arch, "zero_init_residual": args.optimizer == "muon"}
+    if not args.preset:
+        given |= {name: getattr(args, name) for name in ("hidden_size", "num_hidden_layers")}
+        given["use_moe"] = bool(args.use_moe)
+    try:
+        given |= overrides
+        config = preset(args.preset, **given) if args.preset else MiniMindConfig(**given)
+    except ValueError as error:
+        raise UserError(str(error), where="模型尺寸") from error
+    if args.from_weight == "none" and config.arch == "v3" and config.num_experts_per_tok == 1:
+        config.norm_topk_prob = False
+    return config
 
 
 def set_up(args: Any, recipe: Recipe, model: nn.Module, tokenizer: Any, data: Data) -> Run:
@@ -55,11 +104,14 @@ def set_up(args: Any, recipe: Recipe, model: nn.Module, tokenizer: Any, data: Da
     device = next(model.parameters()).device
     recompute_layers(model, args.checkpoint_layers)
     model.train()
-    identity = resume.identity_of(recipe, data, tokenizer)
-    resume.check_same_everywhere(identity, model, data)
-    saved = resume.load(args, model, identity) if args.from_resume else {}
+    identity, saved = identity_of(recipe, data, tokenizer), {}
+    check_same_everywhere(identity, model, data)
+    if args.from_resume:
+        from minimind.trainer import resume  # 从头训练的不必读它；样例、编译也是用到才读
 
-    numerics = decide_numerics(args, recipe, model, data, saved.get("numerics", {}))
+        saved = resume.load(args, model, identity)
+
+    numerics = decide_numerics(args.dtype, recipe, model, data, saved.get("numerics", {}))
     dtype = DTYPES[numerics["dtype"]]
     optimizer = build_optimizer(
         model, args, newton_schulz_dtype=numerics["dtype"], lr_scales=recipe.lr_scales
@@ -68,8 +120,13 @@ def set_up(args: Any, recipe: Recipe, model: nn.Module, tokenizer: Any, data: Da
     state = Progress(args, len(data.train), distributed.world_size(), **saved.get("progress", {}))
     if saved:
         resume.restore(saved, model, optimizer, scaler, state, recipe)
-        resume.say_changes(saved, args, recipe, data, state)
-    samples = Sampler.for_run(args, recipe.name, model.config, tokenizer)
+        resume.say_changes(saved, resume.changes(saved["args"], args), recipe, data, state)
+    samples = None
+    if tokenizer is not None and args.sample_prompts != "0":
+        from minimind.trainer.samples import Sampler
+
+        samples = Sampler.for_run(args.sample_prompts, recipe.name, model.config, tokenizer)
+    journal = Journal.open(args, recipe.weights.stem, state.step if saved else None, saved.get("wandb_id"))
     run = Run(
         args=args,
         recipe=recipe,
@@ -82,41 +139,30 @@ def set_up(args: Any, recipe: Recipe, model: nn.Module, tokenizer: Any, data: Da
         numerics=numerics,
         state=state,
         vitals=VitalSigns(model, saved.get("vitals")),
-        meter=Meter(eval_guess_steps=guess_evaluation(args, recipe, data, state)),
-        journal=Journal.open(args, recipe, state, saved),
+        meter=Meter(eval_guess_steps=guess_evaluation(recipe, data, state, args.val_max_rows)),
+        journal=journal,
         samples=samples,
     )
-    run.wrapped = wrap(run)
+    if args.use_compile:
+        from minimind.trainer.compiling import maybe_compile
+
+        run.wrapped = maybe_compile(model, args.use_compile, run)
+    if torch.distributed.is_initialized():  # 编译在里、DDP 在外
+        # 不给 device_ids：给了它会把批里的张量再搬一遍，连留在主机的段界一起
+        run.wrapped = DistributedDataParallel(run.wrapped, gradient_as_bucket_view=True)
     seed(run, saved)
     return run
 
 
-def recompute_layers(model: nn.Module, layers: str) -> None:
-    """``--checkpoint_layers``：每个主干（强化学习的价值网络也有一个）的前几层反向时重算。
-
-    Raises:
-        UserError: 比模型的层数还多。
-    """
-    trunks = [module for module in model.modules() if isinstance(module, MiniMindModel)]
-    for trunk in trunks:
-        trunk.gradient_checkpointing = len(trunk.layers) if layers == "all" else int(layers)
-        if trunk.gradient_checkpointing > len(trunk.layers):
-            raise UserError(
-                f"要重算 {layers} 层",
-                where="--checkpoint_layers",
-                expected=f"至多 {len(trunk.layers)} 层，这个模型的全部",
-                fix="全部重算写 --checkpoint_layers all",
-            )
-
-
 def decide_numerics(
-    args: Any, recipe: Recipe, model: nn.Module, data: Data, remembered: dict[str, Any]
+    wanted: str, recipe: Recipe, model: nn.Module, data: Data, remembered: dict[str, Any]
 ) -> dict[str, Any]:
     """设备、精度、峰值、线程数：要现场测的只由主进程测一次、所有进程照办，并写进存档供续训沿用。
 
     强化学习的样本只是提示，要先采样才有得训练，CPU 上就不测，用 float32（采样与训练的概率要对得上）。
 
     Args:
+        wanted: ``--dtype``。
         remembered: 存档里的同一份；重新训练时是空的。
     """
     device = next(model.parameters()).device
@@ -124,12 +170,12 @@ def decide_numerics(
         reuse_threads(remembered["threads"], say)
     decided = None
     if distributed.is_main_process():
-        if args.dtype == "auto" and remembered.get("device") == device.type:
+        if wanted == "auto" and remembered.get("device") == device.type:
             dtype = DTYPES[remembered["dtype"]]
-        elif args.dtype == "auto" and recipe.prepare is not None and device.type == "cpu":
+        elif wanted == "auto" and recipe.prepare is not None and device.type == "cpu":
             dtype = torch.float32
         else:
-            dtype = choose_dtype(args.dtype, device, lambda dtype: probe(recipe, model, data, dtype))
+            dtype = choose_dtype(wanted, device, lambda dtype: probe(recipe, model, data, dtype))
         decided = {
             "device": device.type,
             "dtype": str(dtype).removeprefix("torch."),
@@ -152,24 +198,6 @@ def probe(recipe: Recipe, model: nn.Module, data: Data, dtype: torch.dtype) -> N
             loss, _ = recipe.loss(model, to_device(batch, device, dtype))
         (loss / max(recipe.count(batch), 1.0)).backward()
     model.zero_grad(set_to_none=True)
-
-
-def guess_evaluation(args: Any, recipe: Recipe, data: Data, state: Progress) -> float:
-    """还没验证过时，猜一次验证抵多少个训练步。"""
-    if data.val is None:  # 只有 on_eval：强化学习作答留出的题，与一步的采样相当
-        return 0.0 if recipe.on_eval is None else 1.0
-    rows = min(len(data.val), args.val_max_rows or len(data.val))
-    # 验证只有前向，约为训练的三分之一
-    return rows / (state.global_batch * args.accumulation_steps) / 3
-
-
-def wrap(run: Run) -> nn.Module:
-    """compile 在里、DDP 在外。"""
-    wrapped = maybe_compile(run.model, run.args.use_compile, run)
-    if not torch.distributed.is_initialized():
-        return wrapped
-    # 不给 device_ids：给了它会把批里的张量再搬一遍，连留在主机的段界一起
-    return DistributedDataParallel(wrapped, gradient_as_bucket_view=True)
 
 
 def seed(run: Run, saved: dict[str, Any]) -> None:

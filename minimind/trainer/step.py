@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from minimind.console import say
+from minimind.dataset.base import source_words
 from minimind.dataset.collate import to_device
 from minimind.errors import UserError
 from minimind.runtime.device import autocast_context, stat_dtype
 from minimind.runtime.distributed import all_reduce_sum, gather_objects, on_main, world_size
 from minimind.runtime.interrupt import StopSignal
-from minimind.trainer.recipe import Window
-from minimind.trainer.run import Run
+from minimind.trainer.recipe import Run, Window
 
 # 连续这么多步不是有限数就停：偶尔一步可能是坏样本，接连三步说明训练已经发散
 MAX_NONFINITE_IN_ROW = 3
@@ -92,10 +92,13 @@ def count_tokens(window: Window) -> tuple[float, float]:
     return tokens, context
 
 
-def update_weights(run: Run, sums: dict[str, float]) -> bool:
+def update_weights(run: Run, sums: dict[str, float], grad_clip: float) -> bool:
     """裁剪并走一步；损失或梯度不是有限数、一个目标也没有、或梯度恰好全是 0 时，权重与优化器状态一位也不动。
 
     梯度全是 0 而照走，动量与权重衰减仍会推着权重走（Muon 不论梯度多小都走满一步）：没有信号的一步什么也不该改。
+
+    Args:
+        grad_clip: 梯度范数的上限，0 是不裁剪。
 
     Returns:
         这一步是否正常（float16 的梯度溢出由缩放器照例处理，算正常）。
@@ -107,29 +110,14 @@ def update_weights(run: Run, sums: dict[str, float]) -> bool:
     if empty:
         run.state.interval["zero_grad"] = run.state.interval.get("zero_grad", 0.0) + 1
     elif healthy:
-        if run.args.grad_clip and finite_grad:
+        if grad_clip and finite_grad:
             norm = torch.tensor(sums["grad_norm"], device=run.device)
-            torch.nn.utils.clip_grads_with_norm_(run.model.parameters(), run.args.grad_clip, norm)
+            torch.nn.utils.clip_grads_with_norm_(run.model.parameters(), grad_clip, norm)
         run.scaler.step(run.optimizer)
     if run.scaler.is_enabled():
         run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
     return healthy
-
-
-def source_words(dataset: Any, samples: list[int]) -> str:
-    """这些样本在源文件的哪些行；数据由几个文件合成时逐个文件说。"""
-    places: dict[str, set[int]] = {}
-    for sample in samples:
-        lines = dataset.source_lines(sample)
-        names = dataset.source_names(sample) if hasattr(dataset, "source_names") else [""] * len(lines)
-        for name, line in zip(names, lines, strict=True):
-            places.setdefault(name, set()).add(line)
-    words = []
-    for name, lines in sorted(places.items()):
-        shown = "、".join(map(str, sorted(lines)[:16])) + (" 行等" if len(lines) > 16 else " 行")
-        words.append(f"{name if len(places) > 1 else '源文件'}第 {shown}")
-    return "；".join(words)
 
 
 def report_nonfinite(run: Run, window: Window, micro_losses: list[Tensor], sums: dict[str, float]) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from minimind.arguments import Arguments, arg, override
 from minimind.errors import UserError
@@ -208,12 +209,16 @@ class TrainArguments(
         """这次训练之后，模型见过多长的一篇；``before`` 是起点的权重见过的，不知道为 None。"""
         return max(before or 0, self.max_seq_len)
 
+    def usual_learning_rate(self) -> float | None:
+        """没有给 ``--learning_rate`` 时用多少；这时还定不下来的是 ``None``，由配方补上。"""
+        return self.LEARNING_RATE_TIMES_WIDTH / self.width
+
     def __post_init__(self):
         """查取值，填上随宽度而定的学习率。"""
         self.checkpoint_layers = str(self.checkpoint_layers)  # 代码里也可以写数
         super().__post_init__()
         if self.learning_rate is None:
-            self.learning_rate = self.LEARNING_RATE_TIMES_WIDTH / self.width
+            self.learning_rate = self.usual_learning_rate()
         total = self.warmup_ratio + self.decay_ratio
         if self.schedule == "wsd" and total > 1:
             raise UserError(
@@ -221,4 +226,25 @@ class TrainArguments(
                 where=f"--warmup_ratio {self.warmup_ratio:g} 与 --decay_ratio {self.decay_ratio:g}",
                 expected="不超过 1：预热完才衰减",
                 fix="减小其中一个",
+            )
+
+
+def refuse_unused(args: Any, choice: str, used_by: Mapping[str, tuple[str, ...]]) -> None:
+    """写了而 ``--{choice}`` 的这个取值用不到的参数：报错，不悄悄收下。
+
+    Args:
+        used_by: 参数 → 用得到它的取值。
+
+    Raises:
+        UserError: 有一个用不到。
+    """
+    chosen = getattr(args, choice)
+    for name, users in used_by.items():
+        value, default = getattr(args, name), type(args).__dataclass_fields__[name].default
+        if value not in (default, None) and chosen not in users:
+            raise UserError(
+                f"值是 {value:g}，而 --{choice} {chosen} 用不到它",
+                where=f"--{name}",
+                expected=f"与 --{choice} {'、'.join(users)} 一起用",
+                fix=f"去掉它，或换一个 --{choice}",
             )

@@ -1,4 +1,4 @@
-"""验证：目标词元的平均损失，以及与分词器无关的每字节比特数（bits per byte）。"""
+"""验证：目标词元的平均损失，以及与分词器无关的每字节比特数（bits per byte）；训练途中的一次，连同样例与记录。"""
 
 from __future__ import annotations
 
@@ -9,11 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minimind.console import say
 from minimind.dataset.collate import to_device
+from minimind.runtime.checkpoint import write_sidecar
 from minimind.runtime.device import autocast_context, preserved_rng, stat_dtype
-from minimind.runtime.distributed import all_reduce_sum, gather_objects, rank, world_size
+from minimind.runtime.distributed import (
+    all_reduce_sum,
+    barrier,
+    broadcast_object,
+    gather_objects,
+    is_main_process,
+    rank,
+    world_size,
+)
+from minimind.runtime.interrupt import StopSignal
+from minimind.tokenizer import token_byte_lengths
+from minimind.trainer.archive import Archive
 from minimind.trainer.loader import epoch_order
-from minimind.trainer.recipe import Batch, LossResult, count_targets
+from minimind.trainer.progress import Progress
+from minimind.trainer.recipe import Batch, Data, LossResult, Recipe, Run, count_targets
 
 
 def count_bytes(batch: dict[str, Any], byte_lengths: Tensor) -> float:
@@ -94,3 +108,72 @@ def validate(
 def per_token(batch: dict[str, Any], count: float) -> bool:
     """损失是不是目标词元上不带权重的和。"""
     return "labels" in batch and "loss_weights" not in batch and count == count_targets(batch)
+
+
+# ---------------------------------------------------------------- 训练途中
+
+
+def guess_evaluation(recipe: Recipe, data: Data, state: Progress, most: int) -> float:
+    """还没验证过时，猜一次验证（至多 ``most`` 行，0 是全部）抵多少个训练步。"""
+    if data.val is None:  # 只有 on_eval：强化学习作答留出的题，与一步的采样相当
+        return 0.0 if recipe.on_eval is None else 1.0
+    rows = min(len(data.val), most or len(data.val))
+    # 验证只有前向，约为训练的三分之一
+    return rows / (state.global_batch * state.accumulation) / 3
+
+
+def owes_evaluation(run: Run) -> bool:
+    """续训点该有一次验证而日志里没有：上次停在存盘与验证之间，要补上。"""
+    state, log = run.state, run.journal.log
+    wanted = state.step > 0 and state.owes_evaluation() and run.evaluates
+    return broadcast_object(bool(wanted and log and state.step not in log.evaluated_steps))
+
+
+def evaluate(run: Run, archive: Archive, stop: StopSignal) -> bool:
+    """验证并记录；此前已存盘，验证出了错也不丢训练成果。
+
+    Returns:
+        是否做完；收到退出信号就半途放弃，续训时会补上。
+    """
+    state, recipe, result, shown = run.state, run.recipe, {}, dict(run.exhibits)
+    with run.meter.pause("eval"):
+        if run.data.val is not None:
+            lengths = None if run.tokenizer is None else torch.from_numpy(token_byte_lengths(run.tokenizer))
+            result = validate(
+                run.model,
+                run.data.val,
+                recipe.loss,
+                recipe.collate,
+                count=recipe.count,
+                batch_size=run.args.batch_size,
+                device=run.device,
+                dtype=run.dtype,
+                byte_lengths=lengths,
+                max_rows=run.args.val_max_rows,
+                should_stop=lambda: stop.requested,
+            )
+            if result is None:
+                return False
+        if recipe.on_eval is not None:
+            if is_main_process():
+                with preserved_rng(run.device):
+                    run.model.eval()
+                    for key, value in recipe.on_eval(run.model, state.step).items():
+                        (result if isinstance(value, int | float) else shown)[key] = value
+                    run.model.train()
+            barrier()
+        shown = run.samples.take(run.model, run.device, shown) if run.samples else {}
+    state.metrics = result
+    if is_main_process() and state.saved_step == state.step:
+        write_sidecar(recipe.weights, archive.sidecar())
+        archive.keep_best(result)
+    if shown:  # 先写：验证的那一行在，样例一定在
+        run.journal.write({"step": state.step, **shown}, state.step)
+    run.journal.write(
+        {"step": state.step, "epoch": state.epoch_for_people, **result, "time": state.seconds}, state.step
+    )
+    words = {"val_loss": "损失", "val_bpb": "每字节比特数"}
+    say(f"验证（第 {state.step} 步）：" + "，".join(f"{words.get(k, k)} {v:.4f}" for k, v in result.items()))
+    if run.samples:
+        run.samples.show(shown)
+    return True

@@ -276,12 +276,11 @@ def test_文件在分词途中被改动时不留缓存(write_jsonl, tokenizer, m
 
 
 def test_磁盘满时一句话且不留半成品(write_jsonl, own_cache, tokenizer, monkeypatch):
-    from minimind.dataset import token_cache
 
     def full(self, chunk, path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(token_cache.CacheWriter, "add", full)
+    monkeypatch.setattr(building.CacheWriter, "add", full)
     with pytest.raises(UserError, match=r"磁盘满了.*MINIMIND_CACHE"):
         build_cache(write_jsonl(TEXTS), "pretrain", tokenizer)
     assert not own_cache.exists()

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from minimind.dataset import packed
-from minimind.dataset.collate import collate_packed
 from minimind.dataset.lm_dataset import DPODataset, PretrainDataset, RLAIFDataset, SFTDataset
+from minimind.dataset.packed import collate_packed
 from minimind.errors import UserError
 from minimind.tokenizer import encode_chat, encode_plain, encode_pretrain
 

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minimind.dataset import DPODataset, PretrainDataset, RLAIFDataset, SFTDataset, packed
+from minimind.dataset.base import source_words
 from minimind.dataset.mixture import draw, exact_counts
 from minimind.errors import UserError
 from minimind.trainer.loader import SkipBatchSampler, epoch_order
-from minimind.trainer.step import source_words
 
 SIZES = {"a.jsonl": 70, "b.jsonl.gz": 25, "c.json": 9}
 WEIGHTS = {"a.jsonl": "0.5", "b.jsonl.gz": "0.3", "c.json": "0.2"}

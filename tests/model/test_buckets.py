@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minimind.dataset.collate import collate_packed, to_device
+from minimind.dataset.collate import to_device
+from minimind.dataset.packed import collate_packed
 from minimind.model import MiniMindConfig, MiniMindLM, kernels
 from minimind.model.kernels import Buckets, keep_lengths_on_host
 from minimind.trainer.recipe import language_model_loss

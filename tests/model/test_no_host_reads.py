@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minimind.dataset.collate import collate_dpo, collate_packed, target_mask, target_places, to_device
+from minimind.dataset.collate import collate_dpo, target_mask, target_places, to_device
+from minimind.dataset.packed import collate_packed
 from minimind.inference.decoder import FusedDecoder
 from minimind.inference.engine import Engine
 from minimind.inference.sampling import GREEDY, SamplingParams

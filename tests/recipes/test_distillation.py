@@ -15,7 +15,7 @@ from minimind.objectives.logprobs import target_logits
 from minimind.recipes import distillation
 from minimind.recipes.distillation import DistillationArguments, distill_loss
 from minimind.recipes.health import distillation_health
-from minimind.rl.own_answers import last_prompts
+from minimind.recipes.teacher import choose_models, last_prompts
 from minimind.runtime.checkpoint import config_dict, load_file, save_weights, weights_path
 from minimind.tokenizer import load_tokenizer, tokenizer_fingerprint
 from minimind.trainer.recipe import count_targets, language_model_loss
@@ -74,6 +74,12 @@ def home(tmp_path, monkeypatch):
 
 def train(**changes):
     return distillation.run(DistillationArguments(**{**SMALL, **changes}))
+
+
+def chosen(**changes):
+    """``(选出的教师, 补好的参数)``。"""
+    args = DistillationArguments(**changes)
+    return choose_models(args), args
 
 
 def log_of(result):
@@ -177,28 +183,41 @@ def test_自己作答的批没有交叉熵_续训逐位相同(home):
 def test_什么都不说_用最大的教师_学生取一半(home):
     make_weights(hidden_size=128, num_hidden_layers=4)
     make_weights(hidden_size=32)
-    args = DistillationArguments()
-    assert args._teacher.path.name == "full_sft_128.pth"
+    teacher, args = chosen()
+    assert teacher.path.name == "full_sft_128.pth"
     assert (args.hidden_size, args.num_hidden_layers, args.from_weight) == (64, 2, "none")
     assert args.learning_rate == pytest.approx(1.5 / 64)  # 从头训练
     make_weights("pretrain", hidden_size=64)
-    args = DistillationArguments()
+    args = chosen()[1]
     assert args.from_weight == "pretrain" and args.learning_rate == pytest.approx(0.5 / 64)
     make_weights(hidden_size=64)
-    assert DistillationArguments().from_weight == "full_sft"
-    assert DistillationArguments(from_student_weight="none").from_weight == "none"
+    assert chosen()[1].from_weight == "full_sft"
+    assert chosen(from_student_weight="none")[1].from_weight == "none"
+    assert chosen(learning_rate=0.01)[1].learning_rate == 0.01
+
+
+def test_建参数不看磁盘_选模型才看(home):
+    args = DistillationArguments()  # 一个权重也没有
+    assert args.learning_rate is None and args.from_weight == "none"
+    with pytest.raises(UserError, match="没有教师的权重"):
+        choose_models(args)
+    make_weights(hidden_size=80, num_attention_heads=8)  # 一半是 40，至少补成 64
+    assert chosen()[1].hidden_size == 64
+    make_weights(hidden_size=176, num_attention_heads=8)  # 一半是 88，不是 16 的倍数
+    with pytest.raises(UserError, match="hidden_size"):
+        chosen()
 
 
 def test_公共项目的默认尺寸(home):
     make_weights(hidden_size=768, num_hidden_layers=1, vocab_size=100)
-    args = DistillationArguments()
+    args = chosen()[1]
     assert (args.hidden_size, args.num_hidden_layers) == (512, 8)
 
 
 def test_旧项目的权重没有旁注_由形状看出尺寸(home):
     make_weights(use_moe=True)
     (home / "out" / "full_sft_64_moe.json").unlink()
-    teacher = DistillationArguments(**SMALL)._teacher
+    teacher = chosen(**SMALL)[0]
     assert (teacher.config.hidden_size, teacher.config.num_hidden_layers) == (64, 2)
     assert teacher.config.use_moe and teacher.tokenizer_hash is None
 
@@ -210,9 +229,9 @@ def test_没有教师_说出训练它的命令(home, capsys):
     assert "train_full_sft.py --hidden_size 768 --num_hidden_layers 16" in error
     make_weights()
     with pytest.raises(UserError, match=r"full_sft_128\.pth；现有 full_sft_64\.pth"):
-        DistillationArguments(teacher_hidden_size=128)
+        chosen(teacher_hidden_size=128)
     with pytest.raises(UserError, match=r"教师有 2 层.*teacher_num_layers 8"):
-        DistillationArguments(teacher_num_layers=8)
+        chosen(teacher_num_layers=8)
 
 
 @pytest.mark.parametrize("kind", ["大小", "内容"])

@@ -11,6 +11,7 @@ import torch
 
 from minimind.errors import UserError
 from minimind.model import MiniMindConfig, MiniMindForCausalLM
+from minimind.objectives.preference import LOSS_TYPES
 from minimind.recipes import dpo
 from minimind.recipes.health import preference_health, ranking_health
 from minimind.recipes.unpaired import mismatched_ratios
@@ -243,7 +244,7 @@ def test_参数取值不对(changes, flag):
 
 
 def test_没有写明的beta与间隔随损失而定():
-    betas = {name: dpo.DPOArguments(loss_type=name).beta for name in dpo.LOSS_TYPES}
+    betas = {name: dpo.DPOArguments(loss_type=name).beta for name in LOSS_TYPES}
     assert betas == {"sigmoid": 0.1, "sigmoid_norm": 2, "ipo": 0.1, "orpo": 0.1, "simpo": 2, "kto": 0.1}
     assert dpo.DPOArguments(loss_type="simpo").simpo_gamma == 1
     assert dpo.DPOArguments(loss_type="simpo", simpo_gamma=0.0, beta=3.0).simpo_gamma == 0

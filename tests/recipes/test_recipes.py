@@ -12,7 +12,7 @@ import torch
 from minimind.errors import UserError
 from minimind.evaluate.microworld import evaluate_items
 from minimind.inference.loading import load_for_inference
-from minimind.recipes import data, full_sft, pretrain
+from minimind.recipes import entry, full_sft, pretrain
 
 # 小到一步几十毫秒；头数由隐层宽度决定的默认值 8 整除 64
 SMALL = {
@@ -97,7 +97,7 @@ def test_初始损失接近词表大小的对数(home):
 
     args = pretrain.PretrainArguments(data_path="pre.jsonl", val_ratio=0, **SMALL)
     model, tokenizer = init_model(model_config(args), "none", None, args.save_dir, start_run(args))
-    opened = data.open_datasets(pretrain.PretrainDataset, args, tokenizer)
+    opened = entry.open_datasets(pretrain.PretrainDataset, args, tokenizer)
     assert opened.val is None
     batch = pretrain.collate_packed([opened.train[0]])
     with torch.no_grad():
@@ -107,15 +107,15 @@ def test_初始损失接近词表大小的对数(home):
 
 def test_数据的来源_给的_惯用的_内置的(home, monkeypatch, capsys):
     monkeypatch.setattr("minimind.microworld.ensure_microworld", lambda: home / "dataset" / "microworld")
-    given = data.training_files("pretrain", "pre.jsonl", None)
+    given = entry.training_files("pretrain", "pre.jsonl", None)
     assert given == (home / "pre.jsonl", None)
     world = home / "dataset" / "microworld"
-    assert data.training_files("sft", None, None) == (world / "sft.jsonl", world / "sft_heldout.jsonl")
+    assert entry.training_files("sft", None, None) == (world / "sft.jsonl", world / "sft_heldout.jsonl")
     assert "内置的微世界" in capsys.readouterr().err
     (home / "dataset").mkdir()
     for name in ("sft_512.jsonl", "sft_mini_512.jsonl"):
         shutil.copy("sft.jsonl", home / "dataset" / name)
-    found, validation = data.training_files("sft", None, None)
+    found, validation = entry.training_files("sft", None, None)
     assert found.name == "sft_mini_512.jsonl" and validation is None
     line = capsys.readouterr().err
     assert "sft_mini_512.jsonl" in line and line.count("\n") == 1
@@ -124,7 +124,7 @@ def test_数据的来源_给的_惯用的_内置的(home, monkeypatch, capsys):
 @pytest.mark.parametrize("flag", ["data_path", "val_path"])
 def test_数据文件不存在_说出是哪个参数(home, flag):
     with pytest.raises(UserError, match=f"--{flag}.*nope.jsonl"):
-        data.training_files(
+        entry.training_files(
             "pretrain", *(("nope.jsonl", None) if flag == "data_path" else (None, "nope.jsonl"))
         )
 

@@ -14,7 +14,8 @@ from trainer_helpers import assert_same_weights, in_processes
 
 from minimind.arguments import RESUME, declared
 from minimind.errors import UserError
-from minimind.trainer.resume import changed, check_arguments, options_of
+from minimind.trainer.archive import options_of
+from minimind.trainer.resume import changes, check_arguments
 
 pytestmark = pytest.mark.usefixtures("cache")
 RECIPES = list(CASES)
@@ -60,12 +61,13 @@ def test_每个参数变了_按声明的拒绝或放行(recipe):
         now = object.__new__(cls)  # 不查取值：每个参数都换成同一个不可能的值
         vars(now).update({**values, field.name: "换了"})
         kind = field.metadata["resume"]
-        assert changed(values, now, kind) == [field.name]
+        found = changes(values, now)
+        assert found == {kind: {field.name: (field.default, "换了")}}
         if kind == "compared":
             with pytest.raises(UserError, match=f"--{field.name} 存档里是 .*现在是 '换了'"):
-                check_arguments(values, now, "x")
+                check_arguments(found, "x")
         else:
-            check_arguments(values, now, "x")
+            check_arguments(found, "x")
 
 
 def run(folder, recipe, world, log="log.txt", code=0, **changes) -> str:
@@ -179,10 +181,10 @@ def stop_after(step: int, **kwargs) -> None:
 
     original = loop.update_weights
 
-    def update_weights(run, sums):
+    def update_weights(run, *rest):
         if run.state.step == step - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(run, sums)
+        return original(run, *rest)
 
     loop.update_weights = update_weights
     run_recipe(**kwargs)

@@ -17,6 +17,7 @@ from minimind.inference.loading import load_for_inference
 from minimind.model import MiniMindConfig, MiniMindForCausalLM
 from minimind.recipes import full_sft
 from minimind.recipes.distillation import DistillationArguments
+from minimind.recipes.teacher import choose_models
 from minimind.runtime.checkpoint import read_sidecar
 from minimind.runtime.weights import STRUCTURE
 from minimind.tokenizer import encode_chat, load_tokenizer
@@ -63,7 +64,8 @@ def test_没有旁注的公共权重_对话蒸馏导入认出同样的结构(tmp
     chatted = load_for_inference(save_dir=str(tmp_path / "out"), device="cpu", dtype="float32").model
     assert structure(chatted.config) == want
     assert torch.equal(chatted(ids).logits, model(ids).logits)
-    teacher = DistillationArguments(save_dir=str(tmp_path / "out"), student_hidden_size=32)._teacher
+    args = DistillationArguments(save_dir=str(tmp_path / "out"), student_hidden_size=32)
+    teacher = choose_models(args)
     assert structure(teacher.config) == want
     target, imported = import_model(str(path), "back", str(tmp_path / "out"))
     assert structure(imported.config) == want

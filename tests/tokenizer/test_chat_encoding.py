@@ -17,9 +17,9 @@ from minimind.tokenizer import (
     encode_plain_batch,
     encode_pretrain,
     load_tokenizer,
-    render,
     render_text,
 )
+from minimind.tokenizer.render import render
 from minimind.tokenizer.special import REPLY_TAGS, SPECIAL_TOKENS
 
 TOKENIZER = load_tokenizer()

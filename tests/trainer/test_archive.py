@@ -53,20 +53,20 @@ def test_删到一半被杀_续训后照样只留两份(tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
 
-    original, calls = archive.keep_recent, []
+    original, calls = archive.Archive.keep_recent, []
 
-    def dies(run, kept):
+    def dies(self, kept):
         calls.append(kept)
         if kept[-1] == 6:  # 另存好了，还没删
-            archive.keep(run, "step6", resumable=True)
+            self.keep("step6", resumable=True)
             raise Killed
-        return original(run, kept)
+        return original(self, kept)
 
-    monkeypatch.setattr(archive, "keep_recent", dies)
+    monkeypatch.setattr(archive.Archive, "keep_recent", dies)
     with contextlib.suppress(Killed):
         toy_train(tmp_path, **SETTINGS)
     assert len(names(tmp_path, "checkpoints/toy_step*")) == 3 and calls[-1] == [2, 4, 6]
-    monkeypatch.setattr(archive, "keep_recent", original)
+    monkeypatch.setattr(archive.Archive, "keep_recent", original)
     toy_train(tmp_path, **SETTINGS, from_resume=1)
     assert names(tmp_path, "checkpoints/toy_step*") == [
         "toy_step10_64_resume.pth",

@@ -14,7 +14,7 @@ from minimind.arguments import parse_args
 from minimind.errors import UserError
 from minimind.model.model_minimind import MiniMindModel
 from minimind.rl.actor_critic import ActorCritic
-from minimind.trainer.memory import is_out_of_memory, remedies
+from minimind.trainer.footprint import is_out_of_memory, remedies
 from minimind.trainer.recipe import language_model_loss
 from minimind.trainer.setup import recompute_layers
 from minimind.trainer.train_args import TrainArguments

@@ -102,12 +102,12 @@ def test_打包训练_编译与不编译一致_头一步之后不再编译(tmp_p
         original(run, *rest)
         seen.append(graphs())
 
-    monkeypatch.setattr("minimind.trainer.loop.compile_and_check", recording)
+    monkeypatch.setattr(compiling, "compile_and_check", recording)
     plain = packed_train(tmp_path / "a", model)
     compiled = packed_train(tmp_path / "b", model, use_compile=1)
     said = capsys.readouterr().err
     assert "正在编译" in said and "都与不编译时一致" in said
-    assert len(seen) == 12 and seen[6] == seen[-1] > 0  # 前六步没编译，第七步编好，之后一个图也不多
+    assert len(seen) == 6 and seen[0] == seen[-1] > 0  # 不编译的不经过它；第一步编好，之后一个图也不多
     if not model.get("dropout"):  # 带 dropout 时编译用另一种随机数，只是分布相同
         assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
     assert torch._dynamo.utils.counters["graph_break"] == {}
@@ -282,10 +282,10 @@ def test_存档的键名干净_评估用没包装的模型(tmp_path, backend):
 
 
 def test_编译的时间不计入步时(tmp_path, monkeypatch):
-    from minimind.trainer.meter import Meter
+    from minimind.console import Meter
 
     clock = {"t": 0.0}
-    monkeypatch.setattr("minimind.trainer.meter.time.perf_counter", lambda: clock["t"])
+    monkeypatch.setattr("minimind.console.time.perf_counter", lambda: clock["t"])
     meter = Meter()
     with meter.pause("compile"):
         clock["t"] += 4000

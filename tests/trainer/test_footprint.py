@@ -10,10 +10,9 @@ import torch
 from test_compiling import Packed, packed_train
 from trainer_helpers import tiny_args
 
-from minimind.dataset.collate import collate_packed
+from minimind.dataset.packed import collate_packed
 from minimind.model import MiniMindConfig, MiniMindLM, preset
 from minimind.trainer import footprint as home
-from minimind.trainer import journal
 from minimind.trainer.footprint import activation_bytes, footprint, largest_rows
 from minimind.trainer.recipe import language_model_loss
 from minimind.trainer.setup import recompute_layers
@@ -140,9 +139,9 @@ def test_卡上放不下_先说该动哪个参数(monkeypatch, capsys):
     )
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 * 10**9, 8 * 10**9))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
-    journal.announce_memory(run)
+    home.announce_memory(run)
     said = capsys.readouterr().err
     assert "预计显存 1" in said and "卡上只剩 8.0 GB，多半放不下" in said and "--batch_size 32" in said
     run.recipe.cross_entropy = False  # 另有教师、价值网络的训练数不全，不说
-    journal.announce_memory(run)
+    home.announce_memory(run)
     assert capsys.readouterr().err == ""

@@ -7,10 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trainer_helpers import tiny_args
 
+from minimind import console as meter_module
 from minimind.arguments import parse_args
+from minimind.console import Meter
 from minimind.errors import UserError
-from minimind.trainer import meter as meter_module
-from minimind.trainer.meter import Meter, events_left
+from minimind.trainer.progress import events_left
 from minimind.trainer.train_args import TrainArguments
 
 

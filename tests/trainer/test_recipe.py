@@ -9,8 +9,7 @@ import pytest
 from trainer_helpers import ToyRows, tiny_args, tiny_model, toy_recipe
 
 from minimind.trainer.loop import train
-from minimind.trainer.recipe import Data, Recipe
-from minimind.trainer.run import Run
+from minimind.trainer.recipe import Data, Recipe, Run
 from minimind.trainer.setup import set_up
 
 MOST = 15

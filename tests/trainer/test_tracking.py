@@ -10,7 +10,8 @@ import pytest
 from trainer_helpers import toy_train
 
 from minimind.errors import UserError
-from minimind.trainer.tracking import RunLog, start_tracker
+from minimind.trainer.journal import RunLog
+from minimind.trainer.tracking import start_tracker
 
 
 def steps(path) -> list[int]:

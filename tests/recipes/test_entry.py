@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from minimind.dataset import DPODataset, SFTDataset
-from minimind.recipes.data import open_datasets
+from minimind.recipes.entry import open_datasets
 from minimind.tokenizer import load_tokenizer
 
 

@@ -5,8 +5,8 @@ import os
 import pytest
 import torch
 
-from minimind import cpus
 from minimind.runtime import device
+from minimind.runtime import fair_share as cpus
 
 
 def cgroup(folder, own: str, files: dict[str, str]):

@@ -8,8 +8,8 @@ from data_helpers import chat
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minimind.dataset.base import MIN_DOCUMENTS, VAL_TOKENS, choose, val_mask
 from minimind.dataset.encode import split_key
-from minimind.dataset.splits import MIN_DOCUMENTS, VAL_TOKENS, choose, val_mask
 
 HASHES = st.lists(st.integers(0, 2**64 - 1), min_size=MIN_DOCUMENTS, max_size=300)
 
