@@ -1,10 +1,11 @@
 """命令行对话：``python eval_llm.py`` 与 ``minimind chat`` 的正文。
 
-自动测试念一遍固定的问题；手动输入可以多轮。预训练权重只会续写，所以换一套开头给它接。
+自动测试念一遍固定的问题；手动输入可以多轮；管道、重定向送来的，一行一问。预训练权重只会续写，所以换一套开头给它接。
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import sys
@@ -53,7 +54,12 @@ class ChatArguments(SamplingArguments, LoadArguments, group="对话"):
     )
     tool_rounds: int = arg(4, "一问里最多执行几轮工具", low=1, high=1000)
     show_speed: int = arg(1, "每次回答后显示速度", (0, 1))
-    mode: str | None = arg(None, "auto 自动测试，manual 手动输入；不给则启动后询问", ("auto", "manual"))
+    mode: str | None = arg(
+        None,
+        "auto 自动测试，manual 手动输入；不给则启动后询问，输入来自管道或文件时一行一问"
+        "（printf '你好\\n再见\\n' | minimind chat；头一行是 0 或 1 的当作回答询问）",
+        ("auto", "manual"),
+    )
     prompt: str | None = arg(None, "只问这一句，答完退出", text="filled")
 
 
@@ -88,6 +94,32 @@ def typed_prompts() -> Iterator[str]:
         if not line.strip():
             return
         yield line
+
+
+def is_piped() -> bool:
+    """问题由管道或文件送来，不是有人在终端里打。"""
+    # 关掉的标准输入是空的一份；没有 buffer 的是替身，按终端的规矩逐行问
+    return sys.stdin is None or (hasattr(sys.stdin, "buffer") and not sys.stdin.isatty())
+
+
+def piped_prompts() -> Iterator[str]:
+    """管道里的问题，一行一问，来一行答一行；空行略过，开头的 BOM 与行尾的回车不算。
+
+    Raises:
+        UserError: 有一行不是 UTF-8；前面的已经答过。
+    """
+    for number, raw in enumerate(sys.stdin.buffer if sys.stdin else (), 1):
+        try:
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"第 {number} 行不是合法的 UTF-8（第 {error.start + 1} 个字节）",
+                where="标准输入",
+                expected="UTF-8 的文字，一行一问",
+                fix="先转换编码，例如 iconv -f GB18030 -t UTF-8 问题.txt | minimind chat",
+            ) from error
+        if line.strip():
+            yield line
 
 
 def talk(
@@ -172,11 +204,22 @@ def pick_tools(args: ChatArguments):
 
 
 def run(session, args: ChatArguments) -> None:
-    """按 ``--prompt``、``--mode`` 或菜单的选择进行对话。"""
+    """按 ``--prompt``、``--mode``、管道或菜单的选择进行对话。"""
     common = {"show_speed": bool(args.show_speed)}
+    mode, piped = args.mode, None
+    if args.prompt is None and mode != "auto" and is_piped():
+        lines = piped_prompts()
+        first = next(lines, None)
+        if mode is None and (first is None or first.strip() in ("0", "1")):  # 旧脚本这样回答菜单；空的同从前
+            mode = "manual" if first and first.strip() == "1" else "auto"
+        elif first is not None:
+            lines = itertools.chain([first], lines)
+        piped = lines if mode != "auto" else None
     if args.prompt is not None:
         talk(session, [args.prompt], echo=False, forgiving=False, **common)
-    elif (args.mode or ask_mode()) == "auto":
+    elif piped is not None:
+        talk(session, piped, echo=True, forgiving=False, **common)
+    elif (mode or ask_mode()) == "auto":
         prompts = TOOL_PROMPTS if args.tools else PLAIN_PROMPTS if session.plain else CHAT_PROMPTS
         talk(session, prompts, echo=True, forgiving=False, **common)
     else:
@@ -190,7 +233,7 @@ def main(argv: list[str] | None = None) -> None:
     """命令行入口。"""
     args = parse_args(ChatArguments, argv)
     # 行编辑与中文退格；Windows 没有 readline，控制台自带
-    if sys.stdin.isatty() and os.name != "nt":
+    if not is_piped() and sys.stdin.isatty() and os.name != "nt":
         import readline  # noqa: F401
     if args.seed is None:
         import torch

@@ -26,6 +26,9 @@ COMMANDS = {
     "selftest": Command(
         "minimind.selftest:main", "自检：这台机器算得对不对、多快，出一张表与一份 JSON", "先试试"
     ),
+    "plan": Command(
+        "minimind.plan:main", "这么多分钟能训练出什么：测速，给出尺寸、预期与命令，--go 接着跑", "先试试"
+    ),
     "pretrain": Command("minimind.recipes.pretrain:main", "预训练", "训练"),
     "sft": Command("minimind.recipes.full_sft:main", "全参数监督微调", "训练"),
     "lora": Command("minimind.recipes.lora:main", "LoRA 微调：只训练低秩增量", "训练"),

@@ -21,6 +21,26 @@ CJK_FONTS = (
     "Heiti SC",
     "STHeiti",
     "Arial Unicode MS",
+    # matplotlib 只读字体集（.ttc）里的第一种，Noto CJK 的第一种是日文的名字，汉字是全的
+    "Noto Sans CJK JP",
+    "Noto Sans CJK TC",
+    "Noto Serif CJK SC",
+    "Noto Serif CJK JP",
+    "Droid Sans Fallback",
+    "AR PL UMing CN",
+    "AR PL UKai CN",
+)
+# 字体文件的名字里有这些字样的也许有中文：列表里没有认出来时逐个看
+FILE_HINTS = (
+    "cjk",
+    "notosanssc",
+    "notoserifsc",
+    "sourcehan",
+    "wqy",
+    "simhei",
+    "msyh",
+    "pingfang",
+    "droidsansfallback",
 )
 # 色弱也分得清（Okabe–Ito）
 BLUE, ORANGE = "#0072B2", "#E69F00"
@@ -29,11 +49,33 @@ COLORS = (BLUE, ORANGE, "#009E73", "#CC79A7")
 
 @cache
 def chinese_font() -> str | None:
-    """本机可用的第一个中文字体名；没有则 ``None``。"""
+    """本机可用的第一个中文字体名；没有则 ``None``。
+
+    matplotlib 的字体列表是存着的：后装的字体不在里面，名字也可能没见过，所以再看一遍系统里的字体文件。
+    """
     from matplotlib import font_manager
 
     installed = {entry.name for entry in font_manager.fontManager.ttflist}
-    return next((name for name in CJK_FONTS if name in installed), None)
+    known = next((name for name in CJK_FONTS if name in installed), None)
+    return known or _font_from_files(font_manager.findSystemFonts())
+
+
+def _font_from_files(paths: list[str]) -> str | None:
+    """字体文件里第一个真有汉字的，登记好，返回名字；黑体先于宋体，常规先于粗体。"""
+    from matplotlib import font_manager
+
+    likely = [path for path in paths if any(hint in Path(path).name.lower() for hint in FILE_HINTS)]
+    for path in sorted(
+        likely, key=lambda path: ("serif" in path.lower(), "regular" not in path.lower(), path)
+    ):
+        try:
+            font = font_manager.get_font(path)
+            if font.get_char_index(ord("训")):
+                font_manager.fontManager.addfont(path)
+                return font.family_name
+        except (OSError, RuntimeError):  # 坏的字体文件
+            continue
+    return None
 
 
 def labeler() -> Callable[[str, str], str]:
@@ -63,8 +105,11 @@ def new_figure(columns: int, width: float, height: float):
 def save_figure(figure, style: dict, path: Path) -> Path:
     """按 :func:`new_figure` 给的样式存成 PNG，没有的文件夹就建立。"""
     import matplotlib
+    from matplotlib.text import Text
 
     path.parent.mkdir(parents=True, exist_ok=True)
+    for text in figure.findobj(Text):  # 图例与刻度上的字建立时还没有这个样式，会画成方框
+        text.set_fontfamily(style["font.family"])
     with matplotlib.rc_context(style):
         figure.savefig(path)
     return path

@@ -21,6 +21,7 @@ LAYERS = {
         "launch",
         "chat",
         "demo",
+        "plan",
         "benchmarks",
         "scripts",
         "eval_llm",

@@ -230,3 +230,92 @@ def test_没听说过的权重名_说的是一句能照做的话(ask, tmp_path, 
     code, _, err = ask("--save_dir", str(tmp_path), "--weight", "我的权重", "--prompt", "你好")
     assert code == 2 and "先运行 训练时" not in err and "--save_weight 我的权重 --hidden_size" in err
     assert ("full_sft_32.pth" in err) == present
+
+
+# ---- 管道 ----
+
+
+@pytest.fixture
+def pipe(root_dir, save_dir):
+    """真的管道：送进字节，返回完成的子进程。"""
+
+    def run(data: bytes, *argv: str):
+        return subprocess.run(
+            [
+                *(sys.executable, "-m", "minimind", "chat", "--save_dir", save_dir, "--max_new_tokens", "2"),
+                *("--temperature", "0", "--device", "cpu", "--show_speed", "0", *argv),
+            ],
+            input=data,
+            capture_output=True,
+            env={**os.environ, "PYTHONIOENCODING": "utf-8", "PYTHONPATH": str(root_dir)},
+        )
+
+    return run
+
+
+def asked(done) -> list[str]:
+    lines = done.stdout.decode().splitlines()
+    return [line.removeprefix("你：") for line in lines if line.startswith("你：")]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        "你好\n1加1等于几？\n",
+        "你好\n1加1等于几？",
+        "\ufeff你好\r\n\r\n  \r\n1加1等于几？\r\n",
+        "\n\n你好\n\n1加1等于几？\n\n\n",
+        "1\n你好\n1加1等于几？\n",  # 旧脚本先回答菜单
+    ],
+)
+def test_管道里一行一问_空行与_BOM_与回车不算(pipe, data):
+    done = pipe(data.encode())
+    assert done.returncode == 0, done.stderr.decode()
+    assert asked(done) == ["你好", "1加1等于几？"]
+    assert done.stdout.decode().count("答：") == 2 and "[0] 自动测试" not in done.stdout.decode()
+
+
+def test_管道里的各行是同一段对话(monkeypatch, save_dir, capsys):
+    from minimind.inference import chat as sessions
+
+    real, seen = sessions.stream_tokens, []
+
+    def spy(model, ids, **options):
+        seen.append(load_tokenizer().decode(list(ids)))
+        return real(model, ids, **options)
+
+    monkeypatch.setattr(sessions, "stream_tokens", spy)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("甲\n乙\n".encode())))
+    argv = ["--save_dir", save_dir, "--device", "cpu", "--max_new_tokens", "1", "--historys", "4"]
+    assert chat.main(argv) == 0
+    assert "甲" in seen[1] and "乙" in seen[1]
+    capsys.readouterr()
+
+
+def test_管道里不是_UTF8_的一行_说出第几行_前面的已经答了(pipe):
+    done = pipe("你好\n".encode() + "再见\n".encode("gb18030"))
+    error = done.stderr.decode()
+    assert done.returncode == 2 and "第 2 行不是合法的 UTF-8" in error and "iconv" in error
+    assert asked(done) == ["你好"] and "Traceback" not in error
+
+
+def test_空的管道照旧是自动测试(pipe):
+    assert asked(pipe(b"")) == list(chat.CHAT_PROMPTS)
+
+
+def test_手动模式里管道也是一行一问(pipe):
+    assert asked(pipe("甲\n\n乙\n".encode(), "--mode", "manual")) == ["甲", "乙"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX 的管道")
+def test_读答案的走了_安静地结束(root_dir, save_dir):
+    command = (
+        f"yes 你好 | {sys.executable} -m minimind chat --save_dir {save_dir} --max_new_tokens 2 --device cpu"
+    )
+    done = subprocess.run(
+        ["bash", "-c", f"{command} | head -n 1; echo ${{PIPESTATUS[1]}}"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(root_dir), "PYTHONIOENCODING": "utf-8"},
+    )
+    assert done.stdout == "你：你好\n141\n" and "Traceback" not in done.stderr

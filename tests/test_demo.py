@@ -176,3 +176,59 @@ def test_线程数_多了反而慢就退回去(monkeypatch):
         assert device.pick_threads(lambda: None) == 1
     finally:
         torch.set_num_threads(before)
+
+
+def test_每一行都有解释_一行不漏(finished):
+    """源码里每一处 ``road.score(…)`` 的短名都有解释，解释里没有多出来的。"""
+    import ast
+    from pathlib import Path
+
+    from minimind.demo.explain import EXPLANATIONS
+
+    names = set()
+    for path in Path(demo.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "score":
+                names.add(ast.unparse(node.args[1]))
+    expected = {ast.literal_eval(name) for name in names if not name.startswith("f")}
+    filled = {"{level}": ("easy", "hard"), "{name}": ("ppo", "grpo", "spo")}
+    for name in (name[2:-1] for name in names if name.startswith("f")):
+        ((hole, words),) = [(hole, words) for hole, words in filled.items() if hole in name]
+        expected |= {name.replace(hole, word) for word in words}
+    assert expected == set(EXPLANATIONS)
+    for text in EXPLANATIONS.values():
+        assert 15 <= len(text) <= 140 and text.endswith("。")
+
+    folder, done = finished
+    report = json.loads((folder / "out/report/report.json").read_text("utf-8"))
+    markdown = (folder / "out/report/report.md").read_text("utf-8")
+    assert "### 这些数是什么意思" in markdown
+    for metric in report["metrics"]:
+        assert metric["explanation"] == EXPLANATIONS[metric["english"]]
+        assert markdown.count(f"**{metric['stage']}｜{metric['name']}**") == 1
+    assert "minimind demo --explain last" in done.stderr
+
+
+def test_解释上一次的_什么也不训练(finished, capsys, tmp_path):
+    folder, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*")}
+    assert demo.main(["--explain", "last", "--report_dir", str(folder / "out/report")]) == 0
+    said = capsys.readouterr().err
+    report = json.loads((folder / "out/report/report.json").read_text("utf-8"))
+    for metric in report["metrics"]:
+        assert f"{metric['stage']}｜{metric['name']}：" in said and metric["explanation"] in said
+    assert before == {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*")}
+    assert demo.main(["--explain", "last", "--report_dir", str(tmp_path)]) == 2
+    assert "还没有成绩单" in capsys.readouterr().err
+    (tmp_path / "report.json").write_text("[]", "utf-8")
+    assert demo.main(["--explain", "last", "--report_dir", str(tmp_path)]) == 2
+    assert "读不了这份成绩单" in capsys.readouterr().err
+
+
+def test_报告里有训练途中的样例与采样的回答(finished):
+    folder, _ = finished
+    report = json.loads((folder / "out/report/report.json").read_text("utf-8"))
+    assert {"pretrain_192", "full_sft_192"} <= set(report["timelines"])
+    assert all(len(report["rollouts"][f"{name}_192"]) == 3 for name in ("grpo", "spo"))
+    markdown = (folder / "out/report/report.md").read_text("utf-8")
+    assert "## pretrain_192：同样的提示，训练途中怎么答" in markdown

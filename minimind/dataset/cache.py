@@ -90,19 +90,11 @@ def build_cache(
         DataError: 坏行。
         UserError: 文件不存在、磁盘满、缓存目录不可写等。
     """
-    from minimind.tokenizer import tokenizer_fingerprint
-    from minimind.tokenizer.layouts import OURS
-    from minimind.tokenizer.templates import layout_of
-
     if on_bad_line not in ("error", "skip"):
         raise UserError(f"不认识的 --on_bad_line {on_bad_line}", expected="error | skip")
     path = resolve_path(path)
     root = cache_root(cache_dir)
-    identity = [tokenizer_fingerprint(tokenizer), kind, options or {}, FORMAT_VERSION]
-    layout = layout_of(tokenizer)
-    if layout != OURS:  # 同一个分词器，从前的版本都按本项目的布局渲染
-        identity.append(getattr(layout, "name", "template"))
-
+    identity = _identity(tokenizer, kind, options)
     content = remembered_hash(root, path)
     cache = _open(root, content, identity, path) if content else None
     if cache is None:
@@ -137,6 +129,27 @@ def build_cache(
             remember_hash(root, path, stat, content)
     _apply_bad_lines(cache, on_bad_line)
     return cache
+
+
+def cached_tokens(path: Path, kind: str, tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """``path`` 已经分过词：共多少词元；还没有为 None，什么也不建。"""
+    root = cache_root()
+    content = remembered_hash(root, path)
+    cache = _open(root, content, _identity(tokenizer, kind, None), path) if content else None
+    return None if cache is None else int(cache.offsets[-1])
+
+
+def _identity(tokenizer: PreTrainedTokenizerFast, kind: str, options: dict[str, Any] | None) -> list:
+    """内容之外，缓存还由什么决定。"""
+    from minimind.tokenizer import tokenizer_fingerprint
+    from minimind.tokenizer.layouts import OURS
+    from minimind.tokenizer.templates import layout_of
+
+    identity = [tokenizer_fingerprint(tokenizer), kind, options or {}, FORMAT_VERSION]
+    layout = layout_of(tokenizer)
+    if layout != OURS:  # 同一个分词器，从前的版本都按本项目的布局渲染
+        identity.append(getattr(layout, "name", "template"))
+    return identity
 
 
 def _apply_bad_lines(cache: TokenCache, on_bad_line: str) -> None:

@@ -11,12 +11,14 @@ from __future__ import annotations
 import sys
 import time
 import traceback
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minimind.arguments import parse_args
 from minimind.console import console, format_duration, say
 from minimind.demo.arguments import ROW_LENGTH, DemoArguments
+from minimind.demo.explain import explain_last, show_explanations
 from minimind.demo.pace import Timetable, probe_speed
 from minimind.errors import UserError, guard
 from minimind.paths import resolve_path
@@ -157,6 +159,10 @@ def run(args: DemoArguments) -> Path:
     path = road.write_report()
     console.print()
     console.print(road.report.scoreboard())
+    if args.explain:
+        show_explanations([asdict(metric) for metric in road.report.metrics])
+    else:
+        say("这些数是什么意思：minimind demo --explain last（报告里也有）")
     say(f"报告：{path}")
     if failed:
         again = ",".join(name for name, stage in stages.items() if stage.title in failed)
@@ -186,5 +192,8 @@ def open_chat(args: DemoArguments) -> None:
 def main(argv: list[str] | None = None) -> None:
     """命令行入口。"""
     args = parse_args(DemoArguments, argv)
+    if args.explain == "last":
+        explain_last(args.report_dir)
+        return
     run(args)
     open_chat(args)

@@ -47,6 +47,9 @@ class DemoArguments(CourseArguments, group="演示"):
     preset: str = arg("tiny", "模型尺寸", SIZES)
     fast: int = arg(0, "只看流程通不通：百分之一的数据、每阶段两三小步、每个任务 1 题", (0, 1))
     chat: int = arg(1, "结束后打开对话（仅当在终端里运行）", (0, 1))
+    explain: int | str = arg(
+        0, "1 走完后逐行说记分牌上的数是什么意思；last 不训练，只解释 report_dir 里上一次的", (0, 1, "last")
+    )
 
     def __post_init__(self):
         super().__post_init__()

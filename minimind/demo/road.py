@@ -9,12 +9,15 @@ from typing import Any
 
 from minimind.demo.arguments import ROW_LENGTH, DemoArguments
 from minimind.demo.exam import Papers
+from minimind.demo.explain import explain
 from minimind.evaluate.microworld import Answered, accuracy, evaluate_items
+from minimind.figures import labeler
 from minimind.paths import resolve_path
 from minimind.report.build import write_answers
 from minimind.report.curves import plot_rewards, plot_scores, plot_stage, plot_tasks
 from minimind.report.logs import read_log
 from minimind.report.report import Metric, Report
+from minimind.report.training import collect_samples
 
 
 @dataclass
@@ -107,7 +110,8 @@ class Road:
 
     def score(self, name: str, english: str, before: float | None, after: float, **options: Any) -> None:
         """记分牌上添一行；``english`` 是没有中文字体时图上的短名。"""
-        self.report.metrics.append(Metric(self.title, name, before, after, english=english, **options))
+        told = {"english": english, "explanation": explain(english)}
+        self.report.metrics.append(Metric(self.title, name, before, after, **told, **options))
 
     def folder(self) -> Path:
         """报告的目录，没有就建立。"""
@@ -115,17 +119,25 @@ class Road:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def draw_curve(self, name: str, caption: str, *logs: Path) -> None:
-        """一个阶段的曲线；几份日志画在一起比较。"""
+    def draw_curve(self, name: str, caption: str, *logs: Path, legend: Sequence[str] = ()) -> None:
+        """一个阶段的曲线；几份日志画在一起比较。训练途中的样例与采样的回答也收进报告。
+
+        Args:
+            legend: 各份日志的中文名，有中文字体时用。
+        """
         records = {log.stem: read_log(log) for log in logs}
-        if plot_stage(records, name, self.folder() / f"{name}.png"):
+        collect_samples(self.report, records)
+        label = labeler()
+        named = {label(chinese, stem): records[stem] for stem, chinese in zip(records, legend)} or records
+        if plot_stage(named, label(self.title, name), self.folder() / f"{name}.png"):
             self.report.figures[f"{name}.png"] = caption
 
     def draw_tasks(self) -> None:
         """各任务微调前后的正确率。"""
         tasks = self.report.tasks
         before, after = ({task: entry[side] for task, entry in tasks.items()} for side in ("before", "after"))
-        plot_tasks(before, after, self.folder() / "tasks.png")
+        titles = {task: entry["title"] for task, entry in tasks.items()}
+        plot_tasks(before, after, self.folder() / "tasks.png", titles)
         self.report.figures["tasks.png"] = "各任务微调前后的正确率"
 
     def draw_rewards(self) -> None:

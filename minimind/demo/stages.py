@@ -105,7 +105,7 @@ STAGES: dict[str, Lesson] = {
         "四分之一大的学生，没有教师与有教师各学一遍",
         tuning.run_distill,
         student_tokens,
-        ("easy", "easy"),
+        (),
     ),
     "reason": Lesson(
         "推理",

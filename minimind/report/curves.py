@@ -46,8 +46,8 @@ def plot_stage(records: list[dict] | dict[str, list[dict]], title: str, path: st
     """一个阶段的曲线：语言模型画损失与验证，偏好画优势与准确率，强化学习画奖励、留出得分、长度与熵。
 
     Args:
-        records: :func:`minimind.report.logs.read_log` 的结果；几份日志比较时是 ``{名字: 记录}``，名字用 ASCII。
-        title: 图题，只用 ASCII 以便没有中文字体的机器。
+        records: :func:`minimind.report.logs.read_log` 的结果；几份日志比较时是 ``{名字: 记录}``。
+        title: 图题；它与名字里有中文的话，调用的人先看有没有中文字体（:func:`minimind.figures.labeler`）。
         path: PNG 路径。
 
     Returns:
@@ -101,11 +101,14 @@ def plot_rewards(
     return save_figure(figure, style, Path(path))
 
 
-def plot_tasks(before: dict[str, float], after: dict[str, float], path: str | Path) -> Path:
+def plot_tasks(
+    before: dict[str, float], after: dict[str, float], path: str | Path, titles: dict[str, str] | None = None
+) -> Path:
     """每个任务微调前后的正确率，横向条形，由高到低。
 
     Args:
         before, after: ``{任务名: 0 到 1 的正确率}``。
+        titles: ``{任务名: 中文名}``，有中文字体时用。
     """
     label = labeler()
     names = sorted(after, key=lambda name: after[name])
@@ -115,7 +118,7 @@ def plot_tasks(before: dict[str, float], after: dict[str, float], path: str | Pa
         [row - 0.2 for row in rows], [(before.get(name) or 0.0) * 100 for name in names], 0.38, color=ORANGE
     )
     axis.barh([row + 0.2 for row in rows], [after[name] * 100 for name in names], 0.38, color=BLUE)
-    axis.set_yticks(list(rows), names)
+    axis.set_yticks(list(rows), [label((titles or {}).get(name, name), name) for name in names])
     axis.set(xlim=(0, 100), title=label("留出题目的正确率（%）", "exact accuracy on held-out items (%)"))
     axis.legend(
         [label("微调前", "before SFT"), label("微调后", "after SFT")], loc="lower right", frameon=False

@@ -21,6 +21,7 @@ class Metric:
         kind: ``ratio`` 按百分数显示，``number`` 按三位小数。
         higher_is_better: 决定涨是好事还是坏事。
         english: 画图时没有中文字体用的短名。
+        explanation: 一两句话，这个数是什么意思；空的就不写。
     """
 
     stage: str
@@ -30,6 +31,7 @@ class Metric:
     kind: str = "ratio"
     higher_is_better: bool = True
     english: str = ""
+    explanation: str = ""
 
     def show(self, value: float | None) -> str:
         if value is None:
@@ -88,6 +90,9 @@ class Report:
         if self.metrics:
             rows = [[m.stage, m.name, m.show(m.before), m.show(m.after)] for m in self.metrics]
             blocks += ["## 记分牌", _table(["阶段", "指标", "之前", "之后"], rows)]
+        if told := [m for m in self.metrics if m.explanation]:
+            lines = [f"- **{m.stage}｜{m.name}**：{_plain(m.explanation)}" for m in told]
+            blocks += ["### 这些数是什么意思", "\n".join(lines)]
         if self.failures:
             rows = [[stage, _inline(reason, 500)] for stage, reason in self.failures.items()]
             blocks += ["## 没有走完的阶段", _table(["阶段", "原因"], rows)]
@@ -157,6 +162,11 @@ class Report:
 
 def _percent(value: float | None) -> str:
     return "—" if value is None else f"{value:.1%}"
+
+
+def _plain(text: str) -> str:
+    """markdown 正文里的一句话：尖括号不当标签。"""
+    return text.replace("<", "&lt;").replace(">", "&gt;")
 
 
 def _inline(text: str, limit: int = 300) -> str:

@@ -63,6 +63,15 @@ def timeline(records: list[dict], moments: int = 4) -> dict[str, list[tuple[int,
     return found
 
 
+def collect_samples(report: Report, logs: dict[str, list[dict]]) -> None:
+    """训练途中的样例与最后一次采样的回答收进报告，``{名字: 日志}``。"""
+    for name, records in logs.items():
+        if prompts := timeline(records):
+            report.timelines[name] = prompts
+        if rollouts := [record["rollouts"] for record in records if record.get("rollouts")]:
+            report.rollouts[name] = rollouts[-1]
+
+
 def build(save_dir: Path, folder: Path, weight: str | None = None) -> Report:
     """读日志、画图，返回还没写盘的报告。
 
@@ -81,10 +90,7 @@ def build(save_dir: Path, folder: Path, weight: str | None = None) -> Report:
     report = Report(title="训练报告")
     for name, records in found.items():
         report.facts[name] = summarize(records)
-        if prompts := timeline(records):
-            report.timelines[name] = prompts
-        if rollouts := [record["rollouts"] for record in records if record.get("rollouts")]:
-            report.rollouts[name] = rollouts[-1]
+        collect_samples(report, {name: records})
         if plot_stage(records, name, folder / f"{name}.png"):
             report.figures[f"{name}.png"] = f"{name} 曲线"
     return report

@@ -121,3 +121,49 @@ def test_横轴是采样的条数(tmp_path, monkeypatch):
 def test_没走完的阶段写在报告里():
     report = Report(title="演示", failures={"DPO": "显存不够|在第 3 步"})
     assert "| DPO | `显存不够\\|在第 3 步` |" in report.to_markdown()
+
+
+def test_没见过名字的中文字体也用得上_没有汉字的不算(tmp_path):
+    import shutil
+    from pathlib import Path
+
+    from matplotlib import font_manager
+
+    plain = tmp_path / "a-cjk-regular.ttf"
+    shutil.copy(font_manager.findfont("DejaVu Sans"), plain)  # 名字像，里面没有汉字
+    broken = tmp_path / "b-cjk.otf"
+    broken.write_bytes(b"not a font")
+    assert figures._font_from_files([str(plain), str(broken), str(tmp_path / "c.ttf")]) is None
+    real = [path for path in font_manager.findSystemFonts() if "cjk" in Path(path).name.lower()]
+    if not real:
+        pytest.skip("系统里没有中文字体文件")
+    name = figures._font_from_files([str(broken), str(plain), *real])
+    assert font_manager.findfont(name, fallback_to_default=False) in real
+
+
+def test_任务与各条曲线_有中文字体时用中文名(tmp_path, monkeypatch):
+    seen = []
+    real = curves.save_figure
+
+    def spy(figure, style, path):
+        axis = figure.axes[0]
+        legend = axis.get_legend()
+        seen.append(
+            [t.get_text() for t in axis.get_yticklabels()]
+            + [t.get_text() for t in (legend.texts if legend else ())]
+        )
+        return real(figure, style, path)
+
+    monkeypatch.setattr(curves, "save_figure", spy)
+    for chinese, expected in ((True, {"加法", "排序"}), (False, {"add", "sort"})):
+        monkeypatch.setattr(curves, "labeler", lambda chinese=chinese: lambda a, b: a if chinese else b)
+        titles = {"add": "加法", "sort": "排序"}
+        curves.plot_tasks({"add": 0.0}, {"add": 0.9, "sort": 0.8}, tmp_path / "tasks.png", titles)
+        assert expected <= set(seen[-1])
+
+
+def test_解释写进报告_尖括号不当标签():
+    metric = Metric("推理", "多步题", 0.1, 0.9, english="x", explanation="先写在 <think> 里再答。")
+    text = Report("成绩单", metrics=[metric, Metric("别的", "没有解释", None, 1.0)]).to_markdown()
+    assert "- **推理｜多步题**：先写在 &lt;think&gt; 里再答。" in text
+    assert "**别的｜" not in text
