@@ -167,5 +167,5 @@ def sampling_seconds(model: torch.nn.Module, tokenizer: Any, device: torch.devic
     prompts = samples.read_prompts(3, plain=True)
     sampler = samples.Sampler(prompts, tokenizer, True, model.config.max_position_embeddings)
     start = time.perf_counter()
-    samples.take(sampler, model, device, {})
+    sampler.take(model, device, {})
     return time.perf_counter() - start
