@@ -116,11 +116,10 @@ class Bench:
         from minimind.runtime.checkpoint import read_sidecar
 
         config = read_sidecar(self._sidecars()[0].with_suffix(".pth"))["config"]
-        keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
         from minimind.model import PRESETS
 
         for name, preset in PRESETS.items():
-            if all(config[key] == preset[key] for key in keys if key in preset):
+            if all(config[key] == value for key, value in {"use_moe": False, **preset}.items()):
                 return {"preset": name, "arch": config["arch"]}
         return {key: config[key] for key in ("hidden_size", "num_hidden_layers", "arch")} | {
             "use_moe": int(config["use_moe"])

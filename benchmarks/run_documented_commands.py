@@ -4,6 +4,7 @@
     python benchmarks/run_documented_commands.py --to_the_end       # 每条都走到头
     python benchmarks/run_documented_commands.py --max_steps 3      # 只看通不通：走几步，正常结束
     python benchmarks/run_documented_commands.py --weights ../out --only dpo,grpo   # 起点权重从别处拷
+    python benchmarks/run_documented_commands.py --page docs/minimind3.md           # 一页文档的全部命令，在 minimind-3 的替身上
 
 拷贝用 ``git archive``，只有提交过的文件：没有 dataset/ 下的数据，各命令都用内置的微世界语料。
 """
@@ -27,6 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import print_table, write_result
+from documented_page import run_page
 
 ROOT = Path(__file__).resolve().parents[1]
 # 名字 → (命令, 产出的权重)；顺序即依赖，后面的从前面的权重开始
@@ -123,6 +125,20 @@ def run_one(name: str, home: Path, args: argparse.Namespace) -> dict:
     return result
 
 
+def run_minimind3(page: Path) -> None:
+    """一页文档里的命令，在公共 minimind-3 的替身（``tests/public_minimind3.py``）上依次运行；有一条不成就以 1 退出。"""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from public_minimind3 import Hub, lay_out
+
+    with tempfile.TemporaryDirectory() as folder:
+        home = fresh_copy(Path(folder), None)
+        with Hub(lay_out(home, layers=8)) as hub:
+            results = run_page(ROOT / page, home, hub.url)
+    failed = [result["command"] for result in results if result["exit_code"]]
+    print(f"{page}：{len(results)} 条，{len(failed)} 条没有成")
+    sys.exit(int(bool(failed)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -136,7 +152,10 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=3600, help="一条最多运行多少秒")
     parser.add_argument("--verbose", action="store_true", help="把各命令的输出也打印出来")
     parser.add_argument("--no_save", action="store_true", help="不写结果文件")
+    parser.add_argument("--page", type=Path, help="不跑上面那些，跑这一页文档里的，例如 docs/minimind3.md")
     args = parser.parse_args()
+    if args.page:
+        run_minimind3(args.page)
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         home = fresh_copy(Path(folder), args.weights)

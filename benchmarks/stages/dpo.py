@@ -18,14 +18,21 @@ from minimind.report.logs import read_log
 from minimind.trainer.reference import pair_logprobs
 
 TITLE = "DPO：开口客气"
-GOALS = [
-    Goal("accuracy", "留出的偏好对：好的隐含回报更高", at_least=0.90),
-    Goal("ranking", "留出的偏好对：好的概率更高"),
-    Goal("polite", "留出的提问：写出的回答客气", at_least=0.40, change=True),
-    Goal("grumpy", "留出的提问：写出的回答不耐烦"),
-    Goal("tasks", "全部简单题答对", at_least=-0.05, change=True),
-    Goal("finished", "回答写出了结束符"),
-]
+
+
+def goals(accuracy: Goal, polite: float) -> list[Goal]:
+    """``accuracy`` 是什么因损失而异；``polite`` 是客气要涨多少。"""
+    return [
+        accuracy,
+        Goal("ranking", "留出的偏好对：好的概率更高"),
+        Goal("polite", "留出的提问：写出的回答客气", at_least=polite, change=True),
+        Goal("grumpy", "留出的提问：写出的回答不耐烦"),
+        Goal("tasks", "全部简单题答对", at_least=-0.05, change=True),
+        Goal("finished", "回答写出了结束符"),
+    ]
+
+
+GOALS = goals(Goal("accuracy", "留出的偏好对：好的隐含回报更高", at_least=0.90), polite=0.40)
 # 演示里用的就是这一组
 SETTINGS = {
     "max_seq_len": 256,
@@ -40,6 +47,13 @@ SETTINGS = {
 
 def exam(bench: Bench, loaded: Any) -> dict[str, float]:
     """写出来的腔调、各任务的成绩、偏好对的高低。"""
+    pairs = DPODataset(bench.world / "dpo_heldout.jsonl", loaded.tokenizer, SETTINGS["max_seq_len"])
+    logps = pair_logprobs(loaded.model, pairs, batch_size=32, dtype=torch.float32, description="偏好对的概率")
+    return {"ranking": float((logps[:, 0] > logps[:, 1]).float().mean()), **spoken(bench, loaded)}
+
+
+def spoken(bench: Bench, loaded: Any) -> dict[str, float]:
+    """写出来的腔调与各任务的成绩，都由判分器自己量。"""
     path = bench.world / "dpo_heldout.jsonl"
     lines = (raw for start, end in line_ranges(path, 1 << 22) for raw in read_lines(path, start, end))
     asked = [
@@ -49,10 +63,7 @@ def exam(bench: Bench, loaded: Any) -> dict[str, float]:
     styled = evaluate_items(loaded.model, loaded.tokenizer, asked, description="腔调")
     styles = [style_of(answered.response) for answered in styled]
     tasks = evaluate_items(loaded.model, loaded.tokenizer, bench.items("easy"), description="各任务")
-    pairs = DPODataset(path, loaded.tokenizer, SETTINGS["max_seq_len"])
-    logps = pair_logprobs(loaded.model, pairs, batch_size=32, dtype=torch.float32, description="偏好对的概率")
     return {
-        "ranking": float((logps[:, 0] > logps[:, 1]).float().mean()),
         "polite": styles.count("polite") / len(styles),
         "grumpy": styles.count("grumpy") / len(styles),
         "tasks": accuracy(tasks),

@@ -25,16 +25,12 @@ from typing import Any
 from minimind.arguments import Arguments, arg, parse_args
 from minimind.console import progress, say
 from minimind.dataset.hub import SOURCES, RemoteFile
+from minimind.dataset.published import PUBLISHED, catalogue, recommended
 from minimind.errors import UserError
 from minimind.paths import resolve_path
 from minimind.ranges import URL
 from minimind.runtime.files import file_lock
 
-# 不写文件名时下载哪些：够走完预训练与微调的最小一套；公共数据集改过一次名，取清单里有的那套
-RECOMMENDED = [
-    ("pretrain_hq.jsonl", "sft_mini_512.jsonl"),
-    ("pretrain_t2t_mini.jsonl", "sft_t2t_mini.jsonl"),
-]
 REPO = (r"[^/\s]+/[^/\s]+", "所有者/名字", "不是仓库的写法：")
 TIMEOUT_SECONDS = 30
 # 连续失败这么多次才放弃；每次有进展就从头数
@@ -233,7 +229,7 @@ def choose_files(files: Sequence[RemoteFile], names: Sequence[str]) -> list[Remo
     if list(names) == ["all"]:
         return [known[name] for name in data]
     if not names:
-        names = next((group for group in RECOMMENDED if all(name in known for name in group)), ())
+        names = next((group for group in recommended() if all(name in known for name in group)), ())
         if not names:
             raise UserError(
                 "清单里没有推荐的文件", expected=f"{'、'.join(data)} 之一", fix="写明要下载的文件名"
@@ -273,15 +269,20 @@ class DownloadArguments(Arguments):
 
 def main_download(argv: list[str] | None = None) -> int:
     """``minimind data download [文件名…]``：下载公共数据文件。"""
-    args = parse_args(DownloadArguments, argv, prog="minimind data download")
+    description = f"{DownloadArguments.__doc__}\n\n{catalogue()}"
+    args = parse_args(DownloadArguments, argv, "minimind data download", description)
     hub = SOURCES[args.source](get_json, args.endpoint, args.repo)
     files = hub.list_files()
     if args.list:
+        purposes = {one.file: one.purpose for one in PUBLISHED}
         for file in sorted(files, key=lambda file: file.name):
-            print(f"{file.size / 1e6:>10,.1f} MB  {file.name}")
+            purpose = purposes.get(file.name, "")
+            print(f"{file.size / 1e6:>10,.1f} MB  {file.name:<24}  {purpose}".rstrip())
         return 0
     chosen = choose_files(files, args.names)
     folder = resolve_path(args.dir)
+    total = sum(file.size for file in chosen)
+    say(f"下载 {'、'.join(file.name for file in chosen)}，共 {total / 1e6:,.1f} MB，放进 {folder}。")
     for file in chosen:
         if fetch(file, folder / file.name, args.force):
             checked = "哈希一致" if file.sha256 or file.git_sha1 else "远端没有公布哈希，只核对了大小"

@@ -12,7 +12,7 @@ from minimind.ranges import DEVICE, MANY
 ROW_LENGTH, ROWS = 256, 8
 
 # 与 minimind.model.PRESETS 相同；抄在这里，--help 就不必等 torch
-SIZES = ("tiny", "small", "base", "moe")
+SIZES = ("tiny", "small", "base", "moe", "minimind3", "minimind3_moe")
 # 课表，先后次序不能变：后面的从前面的权重开始
 STAGES = ("pretrain", "sft", "lora", "dpo", "distill", "reason", "ppo", "grpo", "spo")
 

@@ -20,7 +20,13 @@ from minimind.runtime.adapters import adapter_names, merge_adapters, open_adapte
 from minimind.runtime.checkpoint import BUFFERS, read_state
 from minimind.runtime.device import choose_dtype, device_name, resolve_device
 from minimind.runtime.shapes import arch_of, check_plain
-from minimind.runtime.weights import find_weights, missing_weights, open_weights, weights_file
+from minimind.runtime.weights import (
+    find_weights,
+    missing_weights,
+    open_weights,
+    tokenizer_beside,
+    weights_file,
+)
 from minimind.tokenizer import load_tokenizer
 from minimind.tokenizer.loading import codec_of
 from minimind.tokenizer.special import IM_END, IM_START
@@ -130,7 +136,7 @@ def _load_native(weight, save_dir, sizes, tokenizer_path, inference_rope_scaling
         except ValueError as error:
             raise UserError(str(error), where="模型尺寸") from error
     extra = {"inference_rope_scaling": True} if inference_rope_scaling else {}
-    model, tokenizer, file = open_weights(path, sizes, tokenizer_path, **extra)
+    model, tokenizer, file = open_weights(path, sizes, tokenizer_path or tokenizer_beside(path), **extra)
     plain = file.sidecar.get("recipe", path.stem) == "pretrain" or (
         not file.sidecar and "pretrain" in path.stem
     )

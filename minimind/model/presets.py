@@ -16,6 +16,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "small": dict(hidden_size=512, num_hidden_layers=8),  # 25,829,888
     "base": dict(hidden_size=768, num_hidden_layers=16),  # 104,030,976
     "moe": dict(hidden_size=640, num_hidden_layers=8, use_moe=True),  # 145,029,760
+    # 公共 minimind-3 的两个：布局是 v3，权重与它的文件通用
+    "minimind3": dict(arch="v3", hidden_size=768, num_hidden_layers=8),  # 63,912,192
+    "minimind3_moe": dict(
+        arch="v3", hidden_size=768, num_hidden_layers=8, use_moe=True
+    ),  # 198,416,640，每词元用到 63,936,768
 }
 
 
@@ -25,9 +30,18 @@ def preset(name: str, **overrides: Any) -> MiniMindConfig:
     Raises:
         ValueError: 没有这个名字。
     """
+    return MiniMindConfig(**{**preset_sizes(name), **overrides})
+
+
+def preset_sizes(name: str) -> dict[str, Any]:
+    """这个名字的尺寸，一份可以改的拷贝；没有写 ``arch`` 的两种布局都行。
+
+    Raises:
+        ValueError: 没有这个名字。
+    """
     if name not in PRESETS:
         raise ValueError(f"没有叫 {name!r} 的尺寸，可选：{'、'.join(PRESETS)}")
-    return MiniMindConfig(**{**PRESETS[name], **overrides})
+    return dict(PRESETS[name])
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -77,7 +77,7 @@ class DPOArguments(TrainArguments, group="偏好优化"):
     undesirable_weight: float = arg(1.0, "kto 里坏回答的权重", above=0, high=1000)
     sft_coef: float = arg(
         0.0,
-        "另加多少好回答的交叉熵（按词元平均，RPO）；好回答的概率也在跌时用，约 0.1 到 1；orpo 本来就有一份，kto 没有",
+        "另加多少好回答的交叉熵（按词元平均，RPO）；好回答的概率也在跌、别的本事在丢时用，约 0.1 到 1；orpo 本来就有一份",
         low=0,
         high=1000,
     )

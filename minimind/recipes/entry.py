@@ -14,28 +14,12 @@ from minimind.dataset.spec import parse_spec
 from minimind.errors import guard
 from minimind.model import MiniMindLM
 from minimind.paths import resolve_path
-from minimind.runtime.distributed import shutdown_distributed
-from minimind.runtime.weights import init_model
+from minimind.runtime.checkpoint import weights_path
+from minimind.runtime.distributed import broadcast_object, on_main, shutdown_distributed
+from minimind.runtime.weights import init_model, tokenizer_beside
 from minimind.trainer.recipe import Data
 from minimind.trainer.setup import model_config, start_run
 
-# 公共项目发布过的文件名，排在前面的优先（它各版本的默认训练文件）
-USUAL_FILES = {
-    "pretrain": ("pretrain_hq.jsonl", "pretrain_t2t_mini.jsonl", "pretrain_t2t.jsonl"),
-    "sft": (
-        "sft_mini_512.jsonl",
-        "sft_512.jsonl",
-        "sft_1024.jsonl",
-        "sft_2048.jsonl",
-        "sft_t2t_mini.jsonl",
-        "sft_t2t.jsonl",
-    ),
-    "lora_identity": ("lora_identity.jsonl",),
-    "dpo": ("dpo.jsonl",),
-    "reason": ("r1_mix_1024.jsonl",),
-    "rl": ("rlaif-mini.jsonl", "rlaif.jsonl"),
-    "agent": ("agent_rl.jsonl", "agent_rl_math.jsonl"),
-}
 # 填充超过这个比例就换更长的行
 PADDING_LIMIT = 0.02
 LONGER_ROWS = (2, 4, 8)
@@ -75,15 +59,18 @@ def open_model(args: Any) -> tuple[MiniMindLM, Any]:
         ``(model, tokenizer)``，模型是 fp32，已在它的设备上（``model.device``）。
     """
     device = start_run(args)
-    model, tokenizer = init_model(
-        model_config(args), args.from_weight, args.tokenizer_path, args.save_dir, device
-    )
+    config = model_config(args)
+    if args.from_weight != "none" and not args.tokenizer_path:
+        start = weights_path(config, args.from_weight, args.save_dir)
+        args.tokenizer_path = broadcast_object(on_main(lambda: tokenizer_beside(start)))
+    model, tokenizer = init_model(config, args.from_weight, args.tokenizer_path, args.save_dir, device)
+    args.arch = model.config.arch  # 没写的由起点定下，记进旁注
     model.config.record_trained_length(args.trained_length(model.config.trained_length))
     return model, tokenizer
 
 
 def training_files(
-    kind: str, data_path: str | None, val_path: str | None, folder: str = "dataset"
+    kind: str, data_path: str | None, val_path: str | None, folder: str = "dataset", arch: str = "v2"
 ) -> tuple[Path | str, Path | str | None]:
     """训练数据与验证数据；后者为 ``None`` 表示从训练文件里划。
 
@@ -92,6 +79,7 @@ def training_files(
     Args:
         kind: 哪个阶段的数据，也是微世界里的文件名，例如 ``pretrain``、``sft``、``reason``。
         data_path, val_path: 命令行给的，可以没有。
+        arch: 模型的布局；两代的惯用文件都有时，用同一代的。
 
     Raises:
         UserError: 给了路径，但那里没有能读的文件（说出有什么），或权重不对。
@@ -99,7 +87,9 @@ def training_files(
     validation = named(val_path, "--val_path") if val_path else None
     if data_path:
         return named(data_path, "--data_path"), validation
-    for name in USUAL_FILES.get(kind, ()):
+    from minimind.dataset.published import usual_files
+
+    for name in usual_files(kind, arch):
         path = resolve_path(folder) / name
         if path.is_file():
             say(f"没有给 --data_path，用 {path}。")
@@ -128,7 +118,9 @@ def open_datasets(cls: type, args: Any, tokenizer: Any, stage: str | None = None
         stage: 哪个阶段的数据（见 :func:`training_files`），默认是 ``cls.kind``。
         options: 其余交给 ``cls`` 的参数。
     """
-    data_path, val_path = training_files(stage or cls.kind, args.data_path, args.val_path)
+    data_path, val_path = training_files(
+        stage or cls.kind, args.data_path, args.val_path, arch=args.arch or "v2"
+    )
     common = {"max_length": args.max_seq_len, "seed": args.seed, "on_bad_line": args.on_bad_line}
     common |= options
     whole = {} if val_path else {"split": "train", "val_ratio": args.val_ratio}

@@ -129,7 +129,7 @@ def choose_models(args: Any) -> Teacher:
 
 def same_size(args: Any, weight: str) -> bool:
     """``save_dir`` 里有没有与学生结构相同的这个权重；没有旁注的只看文件名里的尺寸。"""
-    config = model_config(args)
+    config = model_config(args, from_weight=weight)
     path = weights_path(config, weight, args.save_dir)
     saved = (read_sidecar(path) or {}).get("config", {}) if path.is_file() else {}
     current = config_dict(config)

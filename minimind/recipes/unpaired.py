@@ -42,7 +42,10 @@ def unpaired_loss(
         undesirable_weight=args.undesirable_weight,
     )
     metrics = result.metrics(batch["desirable"], args.beta * kl)
-    return result.losses.sum() + policy.aux_loss * size, metrics
+    loss = result.losses.sum() + policy.aux_loss * size
+    if args.sft_coef:  # 只加在好的回答上，按词元平均
+        loss = loss - args.sft_coef * (policy.logps / policy.lengths.clamp_min(1))[batch["desirable"]].sum()
+    return loss, metrics
 
 
 @torch.no_grad()

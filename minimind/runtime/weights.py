@@ -46,6 +46,7 @@ COMMANDS = {
     "agent": "python trainer/train_agent.py",
     "full_dist": "python trainer/train_distillation.py",
 }
+PUBLIC_TOKENIZER = "model"  # 公共项目放分词器的目录
 REWARD = "reward"  # 奖励模型的配方名，写在它的旁注里
 # 决定权重形状与含义的配置项；其余（dropout、注意力实现、外推）可以随意不同
 STRUCTURE = (
@@ -107,6 +108,7 @@ def missing_weights(lm_config: MiniMindConfig, name: str, save_dir: str | Path) 
     path = weights_path(lm_config, name, save_dir)
     others = sorted(p.name for p in resolve_path(save_dir).glob(f"{name}_*.pth"))
     size = f" --hidden_size {lm_config.hidden_size}" + (" --use_moe 1" if lm_config.use_moe else "")
+    size += " --arch v3" if lm_config.arch == "v3" else ""
     if name in COMMANDS:
         hint = f"；目录里有 {'、'.join(others)}，可改 --hidden_size / --use_moe 与它一致" if others else ""
         fix = f"先运行 {COMMANDS[name]}{size}{hint}"
@@ -115,6 +117,41 @@ def missing_weights(lm_config: MiniMindConfig, name: str, save_dir: str | Path) 
         there = f"目录里有 {'、'.join(there[:8])}" if there else "目录里一份权重也没有"
         fix = f"名字写错了就改（{there}）；没写错，就在训练它的命令里加 --save_weight {name}{size}"
     return UserError(f"没有权重文件（{file_stem(lm_config, name)}.pth）", where=str(path), fix=fix)
+
+
+def arch_of_weights(name: str, save_dir: str | Path, hidden_size: int, use_moe: bool) -> str | None:
+    """这份权重是哪种布局：旁注里写着，没有旁注的从键看；没有这个文件是 ``None``。"""
+    for path in named_weights(name, save_dir, hidden_size, use_moe):
+        from minimind.runtime.shapes import arch_of  # 有旁注的用不着
+
+        saved = (read_sidecar(path) or {}).get("config", {}).get("arch")
+        return saved or arch_of(read_state(path))
+    return None
+
+
+def starting_arch(given: str | None, sizes: Mapping[str, Any], weight: str, save_dir: str | Path) -> str:
+    """训练用哪种布局：命令行写明的，预设的，起点权重的，都没说就是 v2。
+
+    Args:
+        given: ``--arch``。
+        sizes: 已定下的尺寸；预设的可能写着 ``arch``。
+        weight: 起点权重的名字，``none`` 是从头训练。
+
+    Raises:
+        UserError: ``--arch`` 与预设的不同。
+    """
+    own = sizes.get("arch")
+    if own and given not in (None, own):
+        raise UserError(
+            f"这个预设的结构是 {own}", where=f"--arch {given}", fix="去掉 --arch，或用尺寸参数代替 --preset"
+        )
+    if given or own:
+        return given or own
+    # 权重只在主进程那台机器上
+    found = weight != "none" and on_main(
+        lambda: arch_of_weights(weight, save_dir, sizes["hidden_size"], bool(sizes.get("use_moe")))
+    )
+    return broadcast_object(found or "v2")
 
 
 # ---------------------------------------------------------------- 文件 → 配置
@@ -187,6 +224,31 @@ def check_tokenizer(path: Path, sidecar: Mapping[str, Any], config: MiniMindConf
             expected="词表不大于权重的",
             fix=fix,
         )
+
+
+def tokenizer_beside(path: Path) -> str | None:
+    """没写 ``--tokenizer_path`` 时，这份权重用哪个分词器目录；随包的是 ``None``。
+
+    公共项目的 ``--load_from model`` 指的就是放分词器的 ``model/``：没有旁注的权重（公共的）配它；有旁注的，指纹与它相同才配。
+    """
+    if not path.is_file():
+        return None
+    sidecar, folder = read_sidecar(path) or {}, resolve_path(PUBLIC_TOKENIZER)
+    there, trained = (folder / "tokenizer.json").is_file(), sidecar.get("tokenizer_hash")
+    if not there and not sidecar:
+        say(
+            f"留意：{path.name} 没有旁注，不知道训练它的分词器，按自带的读；公共项目的权重配它自己的："
+            f"把它的 {PUBLIC_TOKENIZER}/ 目录放在这里，或加 --tokenizer_path。"
+        )
+    if not there or (sidecar and not trained):
+        return None
+    if trained and (
+        trained == tokenizer_fingerprint(load_tokenizer())
+        or trained != tokenizer_fingerprint(load_tokenizer(folder))
+    ):
+        return None
+    say(f"{path.name} 用 {folder} 的分词器。")
+    return str(folder)
 
 
 def check_speaks(path: Path, sidecar: Mapping[str, Any]) -> None:

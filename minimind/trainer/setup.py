@@ -14,7 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from minimind.console import Meter, say
 from minimind.dataset.collate import to_device
 from minimind.errors import UserError
-from minimind.model import MiniMindConfig, preset
+from minimind.model import MiniMindConfig
+from minimind.model.presets import preset_sizes
 from minimind.paths import resolve_path
 from minimind.runtime import checkpoint, distributed
 from minimind.runtime.device import (
@@ -33,6 +34,7 @@ from minimind.runtime.device import (
 )
 from minimind.runtime.fair_share import fair_share
 from minimind.runtime.files import check_writable
+from minimind.runtime.weights import starting_arch
 from minimind.trainer.archive import check_same_everywhere, identity_of
 from minimind.trainer.footprint import recompute_layers
 from minimind.trainer.journal import Journal
@@ -65,8 +67,10 @@ def start_run(args: Any) -> torch.device:
     return device
 
 
-def model_config(args: Any, **overrides: Any) -> MiniMindConfig:
+def model_config(args: Any, from_weight: str | None = None, **overrides: Any) -> MiniMindConfig:
     """由命令行参数得到模型配置；给了 ``--preset`` 就以它的尺寸为准。
+
+    没写 ``--arch`` 时随预设或起点的权重（``from_weight``，默认是 ``args.from_weight``），都没说就是 v2。
 
     从头训练的初始化随优化器：Muon 用残差为零的，同样步数验证损失更低；AdamW 每个数走的步子有上限，从零起步反而慢，
     用普通的（docs/quality.md）。载入权重时它不起作用。
@@ -74,13 +78,12 @@ def model_config(args: Any, **overrides: Any) -> MiniMindConfig:
     v3 的混合专家只选一个专家，权重归一之后恒为 1，路由器从损失得不到梯度（7e-10，不归一 3e-3），所以从头训练时不归一；
     从已有的权重开始则照它训练时的（旁注里写着；公开的没有旁注，按归一）。
     """
-    given = {"arch": args.arch, "zero_init_residual": args.optimizer == "muon"}
-    if not args.preset:
-        given |= {name: getattr(args, name) for name in ("hidden_size", "num_hidden_layers")}
-        given["use_moe"] = bool(args.use_moe)
+    sizes = {"hidden_size": args.hidden_size, "num_hidden_layers": args.num_hidden_layers}
+    sizes["use_moe"] = bool(args.use_moe)
     try:
-        given |= overrides
-        config = preset(args.preset, **given) if args.preset else MiniMindConfig(**given)
+        sizes = preset_sizes(args.preset) if args.preset else sizes
+        sizes["arch"] = starting_arch(args.arch, sizes, from_weight or args.from_weight, args.save_dir)
+        config = MiniMindConfig(**{**sizes, "zero_init_residual": args.optimizer == "muon", **overrides})
     except ValueError as error:
         raise UserError(str(error), where="模型尺寸") from error
     if args.from_weight == "none" and config.arch == "v3" and config.num_experts_per_tok == 1:

@@ -26,15 +26,19 @@ class StartArguments(ModelArguments, group="模型"):
 
     preset: str | None = arg(
         None,
-        "预设尺寸（tiny、small、base、moe）；给出后以它为准，各尺寸参数不再起作用",
+        "预设尺寸（tiny、small、base、moe；minimind3、minimind3_moe 与公共 minimind-3 的权重通用）；"
+        "给出后以它为准，各尺寸参数不再起作用",
         tuple(PRESETS),
         resume="content",
     )
     hidden_size: int = override(ModelArguments, "hidden_size", 512, help="隐层宽度", **WIDTHS)
     num_hidden_layers: int = override(ModelArguments, "num_hidden_layers", 8, help="层数")
     use_moe: int = override(ModelArguments, "use_moe", 0, help="是否用混合专家（0 否，1 是）")
-    arch: str = override(
-        ModelArguments, "arch", "v2", help="模型结构：v2（默认）或 v3（QK 归一化，与 Qwen3 同构）"
+    arch: str | None = override(
+        ModelArguments,
+        "arch",
+        None,
+        help="模型结构：v2 或 v3（QK 归一化，与 Qwen3 同构）；不给则由预设或起点的权重决定，都没说就是 v2",
     )
     tokenizer_path: str | None = override(
         ModelArguments, "tokenizer_path", None, help="分词器目录；不给则用自带的 6400 词表"

@@ -252,7 +252,25 @@ def test_磁盘不够时开始前就说(fetch, hub, monkeypatch):
 
 def test_列出文件(hub, capsys):
     assert main_download(["--list", "--endpoint", hub.url]) == 0
-    assert "pretrain_hq.jsonl" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "pretrain_hq.jsonl" in shown and "minimind pretrain" in shown
+
+
+def test_说明里有两代公布的名字与大小(capsys):
+    with pytest.raises(SystemExit):
+        main_download(["--help"])
+    lines = {
+        words[0]: " ".join(words[1:3])
+        for line in capsys.readouterr().out.splitlines()
+        if (words := line.replace("✔", "").split())
+    }
+    published = {
+        "pretrain_hq": "1.6 GB", "sft_mini_512": "1.2 GB", "sft_512": "7.5 GB", "sft_1024": "5.6 GB", "sft_2048": "9 GB",
+        "r1_mix_1024": "340 MB", "rlaif-mini": "1 MB", "lora_identity": "22.8 KB", "lora_medical": "34 MB", "dpo": "53 MB",
+        "pretrain_t2t": "10 GB", "pretrain_t2t_mini": "1.2 GB", "sft_t2t": "14 GB", "sft_t2t_mini": "1.6 GB",
+        "rlaif": "24 MB", "agent_rl": "86 MB", "agent_rl_math": "18 MB",
+    }  # fmt: skip
+    assert {name: lines.get(name) for name in published} == published
 
 
 def files_named(*names):
@@ -270,6 +288,10 @@ def test_不写名字取推荐的一套():
     assert [f.name for f in choose_files(old, [])] == ["pretrain_hq.jsonl", "sft_mini_512.jsonl"]
     new = files_named("pretrain_t2t_mini.jsonl", "sft_t2t_mini.jsonl")
     assert len(choose_files(new, [])) == 2
+    assert [f.name for f in choose_files([*old, *new], [])] == [
+        "pretrain_t2t_mini.jsonl",
+        "sft_t2t_mini.jsonl",
+    ]
     assert [f.name for f in choose_files([*old, *files_named("README.md")], ["all"])] == [
         "dpo.jsonl",
         "pretrain_hq.jsonl",

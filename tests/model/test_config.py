@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import pytest
 import torch
 
@@ -17,7 +20,14 @@ from minimind.model import (
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("tiny", 3_590_592), ("small", 25_829_888), ("base", 104_030_976), ("moe", 145_029_760)],
+    [
+        ("tiny", 3_590_592),
+        ("small", 25_829_888),
+        ("base", 104_030_976),
+        ("moe", 145_029_760),
+        ("minimind3", 63_912_192),
+        ("minimind3_moe", 198_416_640),
+    ],
 )
 def test_各尺寸的参数量(name, expected):
     with torch.device("meta"):
@@ -29,7 +39,26 @@ def test_预设可以覆盖且不认识的名字说清有哪些():
     assert preset("small").num_key_value_heads == 2
     with pytest.raises(ValueError, match="small"):
         preset("huge")
-    assert set(PRESETS) == {"tiny", "small", "base", "moe"}
+    assert set(PRESETS) == {"tiny", "small", "base", "moe", "minimind3", "minimind3_moe"}
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("minimind3", "minimind3_64m"), ("minimind3_moe", "minimind3_moe_198m")]
+)
+def test_minimind3的键与形状同公共权重(name, key, shared_dir):
+    """公共权重的形状来自参考数据；每词元用到的参数 64M。"""
+    public = json.loads((shared_dir / "golden" / "v3_param_counts.json").read_text())[key]
+    with torch.device("meta"):
+        model = MiniMindForCausalLM(preset(name))
+    assert count_parameters(model) == public["params"]
+    assert {k: list(v.shape) for k, v in model.state_dict().items()} == public["state_dict"]
+
+
+def test_minimind3_moe每词元用到64M():
+    with torch.device("meta"):
+        model = MiniMindForCausalLM(preset("minimind3_moe"))
+    idle = sum(p.numel() for k, p in model.named_parameters() if re.search(r"\.experts\.[123]\.", k))
+    assert count_parameters(model) - idle == 63_936_768
 
 
 def test_两种布局的默认值():

@@ -232,7 +232,6 @@ def test_坏的偏好对_说出文件行号与修法(home, record, words):
         ({"loss_type": "orpo", "label_smoothing": 0.1}, "--label_smoothing"),
         ({"simpo_gamma": 0.5}, "--simpo_gamma"),
         ({"loss_type": "orpo", "undesirable_weight": 2}, "--undesirable_weight"),
-        ({"loss_type": "kto", "sft_coef": 0.1}, "--sft_coef"),
         ({"loss_type": "simpo", "cache_reference": 0}, "--cache_reference"),
         ({"label_smoothing": 0.5}, "--label_smoothing"),
         ({"sft_coef": -1}, "--sft_coef"),
@@ -324,6 +323,30 @@ def test_kto_批怎么切都不改变结果(home):
         if "kl" in a:
             assert a["kl"] == pytest.approx(b["kl"], abs=1e-4)
     assert log_one[-1 if "kl" in log_one[-1] else -2]["kl"] > 0
+
+
+def test_kto_另加的交叉熵只在好的回答上(home):
+    from minimind.dataset import KTODataset
+    from minimind.recipes.unpaired import unpaired_loss
+
+    answers = KTODataset("dpo.jsonl", load_tokenizer(), 64)
+    rows = [answers[0], answers[5], answers[20]]
+    torch.manual_seed(0)
+    model = MiniMindForCausalLM(MiniMindConfig(hidden_size=64, num_hidden_layers=2)).eval()
+    losses = []
+    for coefficient in (0.0, 0.3):
+        args = dpo.DPOArguments(loss_type="kto", sft_coef=coefficient)
+        with torch.no_grad():
+            losses.append(float(unpaired_loss(model, answers.collate(rows), args, model)[0]))
+    by_hand = 0.0
+    for item in rows:
+        ids, labels = item["answer"], item["answer_labels"]
+        with torch.no_grad():
+            table = model(ids[None]).logits[0].log_softmax(-1)
+        places = (labels != -100).nonzero()[:, 0].tolist()
+        by_hand -= item["desirable"] * sum(float(table[t - 1, ids[t]]) for t in places) / len(places)
+    assert 0 < sum(bool(item["desirable"]) for item in rows) < 3
+    assert losses[1] - losses[0] == pytest.approx(0.3 * by_hand, abs=1e-4)
 
 
 def test_kto_现算参考值与缓存的结果相同(home):

@@ -119,6 +119,9 @@ def test_数据的来源_给的_惯用的_内置的(home, monkeypatch, capsys):
     assert found.name == "sft_mini_512.jsonl" and validation is None
     line = capsys.readouterr().err
     assert "sft_mini_512.jsonl" in line and line.count("\n") == 1
+    shutil.copy("sft.jsonl", home / "dataset" / "sft_t2t_mini.jsonl")  # 两代的都有：用与模型同一代的
+    assert entry.training_files("sft", None, None)[0].name == "sft_mini_512.jsonl"
+    assert entry.training_files("sft", None, None, arch="v3")[0].name == "sft_t2t_mini.jsonl"
 
 
 @pytest.mark.parametrize("flag", ["data_path", "val_path"])
