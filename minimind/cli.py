@@ -21,7 +21,7 @@ class Command:
 
 
 COMMANDS = {
-    "demo": Command("minimind.demo:main", "从零走完全程：九个阶段的训练与考试、成绩单、对话", "先试试"),
+    "demo": Command("minimind.demo:main", "从零走完全程：十个阶段的训练与考试、成绩单、对话", "先试试"),
     "chat": Command("minimind.chat:main", "与训练好的模型对话（同 python eval_llm.py）", "先试试"),
     "selftest": Command(
         "minimind.selftest:main", "自检：这台机器算得对不对、多快，出一张表与一份 JSON", "先试试"

@@ -1,4 +1,4 @@
-"""演示：一条命令走完九个阶段，报告里的数字与回答对得上；坏了一段不连累别的；没有终端就不等人。"""
+"""演示：一条命令走完十个阶段，报告里的数字与回答对得上；坏了一段不连累别的；没有终端就不等人。"""
 
 import json
 import os
@@ -46,7 +46,7 @@ def test_产物齐全_不碰使用者的权重目录(finished):
     assert report == {
         *("report.md", "report.json", "answers.jsonl", "scoreboard.png", "tasks.png", "rewards.png"),
         *("pretrain.png", "full_sft.png", "lora.png", "dpo.png", "distill.png", "reason.png"),
-        *("ppo.png", "grpo.png", "spo.png"),
+        *("ppo.png", "grpo.png", "spo.png", "agent.png"),
     }
     assert {path.name for path in (folder / "out").iterdir()} == {"demo", "report"}
     assert {path.name for path in folder.iterdir()} == {"out", "cache"}
@@ -143,7 +143,7 @@ def test_起点没走完_后面的不用旧权重充数(finished, monkeypatch, t
 
 def test_阶段的名字_按课表排_写错了说有哪些():
     assert DemoArguments(stages="spo, lora").chosen_stages() == ["lora", "spo"]
-    assert len(DemoArguments().chosen_stages()) == 9
+    assert len(DemoArguments().chosen_stages()) == 10
     for wrong in ("grppo", ""):
         with pytest.raises(UserError, match="--stages"):
             DemoArguments(stages=wrong).chosen_stages()

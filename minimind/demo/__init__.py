@@ -1,6 +1,6 @@
-"""演示：从零走完全程，十几分钟后得到一个会答题的小模型、七种后训练各自的效果，和一份成绩单。
+"""演示：从零走完全程，十几分钟后得到一个会答题的小模型、八种后训练各自的效果，和一份成绩单。
 
-造数据 → 预训练 → 监督微调 → LoRA、DPO、蒸馏、推理 → PPO、GRPO、SPO → 报告 → 对话。每一步都是正式命令用的
+造数据 → 预训练 → 监督微调 → LoRA、DPO、蒸馏、推理 → PPO、GRPO、SPO → 差事（工具）→ 报告 → 对话。每一步都是正式命令用的
 同一段代码，只是尺寸小、数据是内置的微世界。产物在 ``out/demo``，不碰使用者自己的权重。
 
 一个阶段没走完不连累别的：说清原因，接着走下一个，报告里写着到此为止的结果。
@@ -64,8 +64,8 @@ def plan(road: Road, stages: dict[str, Lesson], start: float) -> Timetable:
 
     model, tokenizer = fresh_model()
 
-    def packed(cls, name: str):
-        return cls(road.data(name)["data_path"], tokenizer, max_length=ROW_LENGTH)
+    def packed(cls, name: str, row_length: int = ROW_LENGTH):
+        return cls(road.data(name)["data_path"], tokenizer, max_length=row_length)
 
     pretrain_rows = packed(PretrainDataset, "pretrain")
     pairs = packed(DPODataset, "dpo")
@@ -73,6 +73,7 @@ def plan(road: Road, stages: dict[str, Lesson], start: float) -> Timetable:
         "pretrain": len(pretrain_rows),
         "sft": len(packed(SFTDataset, "sft")),
         "lora_identity": len(packed(SFTDataset, "lora_identity")),
+        "agent_sft": 2 * len(packed(SFTDataset, "agent_sft", 2 * ROW_LENGTH)),
         # 参考模型多算一遍前向，一对两条补齐到一样长
         "dpo": round(int(pairs.cache.offsets[-1]) * 2 / ROW_LENGTH),
     }

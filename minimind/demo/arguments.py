@@ -14,7 +14,7 @@ ROW_LENGTH, ROWS = 256, 8
 # 与 minimind.model.PRESETS 相同；抄在这里，--help 就不必等 torch
 SIZES = ("tiny", "small", "base", "moe", "minimind3", "minimind3_moe")
 # 课表，先后次序不能变：后面的从前面的权重开始
-STAGES = ("pretrain", "sft", "lora", "dpo", "distill", "reason", "ppo", "grpo", "spo")
+STAGES = ("pretrain", "sft", "lora", "dpo", "distill", "reason", "ppo", "grpo", "spo", "agent")
 
 
 @dataclass
@@ -35,7 +35,7 @@ class CourseArguments(Arguments, group="训练与考试"):
 
 @dataclass
 class DemoArguments(CourseArguments, group="演示"):
-    """从零走完全程：造数据、九个阶段的训练、评测、出报告、对话。"""
+    """从零走完全程：造数据、十个阶段的训练、评测、出报告、对话。"""
 
     stages: str = arg(
         "all",

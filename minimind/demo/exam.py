@@ -10,6 +10,9 @@ from minimind.answers import well_formed
 from minimind.evaluate.microworld import Answered, read_items, read_prompts
 from minimind.microworld.graders import style_of
 
+# 差事有六种，轮流排着：前六道各一种
+ERRAND_KINDS = 6
+
 
 def pick_items(items: list[dict], kind: str, per_task: int, level: Sequence[str] = ("easy", "hard")) -> list:
     """某一类考题；``per_task`` 大于 0 时每个任务只取前几题。新身份的题（``lora``）默认不在内：换了身份才考。"""
@@ -28,13 +31,14 @@ class Papers:
     """全部考卷。
 
     cloze: 预训练的填空；chats: 对话题，``easy`` 与 ``hard``；identity: 新身份；
-    multistep: 多步题的提示，推理与强化学习考它们；heldout: 预训练的留出文本；bpb_rows: 至多用它多少行，0 为全部。
+    multistep: 多步题的提示，推理与强化学习考它们；errands: 要用工具的差事；heldout: 预训练的留出文本；bpb_rows: 至多用它多少行，0 为全部。
     """
 
     cloze: list[dict]
     chats: list[dict]
     identity: list[dict]
     multistep: list[dict]
+    errands: list[dict]
     heldout: Path
     bpb_rows: int = 0
 
@@ -45,12 +49,13 @@ class Papers:
 
 def open_papers(world: Path, per_task: int, fast: bool) -> Papers:
     """从微世界文件夹读出考卷；``per_task`` 见 :func:`pick_items`。"""
-    items = read_items(world / "eval.jsonl")
+    items, errands = read_items(world / "eval.jsonl"), read_items(world / "agent_heldout.jsonl")
     return Papers(
         cloze=pick_items(items, "cloze", per_task),
         chats=pick_items(items, "chat", per_task),
         identity=pick_items(items, "chat", 4 * per_task, ("lora",)),
         multistep=pick_items(read_prompts(world / "rl_heldout.jsonl"), "chat", 4 * per_task),
+        errands=errands[: ERRAND_KINDS * per_task or None],
         heldout=world / "pretrain_heldout.jsonl",
         bpb_rows=32 if fast else 0,
     )

@@ -35,6 +35,9 @@ EXPLANATIONS = {
     "ppo: multi-step": RL + "PPO 另有一个价值网络，估计写到一半能得几分。",
     "grpo: multi-step": RL + "GRPO 同一题答八遍，比同组平均好的多写。",
     "spo: multi-step": RL + "SPO 每题只答一遍，和这道题自己过去的成绩比。",
+    "agent: errands with tools": "事情每道题现编，答案只在工具后面，要自己决定调用什么、看了结果再接着查。“之前”只学过调用的样子；"
+    "“之后”只凭最后答得对不对，自己试出来的。",
+    "agent: dialogue": "不给工具的普通问答还答不答得对，看学会用工具有没有冲掉旧本事。",
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from minimind.demo import base, reinforce, tuning
+from minimind.demo import base, errands, reinforce, tuning
 from minimind.demo.arguments import ROW_LENGTH, ROWS
 from minimind.demo.road import Road
 
@@ -68,6 +68,16 @@ def student_tokens(road: Road) -> float:
 ROLLOUTS = reinforce.PROMPTS * reinforce.GENERATIONS
 # 开训前、途中三次、结束后
 RL_EXAMS = ("multistep",) * 5
+
+# 一段对话约 270 个词元，几回合写出来，再前向反向一遍
+AGENT_ROLLOUTS = errands.PROMPTS * errands.LEARNING["num_generations"]
+
+
+def errand_tokens(road: Road) -> float:
+    """差事的微调与强化学习。"""
+    tuned = epochs_of("agent_sft", errands.TUNING["epochs"], 2 * errands.TUNING["batch_size"])
+    return tuned(road) + steps_of(errands.STEPS, AGENT_ROLLOUTS, 375.0)(road)
+
 
 STAGES: dict[str, Lesson] = {
     "pretrain": Lesson(
@@ -134,5 +144,12 @@ STAGES: dict[str, Lesson] = {
         reinforce.run_spo,
         steps_of(reinforce.RL_STEPS, ROLLOUTS, 100.0),
         RL_EXAMS,
+    ),
+    "agent": Lesson(
+        "差事",
+        "自己调用工具，看结果再作答：先微调出样子，再只看对不对",
+        errands.run_agent,
+        errand_tokens,
+        ("errands", "errands", "errands", "easy", "easy"),
     ),
 }

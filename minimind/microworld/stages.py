@@ -18,7 +18,7 @@ STAGE_COUNTS = {
     "reason": 2400,
     "rl": 1500,
     "agent": 1500,
-    "agent_sft": 480,
+    "agent_sft": 700,
 }
 HELDOUT_COUNT = 240
 PRETRAIN_HELDOUT_SCALE, SFT_HELDOUT_SCALE = 0.03, 0.03
@@ -27,6 +27,9 @@ PRETRAIN_HELDOUT_SCALE, SFT_HELDOUT_SCALE = 0.03, 0.03
 LORA_REVIEW = 2
 # 推理数据里普通问答的复习与多步题之比：一条不留时，模型对什么都先 <think>，简单题从 85 % 掉到 1 %
 REASON_REVIEW = 0.5
+
+# 差事的微调里，普通问答的复习与差事的段数之比
+AGENT_REVIEW = 2
 
 # SFT 里带腔调的回答各占这么多：太少 DPO 无从强化，太多会冲淡正常回答
 STYLED_SHARE = 0.04
@@ -175,20 +178,27 @@ class Corpus:
 
     # ---- 差事：要用工具的多轮题 ----
 
-    def errands(self, stage: str, side: str) -> Iterator[tuple[str, Errand]]:
-        """各家族轮流。"""
-        rng, source = stream(self.seed, stage, side), Errands(self.easy_tasks(), self.seed)
-        count = self.count(STAGE_COUNTS[stage]) if side == TRAIN else HELDOUT_COUNT
+    def agent_examples(self, side: str, count: int | None = None) -> Iterator[tuple[str, Errand]]:
+        """各家族轮流；``count`` 多要的接在默认的那些之后。"""
+        rng, source = stream(self.seed, "agent", side), Errands(self.easy_tasks(), self.seed)
+        if count is None:
+            count = self.count(STAGE_COUNTS["agent"]) if side == TRAIN else HELDOUT_COUNT
         for number in range(count):
             yield source.draw(rng, number, side)
 
-    def agent(self, side: str) -> list[dict]:
+    def agent(self, side: str, count: int | None = None) -> list[dict]:
         """只有题：答案与判分在旁边的字段里，怎么用工具由模型自己试出来。"""
-        return [errand.record(name) for name, errand in self.errands("agent", side)]
+        return [errand.record(name) for name, errand in self.agent_examples(side, count)]
 
     def agent_sft(self, side: str) -> list[dict]:
-        """走完的几段，教会模型调用的样子；不在 ``sft.jsonl`` 里。"""
-        records = [errand.conversation() for _, errand in self.errands("agent_sft", side)]
+        """教会模型调用的样子，不在 ``sft.jsonl`` 里；训练部分另有普通问答的复习。"""
+        rng, source = stream(self.seed, "agent_sft", side), Errands(self.easy_tasks(), self.seed)
+        count = self.count(STAGE_COUNTS["agent_sft"]) if side == TRAIN else HELDOUT_COUNT // 4
+        records = [source.lesson(rng, number, side) for number in range(count)]
+        if side == TRAIN:
+            rng, easy = stream(self.seed, "agent_sft", "review"), self.easy_tasks()
+            review = round(AGENT_REVIEW * count)
+            records += [rng.choice(easy).example(rng, TRAIN).conversation() for _ in range(review)]
         stream(self.seed, "agent_sft", side, "shuffle").shuffle(records)
         return records
 

@@ -74,3 +74,17 @@ def test_强化学习的三种_采样的总数不超过预算_差不到一步(be
     walked = (one_round * plan["epochs"])[: plan["max_steps"]]
     assert len(walked) == plan["max_steps"], "轮数不够走这么多步"
     assert 0 <= (steps or 60) * 128 - generations * sum(walked) < 128
+
+
+def test_差事的对照_同样的题没有工具_判分不变(bench_stages):
+    from stages._agent import one_turn
+
+    from minimind.microworld import build_tasks
+    from minimind.microworld.core import HELDOUT
+    from minimind.microworld.stages import Corpus
+
+    rows = Corpus(build_tasks(), 0.01, 42).agent(HELDOUT, 12)
+    for row, plain in zip(rows, one_turn(rows), strict=True):
+        assert [turn["role"] for turn in plain["conversations"]] == ["user", "assistant"]
+        assert plain["conversations"][0] == row["conversations"][1] and "lookup" not in plain
+        assert (plain["answer"], plain["grader"]) == (row["answer"], row["grader"])
