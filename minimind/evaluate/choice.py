@@ -26,7 +26,6 @@ from minimind.evaluate.common import (
     Rate,
     Stopwatch,
     data_file,
-    document_start,
     need_examples,
     pick,
     print_table,
@@ -36,7 +35,7 @@ from minimind.evaluate.common import (
 from minimind.evaluate.likelihood import ChoiceRow, choice_logprobs
 from minimind.inference.generate import context_length
 from minimind.ranges import MANY
-from minimind.tokenizer import encode_chat, encode_plain, encode_plain_batch
+from minimind.tokenizer import document_start, encode_chat, encode_plain, encode_plain_batch
 
 SCORINGS = ("letter", "text")
 

@@ -85,11 +85,6 @@ def pick(items: Sequence[T], limit: int, seed: int) -> list[T]:
     return [items[i] for i in sorted(random.Random(seed).sample(range(len(items)), limit))]
 
 
-def document_start(tokenizer: Any) -> list[int]:
-    """续写时放在最前面的 token：分词器有 bos 就是它，没有（如 Qwen）就不放。"""
-    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-
-
 @dataclass(frozen=True)
 class Rate:
     """答对的比例与它的 95 % 置信区间。

@@ -25,7 +25,6 @@ from minimind.evaluate.common import (
     EvalArguments,
     Stopwatch,
     data_file,
-    document_start,
     need_examples,
     pick,
     print_table,
@@ -34,7 +33,7 @@ from minimind.evaluate.common import (
 )
 from minimind.evaluate.generation import generate_answers
 from minimind.ranges import MANY
-from minimind.tokenizer import encode_chat, encode_plain
+from minimind.tokenizer import document_start, encode_chat, encode_plain
 
 # 写明答案的记号；取最后一处
 _MARK = re.compile(

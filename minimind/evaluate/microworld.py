@@ -16,7 +16,7 @@ from minimind.inference.generate import generate_batch
 from minimind.inference.loading import stop_ids
 from minimind.inference.sampling import GREEDY, SamplingParams
 from minimind.microworld import grade
-from minimind.tokenizer import encode_chat_batch, encode_plain_batch
+from minimind.tokenizer import document_start, encode_chat_batch, encode_plain_batch
 
 # 回答最长多少 token：微世界的标准回答没有超过六十个的，放到 96 还能看出「停不下来」
 MAX_NEW_TOKENS = 96
@@ -71,7 +71,7 @@ def prompt_items(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def encode_items(tokenizer: Any, items: Sequence[dict[str, Any]]) -> list[list[int]]:
-    """有 ``messages`` 的走对话模板（末尾是助手回合的开头），其余是续写：``bos + prompt``。"""
+    """有 ``messages`` 的走对话模板（末尾是助手回合的开头），其余是续写：``bos + prompt``（没有 bos 的不放）。"""
     chats = [i for i, item in enumerate(items) if item.get("messages")]
     plains = [i for i, item in enumerate(items) if not item.get("messages")]
     encoded: list[list[int]] = [[] for _ in items]
@@ -79,7 +79,7 @@ def encode_items(tokenizer: Any, items: Sequence[dict[str, Any]]) -> list[list[i
     for i, chat in zip(chats, chat_ids):
         encoded[i] = chat.ids
     for i, ids in zip(plains, encode_plain_batch(tokenizer, [items[i]["prompt"] for i in plains])):
-        encoded[i] = [tokenizer.bos_token_id, *ids]
+        encoded[i] = [*document_start(tokenizer), *ids]
     return encoded
 
 

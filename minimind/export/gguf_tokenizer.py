@@ -95,8 +95,10 @@ def write_tokenizer(writer: Any, gguf: Any, source: Source) -> None:
     writer.add_token_types(types)
     merges = spec["model"]["merges"]
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
-    writer.add_bos_token_id(config.bos_token_id)
-    writer.add_eos_token_id(config.eos_token_id)
+    if config.bos_token_id is not None:
+        writer.add_bos_token_id(config.bos_token_id)
+    ends = config.eos_token_id  # 有几个的，别的由 llama.cpp 从词的写法认
+    writer.add_eos_token_id(ends[0] if isinstance(ends, list) else ends)
     writer.add_pad_token_id(config.pad_token_id)
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)

@@ -96,14 +96,18 @@ def chat_template_of(tokenizer: Any) -> str:
 
 
 def write_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """tokenizer.json、tokenizer_config.json（含模板）、special_tokens_map.json、chat_template.jinja。
+    """tokenizer.json、tokenizer_config.json（含模板）、special_tokens_map.json；模板只有一份的，另写 chat_template.jinja。
 
     不用 ``save_pretrained``：transformers 5 写的类名 4.x 不认识，模板也不写进 tokenizer_config.json。
     """
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     backend.update(truncation=None, padding=None)  # 训练时设过的不该带出去
     write_json(folder / "tokenizer.json", backend)
-    template = chat_template_of(tokenizer)
+    own = tokenizer.chat_template
+    if isinstance(own, dict):  # 几份有名字的（用不用工具各一份），都带上
+        template = [{"name": name, "template": text} for name, text in own.items()]
+    else:
+        template = chat_template_of(tokenizer)
     special = {
         name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")
     }
@@ -127,7 +131,8 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> None:
         },
     )
     write_json(folder / "special_tokens_map.json", special)
-    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    if isinstance(template, str):
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def model_card(source: Source, layout: str, name: str) -> str:

@@ -121,6 +121,7 @@ def read_folder(folder: Path, tokenizer_path: str | None = None) -> Imported:
     if raw.get("model_type") == NATIVE and "arch" not in raw:
         raw["arch"] = arch_of(state)  # 公共项目的配置没有这一项
     config = config_from_hf(raw, folder / "config.json")
+    config.eos_token_id = _ends(folder, raw) or config.eos_token_id
     if raw.get("model_type") == "qwen2_moe":
         state = from_qwen2_moe(state, config, weights)
     state = _finish_state(state, config, weights)
@@ -129,6 +130,17 @@ def read_folder(folder: Path, tokenizer_path: str | None = None) -> Imported:
     tokenizer = load_tokenizer(tokenizer_path or folder) if has_tokenizer else None
     before = _read_json(folder / SIDECAR) if (folder / SIDECAR).is_file() else {}
     return Imported(config, state, tokenizer, _sidecar(config, tokenizer, before, folder.name), [])
+
+
+def _ends(folder: Path, raw: dict[str, Any]) -> int | list[int] | None:
+    """两份配置里写的结束符，``config.json`` 的在前；Llama 3 的回合结束符只在 ``generation_config.json`` 里。"""
+    generation = folder / "generation_config.json"
+    found: list[int] = []
+    for config in (raw, _read_json(generation) if generation.is_file() else {}):
+        given = config.get("eos_token_id")
+        found += [token for token in (given if isinstance(given, list) else [given]) if type(token) is int]
+    unique = list(dict.fromkeys(found))
+    return unique[0] if len(unique) == 1 else unique or None
 
 
 def _no_constant(word: str) -> None:

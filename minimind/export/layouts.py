@@ -214,7 +214,7 @@ def _options(raw: dict[str, Any], kind: str, where: Path) -> dict[str, Any]:
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         token = getattr(hf, name)
         token = token[0] if isinstance(token, list) else token
-        if token is not None:
+        if token is not None or name == "bos_token_id":  # Qwen 没有 bos
             options[name] = token
     options["arch"] = "v2" if kind in ("llama", "qwen2_moe") else "v3"
     if kind in ("qwen3_moe", "qwen2_moe"):

@@ -70,11 +70,12 @@ class JoinedLinear:
 
     def refresh(self) -> None:
         """权重变了：重新合并。放得进原来的地方就写在原地，录好的一步还能用。"""
-        self.weight = self._join("codes" if self.int8 else "weight", self.weight)
+        weight = self._join("codes" if self.int8 else "weight", self.weight)
+        if self.packed:  # 排好了再换上：别的引擎的线程可能正用着
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), TYPICAL_ROWS)
+        self.weight = weight
         self.scale = self._join("scale", self.scale) if self.int8 else None
         self.bias = self._join("bias", self.bias) if self.linears[0].bias is not None else None
-        if self.packed:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), TYPICAL_ROWS)
 
     def places(self) -> list[int]:
         """各张量在哪里；预排的没有地址，以对象代替。"""

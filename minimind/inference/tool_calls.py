@@ -191,7 +191,8 @@ def _read_whole(raw: str) -> tuple[str, dict[str, Any]]:
     name = call.get("name")
     if not isinstance(name, str) or not name or not _encodable(name):
         raise ValueError("没有工具名 name")
-    given = next((key for key in ARGUMENTS if key in call), None)
+    present = [key for key in ARGUMENTS if key in call]
+    given = next((key for key in present if call[key] is not None), next(iter(present), None))
     odd = [key for key in call if key not in ("name", "id", "type", "description")]
     if given is None and odd:
         raise ValueError(f"没有 arguments，却有 {'、'.join(odd)[:80]}")

@@ -82,8 +82,8 @@ class MiniMindConfig(PretrainedConfig):
         initializer_range: float = 0.02, zero_init_residual: bool = False, use_moe: bool = False,
         n_routed_experts: int | None = None, num_experts_per_tok: int | None = None, n_shared_experts: int | None = None,
         moe_intermediate_size: int | None = None, scoring_func: str = "softmax", norm_topk_prob: bool = True,
-        aux_loss_alpha: float | None = None, seq_aux: bool | None = None, bos_token_id: int = 1,
-        eos_token_id: int = 2, pad_token_id: int = 0, tie_word_embeddings: bool = True,
+        aux_loss_alpha: float | None = None, seq_aux: bool | None = None, bos_token_id: int | None = 1,
+        eos_token_id: int | list[int] = 2, pad_token_id: int = 0, tie_word_embeddings: bool = True,
         trained_length: int | None = None, **kwargs: Any,
     ):
         # fmt: on

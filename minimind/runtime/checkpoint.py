@@ -179,7 +179,15 @@ def read_state(path: Path) -> dict[str, Tensor]:
     if isinstance(state, dict):
         state = {k: v for k, v in state.items() if not (isinstance(k, str) and BUFFERS.fullmatch(k))}
     check_plain(state, path)
-    return strip_prefixes(state)
+    stripped = strip_prefixes(state)
+    if len(stripped) < len(state):
+        raise UserError(
+            f"去掉包装层的前缀之后，{len(state)} 个键只剩 {len(stripped)} 个不同的",
+            where=str(path),
+            expected=f"每个参数一份，前缀（{'、'.join(WRAPPER_PREFIXES)}）可有可无",
+            fix="同一个参数存了两份：只留一份",
+        )
+    return stripped
 
 
 FIX_SIZES = "让 --hidden_size、--num_hidden_layers、--use_moe、--arch 与训练这个权重时一致"

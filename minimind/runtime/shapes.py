@@ -40,11 +40,11 @@ def check_plain(state: Any, where: Path) -> None:
                 expected="键都是参数名，例如 model.norm.weight",
                 fix="这不是模型的 state_dict()，换一个文件",
             )
-        if value.dtype not in DTYPES:
+        if value.dtype not in DTYPES or value.layout != torch.strided:
             raise UserError(
-                f"{key} {tuple(value.shape)} 的类型是 {_name(value.dtype)}",
+                f"{key} {tuple(value.shape)} 的类型是 {_name(value.dtype)}（{_name(value.layout)}）",
                 where=str(where),
-                expected="、".join(map(_name, DTYPES)),
+                expected="、".join(map(_name, DTYPES)) + "，稠密的（strided）",
                 fix="量化过的权重要先还原成浮点；推理时量化用 --quantize int8",
             )
         if not torch.isfinite(value).all():

@@ -32,6 +32,7 @@ from minimind.runtime.checkpoint import (
 from minimind.runtime.device import resolve_device
 from minimind.runtime.distributed import broadcast_object, broadcast_state, on_main
 from minimind.tokenizer import load_tokenizer, tokenizer_fingerprint
+from minimind.tokenizer.loading import codec_of
 
 # 权重名 → 得到它的命令，写进“找不到权重”的提示里
 COMMANDS = {
@@ -337,6 +338,8 @@ def init_model(
     if len(tokenizer) > lm_config.vocab_size:
         lm_config.vocab_size = len(tokenizer)
     lm_config.pad_token_id = tokenizer.pad_token_id  # 模型靠它认出打包行的补齐
+    codec = codec_of(tokenizer)  # 写进旁注：推理停在这里
+    lm_config.bos_token_id, lm_config.eos_token_id = codec.bos_id, codec.eos_id
     device = resolve_device(device) if isinstance(device, str) else device
     # 权重只由主进程写，也就只由它读，发给大家：别的机器上没有这个文件
     path = None
@@ -345,6 +348,7 @@ def init_model(
         trained = broadcast_object(on_main(lambda: (read_sidecar(path) or {}).get("config", {})))
         lm_config.vocab_size = broadcast_object(lm_config.vocab_size)
         lm_config.norm_topk_prob = trained.get("norm_topk_prob", lm_config.norm_topk_prob)
+        lm_config.eos_token_id = trained.get("eos_token_id", lm_config.eos_token_id)
         if trained.get("trained_length"):
             lm_config.record_trained_length(trained["trained_length"])
     model = MiniMindForCausalLM(lm_config)

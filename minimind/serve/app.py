@@ -33,7 +33,7 @@ from minimind.serve.schemas import (
     TokenizeRequest,
     ignored_fields,
 )
-from minimind.tokenizer import encode_plain
+from minimind.tokenizer import document_start, encode_plain
 
 log = logging.getLogger("minimind.serve")
 
@@ -189,7 +189,7 @@ def add_tokens(app: FastAPI) -> None:
         def encode() -> list[int]:
             if body.messages is None:
                 ids = encode_plain(model.tokenizer, body.prompt)
-                return [model.tokenizer.bos_token_id, *ids] if body.add_special_tokens else ids
+                return [*document_start(model.tokenizer), *ids] if body.add_special_tokens else ids
             tools = [tool.model_dump(exclude_none=True) for tool in body.tools] if body.tools else None
             return encode_messages(model, body, tools, body.thinking).ids
 

@@ -18,7 +18,7 @@ from minimind.serve.samples import TextSample
 from minimind.serve.schemas import CompletionRequest
 from minimind.serve.stops import StopMatcher
 from minimind.serve.tickets import Increment, Ticket, TokenOut
-from minimind.tokenizer import encode_plain
+from minimind.tokenizer import document_start, encode_plain
 
 MAX_PROMPTS = 64
 
@@ -55,7 +55,7 @@ class TextAnswer:
                 Request(
                     prompt,
                     request.params(),
-                    fit(prompt, asked, model),
+                    fit(prompt, asked, model, "prompt"),
                     n=1 if self.only_score else request.samples,
                     hook=make_hook(request, model.eos_ids, form),
                     top_logprobs=top,
@@ -68,7 +68,7 @@ class TextAnswer:
 
     def _encode(self, value: str | list[int]) -> list[int]:
         if isinstance(value, str):
-            return [self.model.tokenizer.bos_token_id, *encode_plain(self.model.tokenizer, value)]
+            return [*document_start(self.model.tokenizer), *encode_plain(self.model.tokenizer, value)]
         check_ids(value, self.model)
         return value
 
@@ -114,7 +114,7 @@ class TextAnswer:
         if not self.request.echo:
             return "", []
         job, text = self.jobs[which], self.texts[which]
-        skip = int(text is not None)
+        skip = 0 if text is None else len(document_start(self.model.tokenizer))
         if text is None:
             text = self.model.tokenizer.decode(job.request.prompt_ids, skip_special_tokens=False)
         return text, ticket.scored[skip:] if ticket is not None else []

@@ -96,6 +96,8 @@ def from_validation(error: RequestValidationError) -> ApiError:
     found = first.get("input")
     if first["type"] == "json_invalid":
         name, message = None, "请求体不是合法的 JSON"
+    elif not path and first["type"] in ("model_attributes_type", "missing"):  # 不是对象，或 curl -d 没写类型
+        message = "请求体应当是一个 JSON 对象，并带上 Content-Type: application/json"
     elif first["type"] != "missing" and isinstance(found, str | int | float | bool):
         message += f"；给的是 {str(found)[:80]!r}"
     return ApiError(400, f"{name}：{message}" if name else message, param=name, code="invalid_value")

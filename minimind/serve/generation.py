@@ -59,20 +59,20 @@ class Job:
     cached: int = 0  # 提示里没有重算的词元数
 
 
-def fit(prompt: list[int], asked: int | None, model: ServedModel) -> int:
-    """能写多少个词元；没要求就写到上下文用完。
+def fit(prompt: list[int], asked: int | None, model: ServedModel, param: str = "messages") -> int:
+    """能写多少个词元；没要求就写到上下文用完。``param`` 是提示所在的字段，报错用。
 
     Raises:
         ApiError: 提示是空的，或已占满上下文（400，写明两个长度）。
     """
     room = model.runner.max_length - len(prompt)
     if not prompt:
-        raise ApiError(400, "提示里没有任何词元", param="prompt")
+        raise ApiError(400, "提示里没有任何词元", param=param)
     if room < 1:
         raise ApiError(
             400,
             f"提示有 {len(prompt)} 个词元，模型的上下文是 {model.runner.max_length} 个，至少要留一个给回答",
-            param="messages",
+            param=param,
             code="context_length_exceeded",
         )
     return room if asked is None else min(asked, room)

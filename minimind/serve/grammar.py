@@ -13,6 +13,7 @@ from torch import Tensor
 
 from minimind.distribution import install_command
 from minimind.serve.errors import ApiError
+from minimind.serve.json_schema import prepare
 from minimind.serve.messages import FunctionSpec
 from minimind.serve.sampling_fields import Constraint
 from minimind.tokenizer.render import dump_json
@@ -190,7 +191,7 @@ def _text_grammar(grammar: Any, kind: str, text: str) -> Any:
 
 def _json_grammar(grammar: Any, schema: str) -> Any:
     # 空白只用一种写法：训练数据就是这样写的，也不会在空白里打转
-    return grammar.from_json_schema(schema, any_whitespace=False)
+    return grammar.from_json_schema(json.dumps(prepare(json.loads(schema))), any_whitespace=False)
 
 
 def _reason(error: Exception) -> str:

@@ -175,6 +175,9 @@ class Offsets:
 
     def next(self, data: bytes) -> int:
         """放入一个词元的字节，返回它的位置。"""
+        if data and not 0x80 <= data[0] < 0xC0:  # 不接着前面没写完的字：那个 � 是前面的
+            self.at += len(self._decoder.decode(b"", final=True))
+            self._decoder.reset()
         before = self.at
         self.at += len(self._decoder.decode(data))
         return before

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
+from minimind.serve.json_schema import unheeded
 from minimind.serve.messages import THINKING, FunctionSpec, Message, MessagesRequest, NamedTool, OfferedTool
 from minimind.serve.sampling_fields import Lenient, Limit, Sampling
 
@@ -127,6 +128,8 @@ class DetokenizeRequest(Lenient):
 
 # 收进来却不起作用的字段：模板里没有名字的位置
 UNUSED = {Message: {"name"}}
+# 约束输出的 JSON Schema；工具的 parameters 只在必须调用时约束
+SCHEMAS = {"schema_", "json_", "guided_json"}
 # 里面只认这几个键的字典
 KNOWN_KEYS = {"stream_options": {"include_usage"}, "chat_template_kwargs": set(THINKING)}
 
@@ -134,10 +137,14 @@ KNOWN_KEYS = {"stream_options": {"include_usage"}, "chat_template_kwargs": set(T
 def ignored_fields(body: BaseModel, path: str = "") -> list[str]:
     """请求里不起作用的字段，写成 ``tools.function.strict`` 这样；空的、假的不算。"""
     found = [path + name for name, value in (body.model_extra or {}).items() if value]
+    for tool in body.forced_tools if isinstance(body, ChatRequest) else ():
+        found += [f"tools.function.parameters.{key}" for key in unheeded(tool.parameters)]
     for name in type(body).model_fields:
         value = getattr(body, name)
         if value and name in UNUSED.get(type(body), ()):
             found.append(path + name)
+        if name in SCHEMAS:
+            found += [f"{path}{name.rstrip('_')}.{key}" for key in unheeded(value)]
         if name in KNOWN_KEYS and isinstance(value, dict):
             odd = (key for key, item in value.items() if item and key not in KNOWN_KEYS[name])
             found += [f"{path}{name}.{key}" for key in odd]

@@ -18,6 +18,7 @@ from typing import Any
 _HOMES = {
     "ChatEncoding": "chat",
     "Segment": "render",
+    "document_start": "chat",
     "encode_chat": "chat",
     "encode_chat_batch": "chat",
     "encode_plain": "chat",

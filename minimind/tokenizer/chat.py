@@ -36,6 +36,11 @@ def encode_plain(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     return _encode_texts(codec_of(tokenizer), [text])[0]
 
 
+def document_start(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """续写时放在最前面的 token：分词器有 bos 就是它，没有（如 Qwen）就不放。"""
+    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+
+
 def encode_pretrain(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     """预训练文档：``[bos] + 文本 + [eos]``。"""
     codec = codec_of(tokenizer)

@@ -72,7 +72,7 @@ def load_tokenizer(path: str | Path | None = None) -> PreTrainedTokenizerFast:
         if path is None or not (folder / "tokenizer_config.json").is_file():
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **_spelled(folder))
     except Exception as error:  # tokenizers 以裸 Exception 报格式错误
         raise UserError(
             f"分词器打不开（{type(error).__name__}：{str(error).splitlines()[0][:200]}）",
@@ -111,6 +111,26 @@ def _check_folder(folder: Path) -> None:
             raise UserError(
                 f"不是合法的 JSON（{error}）", where=str(file), fix="重新下载或恢复这个文件"
             ) from error
+
+
+def _spelled(folder: Path) -> dict[str, Any]:
+    """写成字典而没有 ``__type`` 的特殊 token（transformers 4 以前存的），只取文字：transformers 5 读不了这样的。"""
+    config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+    sources, legacy = [config], folder / "special_tokens_map.json"
+    if "added_tokens_decoder" not in config and legacy.is_file():  # 有它的，那一份 transformers 不看
+        sources.append(json.loads(legacy.read_text("utf-8")))
+
+    def text(value: Any) -> Any:
+        plain = isinstance(value, dict) and "content" in value and "__type" not in value
+        return value["content"] if plain else value
+
+    found = {}
+    for source in sources:
+        for key, value in source.items():
+            made = [text(item) for item in value] if isinstance(value, list) else text(value)
+            if key.endswith(("_token", "_special_tokens")) and made != value:
+                found.setdefault(key, made)
+    return found
 
 
 def codec_of(tokenizer: PreTrainedTokenizerFast, where: str | None = None) -> Codec:

@@ -118,7 +118,10 @@ def describe_layout(tokenizer: PreTrainedTokenizerFast) -> str | None:
         return "用分词器自己的对话模板"
     if layout != OURS:
         return f"用 {layout.name} 的对话布局"
-    return None if tokenizer.chat_template else "分词器没有对话模板，用本项目的"
+    if not tokenizer.chat_template:
+        return "分词器没有对话模板，用本项目的"
+    own = Template(tokenizer.chat_template, _switches(tokenizer.chat_template))
+    return None if _renders_user(tokenizer, own) else "分词器的对话模板写不出用户的话，用本项目的"
 
 
 def _recognise(tokenizer, source) -> Layout | Template:

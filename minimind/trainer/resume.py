@@ -20,8 +20,11 @@ from minimind.trainer.archive import val_identity
 from minimind.trainer.progress import Progress
 from minimind.trainer.recipe import Data, Recipe
 
-# 配置里与数学无关的键
-IGNORED_CONFIG = ("dtype", "torch_dtype", "architectures", "_name_or_path", "flash_attn", "use_cache")
+# 配置里与数学无关的键；首尾的记号随分词器，分词器另外核对
+IGNORED_CONFIG = (
+    *("dtype", "torch_dtype", "architectures", "_name_or_path", "flash_attn", "use_cache"),
+    *("bos_token_id", "eos_token_id"),
+)
 SAME = "用与存档相同的参数，或去掉 --from_resume 重新训练"
 # 学习率变化超过这个比例就叫“跳”
 JUMP = 0.05

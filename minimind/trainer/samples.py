@@ -24,7 +24,7 @@ from minimind.model.model_minimind import MoE
 from minimind.paths import file_problem, resolve_path
 from minimind.runtime.device import preserved_rng
 from minimind.runtime.distributed import barrier, is_main_process
-from minimind.tokenizer import encode_chat_batch, encode_plain_batch
+from minimind.tokenizer import document_start, encode_chat_batch, encode_plain_batch
 from minimind.trainer.exhibits import KINDS
 
 MAX_NEW_TOKENS = 64  # 看得出会不会答、停不停得下来；再长验证就慢了
@@ -84,8 +84,7 @@ def is_count(value: str | int) -> bool:
 def encode_prompts(tokenizer: Any, prompts: Sequence[str], plain: bool) -> list[list[int]]:
     """续写：``bos + 提示``；对话：套模板，末尾是助手回合的开头。"""
     if plain:
-        start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        return [[*start, *ids] for ids in encode_plain_batch(tokenizer, list(prompts))]
+        return [[*document_start(tokenizer), *ids] for ids in encode_plain_batch(tokenizer, list(prompts))]
     turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
     return [chat.ids for chat in encode_chat_batch(tokenizer, turns, add_generation_prompt=True)]
 

@@ -8,15 +8,17 @@ import os
 import subprocess
 import sys
 
+import other_models
 import pytest
 import torch
 from export_helpers import save_small
+from other_models import QWEN
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minimind.errors import UserError
 from minimind.export import hf
 from minimind.export.cli import main_hf
-from minimind.export.hf import export_hf
+from minimind.export.hf import export_hf, write_tokenizer
 from minimind.export.source import open_source
 from minimind.inference.loading import load_for_inference
 from minimind.model.model_lora import apply_lora, lora_layers, lora_state_dict
@@ -190,6 +192,23 @@ def exported_tokenizer(tmp_path_factory):
     assert config["chat_template"] == (root / "hf" / "chat_template.jinja").read_text("utf-8")
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"  # transformers 4.x 也认识的名字
     return AutoTokenizer.from_pretrained(root / "hf")
+
+
+def test_几份有名字的模板都带上(tmp_path):
+    templates = {"default": QWEN, "tool_use": QWEN.replace("# Tools", "# 会用的工具")}
+    other_models.write_tokenizer(
+        tmp_path / "a", "qwen", [{"name": name, "template": text} for name, text in templates.items()]
+    )
+    before = load_tokenizer(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    write_tokenizer(before, tmp_path / "b")
+    after = load_tokenizer(tmp_path / "b")
+    assert after.chat_template == before.chat_template == templates
+    for tools in (None, [TOOL]):
+        messages = [{"role": "user", "content": "问"}]
+        ids = encode_chat(after, messages, tools, True).ids
+        assert ids == encode_chat(before, messages, tools, True).ids
+        assert ("会用的工具" in after.decode(ids)) == bool(tools)
 
 
 def test_结束符与特殊_token_写在配置里(exported_tokenizer, make_source, tmp_path):

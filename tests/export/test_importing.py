@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from export_helpers import SMALL, save_small
+from other_models import write_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -14,9 +15,11 @@ from minimind.errors import UserError
 from minimind.export.cli import main_import
 from minimind.export.hf import export_hf
 from minimind.export.importing import import_model
-from minimind.inference.loading import load_for_inference
+from minimind.export.source import open_source
+from minimind.inference.loading import load_for_inference, stop_ids
 from minimind.model import MiniMindConfig, MiniMindForCausalLM
 from minimind.runtime.checkpoint import check_same_config, config_dict, read_sidecar
+from minimind.runtime.weights import init_model
 from minimind.trainer.trainer_utils import STRUCTURE
 
 
@@ -143,6 +146,28 @@ def test_transformers_自己存的目录_分片也行(tmp_path, ids, kind):
         next((tmp_path / "hf").glob("model-00001*")).unlink()
         with pytest.raises(UserError, match="缺少 model-00001"):
             import_model(str(tmp_path / "hf"), "again", str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen", "mistral"])
+def test_目录里写的结束符一个不少_再导出也在(tmp_path, kind):
+    folder, out = tmp_path / "hf", str(tmp_path / "out")
+    write_model(folder, kind)
+    wanted = set(json.loads((folder / "generation_config.json").read_text("utf-8"))["eos_token_id"])
+    assert len(wanted) == (1 if kind == "mistral" else 2)
+    target, _ = import_model(str(folder), "m", out)
+    options = {"tokenizer_path": str(folder), "device": "cpu"}
+    loaded = load_for_inference(save_dir=out, weight=str(target), **options)
+    theirs = load_for_inference(load_from=str(folder), device="cpu")
+    assert stop_ids(loaded.model, loaded.tokenizer) == wanted == stop_ids(theirs.model, theirs.tokenizer)
+    source = open_source(str(target), out, tokenizer_path=str(folder))
+    export_hf(source, tmp_path / "back", torch.float32)
+    again = json.loads((tmp_path / "back" / "generation_config.json").read_text("utf-8"))
+    assert set(again["eos_token_id"]) == wanted
+    assert again["bos_token_id"] == theirs.model.config.bos_token_id  # Qwen 的是 None
+    # 接着训练的也带着
+    config = MiniMindConfig(**{**read_sidecar(target)["config"], "eos_token_id": 2})
+    start, _ = init_model(config, "m", str(folder), out, "cpu")
+    assert start.config.eos_token_id == read_sidecar(target)["config"]["eos_token_id"]
 
 
 def test_已在_out_里的公共_pth_只补旁注(tmp_path):

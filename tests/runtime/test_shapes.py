@@ -30,6 +30,11 @@ BAD = {
         "类型是 int8",
     ),
     "复数": (lambda: {**tiny_model(1).state_dict(), KEY: torch.zeros(2, dtype=torch.complex64)}, "complex64"),
+    "稀疏": (lambda: {**tiny_model(1).state_dict(), KEY: torch.eye(3).to_sparse()}, "sparse_coo"),
+    "同一个参数两份": (
+        lambda: {**(state := tiny_model(1).state_dict()), f"module.{KEY}": state[KEY] + 1},
+        "(\\d+) 个键只剩",
+    ),
     "不是张量": (lambda: {"model": tiny_model(1).state_dict()}, "不是普通的权重字典"),
     "列表": (lambda: [torch.zeros(1)], "不是普通的权重字典"),
 }

@@ -166,3 +166,20 @@ def test_目录的配置与权重不是一套_不悄悄随机初始化(tmp_path)
         )
         with pytest.raises(UserError, match=f"{word} .*model.layers"):
             load_for_inference(load_from=str(tmp_path), device="cpu")
+
+
+def test_别的分词器从头训练_旁注里的首尾是它的(tmp_path):
+    write_tokenizer(tmp_path, "qwen")  # 2 号是 <|im_end|>，没有 bos
+    spec = json.loads((tmp_path / "tokenizer_config.json").read_text("utf-8"))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({**spec, "eos_token": "<|endoftext|>"}), "utf-8"
+    )
+    model, tokenizer = init_model(
+        MiniMindConfig(hidden_size=64, num_hidden_layers=1), "none", tmp_path, device="cpu"
+    )
+    config = model.config
+    assert (
+        (config.bos_token_id, config.eos_token_id)
+        == (1, 0)
+        == tuple(tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|endoftext|>"]))
+    )

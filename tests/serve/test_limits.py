@@ -55,7 +55,7 @@ def test_不对的值是400_说出字段(live, change, param):
 def test_提示太长写明两个长度(live):
     error = post(live, {"prompt": [5] * 300, "max_tokens": 4}, "/v1/completions").json()["error"]
     assert "300" in error["message"] and str(CONTEXT) in error["message"]
-    assert error["code"] == "context_length_exceeded"
+    assert error["code"] == "context_length_exceeded" and error["param"] == "prompt"
 
 
 def test_词表之外的词元与不是JSON的请求体(live):
@@ -64,6 +64,14 @@ def test_词表之外的词元与不是JSON的请求体(live):
         f"{live.url}/v1/chat/completions", content=b"{oops", headers={"Content-Type": "application/json"}
     )
     assert reply.status_code == 400 and "JSON" in reply.json()["error"]["message"]
+    for content, kind in (
+        (json.dumps(CHAT), "text/plain"),
+        ("[]", "application/json"),
+        ("", "application/json"),
+    ):
+        reply = httpx.post(f"{live.url}/v1/chat/completions", content=content, headers={"Content-Type": kind})
+        assert reply.status_code == 400
+        assert "Content-Type: application/json" in reply.json()["error"]["message"]
 
 
 def test_没有的模型与地址是404(live):

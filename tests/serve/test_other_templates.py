@@ -73,6 +73,15 @@ def test_服务_id与结束符都是目录自己的(made, tmp_path):
         text = load_tokenizer(folder).decode(written, skip_special_tokens=True)
         assert reply["choices"][0]["message"]["content"].strip() == text.strip()
 
+        # 续写的开头：分词器自己加的（Llama 的 bos），没有就不加（Qwen）；公共 minimind 不自己加，训练时有
+        plain = load_tokenizer(folder)("你好")["input_ids"]
+        plain = [load_tokenizer(folder).bos_token_id, *plain] if kind == "minimind3" else plain
+        asked = {"prompt": "你好", "messages": None}
+        assert post("/tokenize", **asked, add_special_tokens=True).json()["tokens"] == plain
+        text = post("/v1/completions", **asked, max_tokens=2, echo=True, logprobs=0).json()
+        assert text["usage"]["prompt_tokens"] == len(plain)
+        assert (text["choices"][0]["logprobs"]["token_logprobs"][0] is None) == (kind == "qwen")
+
         tools = post("/v1/chat/completions", tools=[TOOL], max_tokens=4)
         assert tools.status_code == (200 if kind in ("qwen", "minimind3") else 400), tools.text
         if kind == "mistral":

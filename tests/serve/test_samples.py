@@ -122,6 +122,7 @@ def test_第二个调用被截断也是length_写完的才是tool_calls():
         ('{"parameters": {"a": 1}, "name": "f"}', {"a": 1}),
         ('{"name": "f", "parameters": null}', {}),
         ('{"name": "f", "parameters": "{\\"a\\": 2}"}', {"a": 2}),
+        ('{"name": "f", "arguments": null, "parameters": {"a": 4}}', {"a": 4}),
         ('{"type": "function", "function": {"name": "f", "arguments": {"a": 3}}}', {"a": 3}),
         ('{"name": "f", "arguments": {"a": "一\n二\t三"}}', {"a": "一\n二\t三"}),
         ('{"name": "f", "arguments": {"键\n": ["\r\n", {"b": "\x01"}]}}', {"键\n": ["\r\n", {"b": "\x01"}]}),
@@ -241,3 +242,15 @@ def test_一个字分成几个词元_写法各不相同_位置不漂移():
     assert logprobs["text_offset"] == [*expected, len(text)]
     for token, name, table in zip(ids, logprobs["tokens"], logprobs["top_logprobs"]):
         assert len(table) == len({*halves, token}) and table[name] == -0.5 and "\ufffd" not in name
+
+
+def test_没写完的字后面换了别的_那个替代符算在没写完的词元上():
+    tokenizer = load_tokenizer()
+    vocabulary = vocabulary_of(tokenizer)
+    half = encode_plain(tokenizer, "龘")[0]
+    assert len(vocabulary.bytes_of(half)) == 2, "这个字的头两个字节"
+    ids = [half, encode_plain(tokenizer, "你好")[0], half, half, encode_plain(tokenizer, "b")[0]]
+    sample = TextSample(0, TextStream(tokenizer), StopMatcher([]), set())
+    text = "".join(sample.push(Increment(0, [TokenOut(token)], None)) for token in ids)
+    assert text == "�你好��b"
+    assert sample.take_logprobs(vocabulary)["text_offset"] == [0, 1, 3, 4, 5]

@@ -14,7 +14,7 @@ from test_chat_encoding import calm_text, conversations, json_value, prompts, wi
 from minimind.errors import UserError
 from minimind.tokenizer import encode_chat, encode_chat_batch, encode_unfinished, load_tokenizer, render_text
 from minimind.tokenizer.layouts import OURS, PUBLIC_V3
-from minimind.tokenizer.templates import Template, layout_of, opens_thinking
+from minimind.tokenizer.templates import Template, describe_layout, layout_of, opens_thinking
 
 USER = {"role": "user", "content": "北京天气怎么样？"}
 TOOL = {
@@ -58,8 +58,32 @@ def test_认得出用哪种布局(tokenizers):
     assert layout_of(tokenizers["minimind3"]) == PUBLIC_V3
     assert all(isinstance(layout_of(tokenizers[kind]), Template) for kind in FOREIGN)
     assert layout_of(tokenizers["无模板"]) == layout_of(tokenizers["无模板有ChatML"]) == OURS
+    assert describe_layout(load_tokenizer()) is None
     again = pickle.loads(pickle.dumps(tokenizers["minimind3"]))  # 数据由别的进程编码
     assert layout_of(again) == PUBLIC_V3
+
+
+def test_写不出用户的话的模板_换成自己的布局要说(tmp_path):
+    write_tokenizer(tmp_path, "llama", LLAMA.replace("m['content'] | trim", "m['content'][0]['text'] | trim"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert layout_of(tokenizer) == OURS
+    assert describe_layout(tokenizer) == "分词器的对话模板写不出用户的话，用本项目的"
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_特殊token写成字典的也打得开(tokenizers, tmp_path, name):
+    write_tokenizer(tmp_path, "llama")
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text("utf-8"))
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    written = {key: {"content": config.pop(key), **flags} for key in ("bos_token", "eos_token")}
+    written["additional_special_tokens"] = [{"content": "<|eot_id|>", **flags}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
+    whole = {**config, **written} if name == "tokenizer_config.json" else written
+    (tmp_path / name).write_text(json.dumps(whole), "utf-8")
+    made, plain = load_tokenizer(tmp_path), tokenizers["llama"]
+    assert (made.bos_token_id, made.eos_token_id) == (plain.bos_token_id, plain.eos_token_id)
+    assert encode_chat(made, TALK, None, True).ids == theirs(plain, TALK)
 
 
 @pytest.mark.compat
