@@ -13,8 +13,11 @@ WAYS = {"hf": ["export", "hf"], "gguf": ["export", "gguf"], "import": ["import"]
 @guard
 def convert(argv: list[str]) -> int | None:
     """第一个词选方向，其余照旧传下去。"""
+    usage = "python scripts/convert_model.py {hf,gguf,import} 来源 目标"
+    if argv and argv[0] in ("-h", "--help"):
+        print(f"用法：{usage}\n\n各方向的参数：python scripts/convert_model.py hf --help")
+        return 0
     if not argv or argv[0] not in WAYS:
-        usage = "python scripts/convert_model.py {hf,gguf,import} 来源 目标"
         raise UserError(
             f"第一个词是 {argv[0] if argv else '空'}",
             expected="、".join(WAYS),

@@ -122,3 +122,9 @@ def test_别处断的管道不当成读者走了():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1 and "采样服务断了" in done.stderr
+
+
+@pytest.mark.parametrize("script", ["scripts/convert_model.py", "scripts/serve_openai_api.py", "eval_llm.py"])
+def test_公共项目的脚本问用法_是用法不是错误(root_dir, script):
+    done = subprocess.run([sys.executable, root_dir / script, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "用法" in done.stdout and not done.stderr

@@ -43,13 +43,14 @@ def split_prompt(turns: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str
     return turns[:-1], "" if is_empty_answer(answer) else answer
 
 
-def check_turns(turns: Any, name: str, open_end: bool = False) -> int:
+def check_turns(turns: Any, name: str, open_end: bool = False, learnt: bool = False) -> int:
     """检查一段对话的每个回合与角色次序，返回有内容的助手回合数。
 
     Args:
         turns: 字段的值。
         name: 字段名，报错用。
         open_end: 末尾的助手回合可以为空（强化学习的参考答案）。
+        learnt: 助手回合是照着学的范本，工具调用的参数要是合法的；偏好里差的那个可以写坏。
     """
     if type(turns) is not list or not turns:
         found = "是空的" if turns == [] else f"是 {type_name(turns)} {short(turns)}"
@@ -89,7 +90,7 @@ def check_turns(turns: Any, name: str, open_end: bool = False) -> int:
         if not allowed:
             raise _bad_order(role, before, i, name)
         if len(turn) > 2:  # 除 role、content 外还有字段的回合才需要看
-            _check_extras(turn, f"{name}[{i}]")
+            _check_extras(turn, f"{name}[{i}]", learnt and turn.get("weight") != 0)
             if turn.get("tools"):
                 if tools is not None and turn["tools"] != tools:
                     raise DataError(
@@ -115,7 +116,7 @@ def check_turns(turns: Any, name: str, open_end: bool = False) -> int:
     return answers
 
 
-def _check_extras(turn: dict[str, Any], path: str) -> None:
+def _check_extras(turn: dict[str, Any], path: str, learnt: bool) -> None:
     """reasoning_content、tools、tool_calls：可以没有，有就要读得懂，也不能与正文说两遍。"""
     reasoning = turn.get("reasoning_content")
     if turn["role"] != "assistant":
@@ -174,6 +175,25 @@ def _check_extras(turn: dict[str, Any], path: str) -> None:
                         expected='{"name": …, "arguments": {…}}',
                         fix="补上工具名",
                     )
+                if learnt:
+                    _check_call_arguments(inner.get("arguments"), f"{field}[{k}].arguments")
+
+
+def _check_call_arguments(value: Any, field: str) -> None:
+    """调用的参数是对象，或它的 JSON 字符串；没有参数可以不写、写 null 或空串。照着写坏的学，模型就写坏的。"""
+    found, read = f"是 {type_name(value)} {short(value)}", value
+    if type(value) is str:
+        try:
+            read = load_json(value) if value.strip() else None
+        except ValueError as error:
+            found = f"字符串 {short(value)} 不是合法的 JSON（{error}）"
+    if read is not None and type(read) is not dict:
+        raise DataError(
+            found,
+            field=field,
+            expected='{"参数名": 值}，或它的 JSON 字符串',
+            fix="用 json.dumps 写出参数；要留着当上文就写 weight: 0",
+        )
 
 
 def _bad_role(turn: dict[str, Any], role: Any, field: str) -> DataError:

@@ -35,6 +35,7 @@ from minimind.dataset.turns import (
     filled,
     leftovers,
     move_tools,
+    parsed,
     rewrite_turn,
 )
 from minimind.tokenizer.render import REASONING_NAMES
@@ -100,7 +101,7 @@ def _whole_record(record: dict[str, Any], kind: str, note: Note) -> dict[str, An
     move_tools(record, "", note)
     for field in ("system", "tools"):
         value = record.pop(field, None)
-        if not filled(value):
+        if not filled(value) or (field == "tools" and not filled(parsed(value, field))):  # "[]" 也是没有
             continue
         if field == "system" and type(value) is not str:
             raise DataError(

@@ -62,7 +62,7 @@ def validate_pretrain(record: dict[str, Any]) -> None:
 def validate_sft(record: dict[str, Any]) -> None:
     """检查一段监督微调对话：至少一个有内容的助手回合。"""
     turns = _field(record, "conversations", "sft")
-    if not check_turns(turns, "conversations"):
+    if not check_turns(turns, "conversations", learnt=True):
         raise DataError(
             "没有助手回合，这条数据没有可学的内容",
             field="conversations",

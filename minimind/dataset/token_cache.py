@@ -16,7 +16,7 @@ from minimind.dataset.packing import Packing
 from minimind.runtime.files import temporary_folder
 
 # 文件布局或编码方式变了就加一，旧缓存自然作废
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # 认得的写法变多了就加一：只有记着坏行的旧缓存作废（见 cache.py）
 FORMATS_VERSION = 1
 # 压缩或列式文件解出的 jsonl，在缓存文件夹里的名字

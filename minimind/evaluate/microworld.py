@@ -35,7 +35,7 @@ class Answered:
 def read_items(path: str | Path) -> list[dict[str, Any]]:
     """读 ``eval.jsonl``。"""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise UserError(
             "读不到考题",

@@ -33,6 +33,7 @@ from minimind.recipes.rl import correct_by_task, no_batch
 from minimind.rl.agent import AgentCollector, examined, greedy, outcomes
 from minimind.rl.experience import global_moments, prompts_of
 from minimind.rl.policy import frozen_copy, policy_loss, response_logps
+from minimind.rl.reward_agent import check_expected
 from minimind.rl.rewards import Rewards, build_rewards
 from minimind.runtime.distributed import is_main_process
 from minimind.tools.toolset import Toolset
@@ -93,6 +94,8 @@ def run(args: AgentArguments) -> TrainResult:
         data_path=data.train.cache.source,
         trust_remote_code=bool(args.trust_remote_code),
     )
+    if "agent" in rewards.weights:
+        check_expected(data.train, data.val)
     say(rewards.describe())
     collector = AgentCollector(args, tokenizer, data.train, rewards, toolset)
     reference = frozen_copy(model) if args.beta else None

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 
 def read_log(path: str | Path) -> list[dict]:
-    """读 ``out/logs/{weight}.jsonl``；文件不存在给空列表，被中断写到一半的最后一行略过。"""
-    path = Path(path)
-    if not path.is_file():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict) and "step" in record:
-            records.append(record)
-    return records
+    """读 ``out/logs/{weight}.jsonl``，见 :func:`minimind.trainer.journal.read_log`。"""
+    from minimind.trainer import journal  # 连带 torch，只画别的图不必等
+
+    return journal.read_log(Path(path))
 
 
 def series(records: list[dict], key: str, x: str = "step") -> tuple[list[float], list[float]]:

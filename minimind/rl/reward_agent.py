@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from minimind.answers import THOUSANDS, is_numeric, last_number, normalize, numbers_in
+from minimind.dataset.jsonl import short
+from minimind.errors import UserError
 from minimind.rl.reward_rules import Sample
 
 INVALID, GAP, UNCLOSED, UNFINISHED = 0.2, 0.1, 0.1, 0.2
@@ -57,6 +59,23 @@ def expected_values(record: dict[str, Any]) -> list[Any]:
     if gt is None or gt == "":
         return []
     return list(gt) if isinstance(gt, (list, tuple)) else [gt]
+
+
+def check_expected(*datasets: Any) -> None:
+    """每道题的 ``gt`` 都是能在回答里找的值；``None`` 的数据集跳过。别的（对象、null、空串）永远找不到，这道题就总是 0 分。
+
+    Raises:
+        UserError: 哪一行的哪个值。
+    """
+    for item in (item for dataset in datasets if dataset is not None for item in dataset):
+        for value in expected_values(item["record"]):
+            if type(value) not in (str, int, float) or not str(value).strip():
+                raise UserError(
+                    f"有一个值是 {short(value)}",
+                    where=f"{item['source']}:{item['line']} 字段 gt",
+                    expected='数或不空的文字的列表，例如 ["319976"]；没有标准答案写 []',
+                    fix="改成最后的回答里该出现的值，或去掉它",
+                )
 
 
 def expected_calls(record: dict[str, Any]) -> int:

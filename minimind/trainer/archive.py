@@ -39,6 +39,23 @@ class Archive:
         self.run, self.state = run, run.state
         self.weight, self.folder, self.limit = args.save_weight, args.checkpoint_dir, args.keep_checkpoints
         self.fields, self.options = declared(type(args)), options_of(args)
+        distributed.on_main(self.check_places)
+
+    def check_places(self) -> None:
+        """要写的三个文件那里没有同名的文件夹：等到第一次存盘才发现就晚了。"""
+        weights, folder = self.run.recipe.weights, self.folder
+        resume = checkpoint.resume_path(self.run.config, self.weight, folder)
+        for path, flag in (
+            (weights, "--save_dir"),
+            (weights.with_suffix(".json"), "--save_dir"),
+            (resume, "--checkpoint_dir"),
+        ):
+            if path.is_dir():
+                raise UserError(
+                    "这里是一个文件夹，存不了文件",
+                    where=str(path),
+                    fix=f"把它移走，或换 {flag}、--save_weight",
+                )
 
     def snapshot(self) -> dict[str, Any]:
         """权重与优化器之外、这一刻的全部：进度、本进程的随机数、配方状态；都是拷贝，此后怎么走都不变。"""

@@ -30,6 +30,24 @@ def is_evaluation(record: Mapping[str, Any]) -> bool:
     return "loss" not in record and "samples" not in record
 
 
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """读一份日志；没有文件给空列表，写到一半的、坏了的行略过。
+
+    只在换行符处分行：样例的文字里可以有 U+2028、U+0085，``str.splitlines`` 会在那里切开。
+    """
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            record = json.loads(line)
+        except ValueError:  # 被杀时写了一半；磁盘坏了，不是 UTF-8
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+    return records
+
+
 class RunLog:
     """``out/logs/{name}.jsonl``：每行一个 JSON 对象，都有 ``step``。
 
@@ -57,17 +75,7 @@ class RunLog:
         return {record["step"] for record in self.evaluations}
 
     def _lines_until(self, step: int) -> list[dict[str, Any]]:
-        if not self.path.is_file():
-            return []
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:  # 被杀时写了一半的末行
-                continue
-            if record.get("step", 0) <= step:
-                kept.append(record)
-        return kept
+        return [record for record in read_log(self.path) if record["step"] <= step]
 
     def write(self, record: dict[str, Any]) -> None:
         """追加一行；NaN 与无穷写成 null，保证是合法 JSON。"""

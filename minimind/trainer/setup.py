@@ -114,7 +114,7 @@ def set_up(args: Any, recipe: Recipe, model: nn.Module, tokenizer: Any, data: Da
 
         saved = resume.load(args, model, identity)
 
-    numerics = decide_numerics(args.dtype, recipe, model, data, saved.get("numerics", {}))
+    numerics = decide_numerics(args.dtype, recipe, model, data, saved.get("numerics") or {})
     dtype = DTYPES[numerics["dtype"]]
     optimizer = build_optimizer(
         model, args, newton_schulz_dtype=numerics["dtype"], lr_scales=recipe.lr_scales

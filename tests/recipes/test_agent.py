@@ -100,6 +100,17 @@ def test_自己的工具_没列工具的题也用得上_换了文件续训说清
     assert "工具" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("gt", [{"a": 1}, [None], [""], [True], [["12"]], "  "])
+def test_gt里是找不了的值_开训之前就说_指出行号(home, world, capsys, gt):
+    rows = published("agent_rl_math")
+    rows[2]["gt"] = gt
+    path = write(home / "a.jsonl", rows)
+    assert main(argv(world, path, reward="agent:1,length:0.1")) == 2
+    assert f"{path}:3 字段 gt" in capsys.readouterr().err
+    # 自己的奖励函数怎么用 gt 由它定
+    assert main(argv(world, path, max_steps=1)) == 0
+
+
 def test_列着不会的工具_开训之前就说_指出行号(home, world, capsys):
     rows = published("agent_rl_math")
     bad = json.dumps([tool("fly", to={"type": "string"})])

@@ -263,3 +263,56 @@ def test_第二次CtrlC立即离开(tmp_path):
 
     assert in_processes(1, toy_train, folder=tmp_path, loss=slow, accumulation_steps=3) == [130]
     assert not (tmp_path / "checkpoints").exists()  # 没走完这一步，没有存盘
+
+
+def change_archive(path, change):
+    data = load_file(path)
+    change(data)
+    torch.save(data, path)
+
+
+def shorten(data):
+    key = "model.layers.0.self_attn.q_proj.weight"
+    data["model"][key] = data["model"][key][:-1]
+
+
+def poison(data):
+    data["model"]["model.norm.weight"] = data["model"]["model.norm.weight"] * float("nan")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda data: data.pop("model"), "没有 model"),
+        (lambda data: data.pop("optimizer"), "没有 optimizer"),
+        (lambda data: data.pop("world_size"), "没有 world_size"),
+        (lambda data: data.update(args=None), "args 是 NoneType"),
+        (lambda data: data.update(identity="x"), "identity 是 str"),
+        (lambda data: data.update(rng=None), "rng 是 NoneType"),
+        (lambda data: data["progress"].update(step=-5), "progress"),
+        (lambda data: data["progress"].pop("step"), "progress"),
+        (lambda data: data["progress"].update(别的=1), "progress"),
+        (lambda data: data["model"].pop("model.norm.weight"), "缺少 1 个键.*model.norm.weight"),
+        (shorten, r"q_proj.weight 的形状是 \(63, 64\).*\(64, 64\)"),
+        (poison, "model.norm.weight.*NaN"),
+        (lambda data: data.update(optimizer={}), "optimizer 与现在的对不上"),
+    ],
+)
+def test_存档缺一块或被改过_说是哪一块_不是调用栈(tmp_path, change, words):
+    toy_train(tmp_path, max_steps=1)
+    path = tmp_path / "checkpoints" / "toy_64_resume.pth"
+    change_archive(path, change)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=words):
+        toy_train(tmp_path, from_resume=1, max_steps=2)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["checkpoints/toy_64_resume.pth", "out/toy_64.pth", "out/toy_64.json"])
+@pytest.mark.parametrize("from_resume", [0, 1])
+def test_要写文件的地方是文件夹_走第一步之前就说(tmp_path, name, from_resume):
+    (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(UserError, match="文件夹"):
+        toy_train(tmp_path, from_resume=from_resume, max_steps=1)
+    log = tmp_path / "out" / "logs" / "toy_64.jsonl"
+    assert not log.exists() or not log.read_text()

@@ -10,7 +10,7 @@ import pytest
 from trainer_helpers import toy_train
 
 from minimind.errors import UserError
-from minimind.trainer.journal import RunLog
+from minimind.trainer.journal import RunLog, read_log
 from minimind.trainer.tracking import start_tracker
 
 
@@ -33,6 +33,21 @@ def test_续训删去之后的行再接着写(tmp_path):
     assert json.loads(path.read_text().splitlines()[-1]) == {"step": 3, "loss": None, "名字": "值"}
     RunLog(path)
     assert steps(path) == []
+
+
+def test_样例里有特殊的换行符_日志有坏字节_续训一行不丢(tmp_path):
+    path = tmp_path / "logs" / "a.jsonl"
+    log = RunLog(path)
+    # 字节级词表随机采样时常有的 U+2028、U+0085：json 原样写出，只有 \n 才是行尾
+    samples = [{"prompt": "问", "answer": "甲\u2028乙\u0085丙\u000b丁"}]
+    log.write({"step": 2, "samples": samples})
+    log.write({"step": 2, "val_loss": 0.5})
+    with open(path, "ab") as file:
+        file.write(b'\xff\xfe{"step": 1}\n[1]\n3\n{"step": "x"}\n{"step": 2, "loss": 1.0}\n')
+    kept = [{"step": 2, "samples": samples}, {"step": 2, "val_loss": 0.5}, {"step": 2, "loss": 1.0}]
+    assert read_log(path) == kept
+    RunLog(path, keep_until=2)
+    assert read_log(path) == kept
 
 
 def test_没装记录工具说怎么装(tmp_path, monkeypatch):
