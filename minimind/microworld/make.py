@@ -19,7 +19,7 @@ from .stages import Corpus
 from .tasks import build_tasks
 
 # 语料的写法一变就加一，旧缓存随之作废
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
 DEFAULT_DIR = "dataset/microworld"
 
 

@@ -123,7 +123,7 @@ def test_微调的一段_接着问几件_只调用给出的工具_每次调用�
             assert turns[-1]["role"] == "assistant" and turns[-1]["content"]
 
 
-def test_微调里两步的差事_三成走完_一步的都走完():
+def test_微调里两步的差事_两成走完_一步的都走完():
     """剩下的是强化学习要自己发现的。"""
     refused = [
         turns
@@ -132,7 +132,7 @@ def test_微调里两步的差事_三成走完_一步的都走完():
         if any('"error"' in turn["content"] for turn in turns)
     ]
     whole = sum(len(turns) == 6 for turns in refused)
-    assert {len(turns) for turns in refused} == {4, 6} and 0.2 < whole / len(refused) < 0.4
+    assert {len(turns) for turns in refused} == {4, 6} and 0.1 < whole / len(refused) < 0.3
 
 
 def test_微调里有普通问答的复习_份数写在一处():
