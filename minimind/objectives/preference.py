@@ -40,7 +40,6 @@ USED_BY = {
     "simpo_gamma": ("simpo",),
     "desirable_weight": UNPAIRED,
     "undesirable_weight": UNPAIRED,
-    "sft_coef": tuple(name for name in LOSS_TYPES if name not in UNPAIRED),
     "cache_reference": tuple(name for name in LOSS_TYPES if name not in REFERENCE_FREE),
 }
 

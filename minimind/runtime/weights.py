@@ -130,11 +130,13 @@ def arch_of_weights(name: str, save_dir: str | Path, hidden_size: int, use_moe: 
     return None
 
 
-def starting_arch(given: str | None, sizes: Mapping[str, Any], weight: str, save_dir: str | Path) -> str:
+def starting_arch(
+    given: str | None, preset: str | None, sizes: Mapping[str, Any], weight: str, save_dir: str | Path
+) -> str:
     """训练用哪种布局：命令行写明的，预设的，起点权重的，都没说就是 v2。
 
     Args:
-        given: ``--arch``。
+        given, preset: ``--arch`` 与 ``--preset``。
         sizes: 已定下的尺寸；预设的可能写着 ``arch``。
         weight: 起点权重的名字，``none`` 是从头训练。
 
@@ -144,7 +146,9 @@ def starting_arch(given: str | None, sizes: Mapping[str, Any], weight: str, save
     own = sizes.get("arch")
     if own and given not in (None, own):
         raise UserError(
-            f"这个预设的结构是 {own}", where=f"--arch {given}", fix="去掉 --arch，或用尺寸参数代替 --preset"
+            f"这个预设的结构是 {own}",
+            where=f"--preset {preset} --arch {given}",
+            fix="去掉 --arch，或用尺寸参数代替 --preset",
         )
     if given or own:
         return given or own

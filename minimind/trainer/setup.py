@@ -82,7 +82,8 @@ def model_config(args: Any, from_weight: str | None = None, **overrides: Any) ->
     sizes["use_moe"] = bool(args.use_moe)
     try:
         sizes = preset_sizes(args.preset) if args.preset else sizes
-        sizes["arch"] = starting_arch(args.arch, sizes, from_weight or args.from_weight, args.save_dir)
+        start = from_weight or args.from_weight
+        sizes["arch"] = starting_arch(args.arch, args.preset, sizes, start, args.save_dir)
         config = MiniMindConfig(**{**sizes, "zero_init_residual": args.optimizer == "muon", **overrides})
     except ValueError as error:
         raise UserError(str(error), where="模型尺寸") from error

@@ -14,7 +14,7 @@ from minimind.tokenizer import load_tokenizer
 
 def args_for(path, **changes):
     values = {"data_path": str(path), "val_path": None, "val_ratio": 0.0, "max_seq_len": 64, "batch_size": 8}
-    return SimpleNamespace(**{**values, "seed": 1, "on_bad_line": "error", **changes})
+    return SimpleNamespace(**{**values, "seed": 1, "on_bad_line": "error", "arch": None, **changes})
 
 
 @pytest.fixture
