@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from minimind.paths import file_problem
 BOM = b"\xef\xbb\xbf"
 # 一行超过 64 MiB 的几乎总是“整个文件写成一个 JSON 数组”，继续读只会耗尽内存
 MAX_LINE_BYTES = 64 << 20
+
+# 一条记录里装回合的字段
+TURN_LISTS = frozenset(("conversations", "messages", "chosen", "rejected"))
 
 # 文件开头的魔数 → (是什么, 怎么修)
 _FOREIGN = [
@@ -145,10 +149,26 @@ def parse_line(raw: bytes) -> dict[str, Any] | None:
             if type(record) is list
             else "改成 JSON 对象，或删掉这一行",
         )
+    if len(record) == 1:
+        _reject_wrapper(*record.items())
     # 转义写成的孤立代理符（\ud83d 而没有后半）编不成 UTF-8，分词器遇到会报一句看不懂的错
     if "\\ud" in text or "\\uD" in text:
         _reject_surrogates(record, "")
     return record
+
+
+def _reject_wrapper(item: tuple[str, Any]) -> None:
+    """``{"data": [{…}, {…}]}``：各条记录都装在一个字段里，整行不是一条记录。"""
+    name, value = item
+    if type(value) is not list or not value or name in TURN_LISTS or not all(type(v) is dict for v in value):
+        return
+    if not ({"role", "from"} & set(value[0])):
+        raise DataError(
+            f"{len(value)} 条记录都在这一个对象的 {short(name)} 里",
+            field=name,
+            expected="每行一个 JSON 对象，就是一条记录",
+            fix=f"拆成一行一个：jq -c {shlex.quote(f'.[{json.dumps(name, ensure_ascii=False)}][]')} 原文件 > 新文件.jsonl",
+        )
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -175,7 +195,10 @@ def json_error(text: str, error: json.JSONDecodeError) -> DataError:
     if text[0] == "[":
         fix = "若整个文件是一个 JSON 数组，先拆成一行一个对象：jq -c '.[]' 原文件 > 新文件.jsonl"
     elif text == "{" or (text[0] == '"' and text.endswith(("{", "[", ","))):
-        fix = "若一个对象写成了多行，先压成一行一个：jq -c . 原文件 > 新文件.jsonl"
+        fix = (
+            "若一个对象写成了多行，先压成一行一个：jq -c . 原文件 > 新文件.jsonl；"
+            "若各条记录都在这个对象的一个字段（如 data）里：jq -c '.data[]' 原文件 > 新文件.jsonl"
+        )
     elif error.pos >= len(text) - 1 or error.msg.startswith("Unterminated"):
         fix = "这一行像是被截断了；若是文件末尾，重新下载或重新生成文件"
     elif text.startswith("{'"):
@@ -220,9 +243,19 @@ def check_exists(path: Path) -> None:
 
 def check_readable(path: Path) -> None:
     """文件存在、非空、像是文本；否则说清怎么办。"""
+    check_head(read_head(path, 64), path)
+
+
+def read_head(path: Path, size: int) -> bytes:
+    """文件开头的至多 ``size`` 个字节；不在、读不了的说清怎么办。"""
     check_exists(path)
-    with path.open("rb") as file:
-        check_head(file.read(64), path)
+    try:
+        with path.open("rb") as file:
+            return file.read(size)
+    except OSError as error:  # 挂载断了、坏道、/proc 里不让读的
+        raise UserError(
+            f"读不了（{error.strerror}）", where=str(path), expected="一个 jsonl 文件", fix="换一个文件，或检查磁盘"
+        ) from error
 
 
 def check_head(head: bytes, path: Path) -> None:

@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from minimind.dataset import jsonl
-from minimind.dataset.jsonl import DataError, check_head, check_readable, line_ranges, parse_line, read_lines
-from minimind.paths import file_problem
+from minimind.dataset.jsonl import DataError, check_head, line_ranges, parse_line, read_head, read_lines
 
 # 文件夹里带这些后缀的当作数据（jsonl、json 后面还可以有 .gz、.zst）
 TEXT_SUFFIXES = (".jsonl", ".json")
@@ -81,15 +80,13 @@ def shell_of(path: Path) -> str:
     Raises:
         UserError: 读不了、是空的，或是别的二进制文件（说出是什么、怎么办）。
     """
-    if not file_problem(path):
-        with path.open("rb") as file:
-            head = file.read(4096)
-        for magic, shell in _MAGIC:
-            if head.startswith(magic):
-                return shell
-        if _ARRAY.match(head.removeprefix(jsonl.BOM)):
-            return "json"
-    check_readable(path)
+    head = read_head(path, 4096)
+    for magic, shell in _MAGIC:
+        if head.startswith(magic):
+            return shell
+    if _ARRAY.match(head.removeprefix(jsonl.BOM)):
+        return "json"
+    check_head(head[:64], path)
     return "plain"
 
 

@@ -27,7 +27,7 @@ class StartArguments(ModelArguments, group="模型"):
     preset: str | None = arg(
         None,
         "预设尺寸（tiny、small、base、moe；minimind3、minimind3_moe 与公共 minimind-3 的权重通用）；"
-        "给出后以它为准，各尺寸参数不再起作用",
+        "尺寸由它定，另写了不同的尺寸就报错",
         tuple(PRESETS),
         resume="content",
     )
@@ -221,6 +221,7 @@ class TrainArguments(
         """查取值，填上随宽度而定的学习率。"""
         self.checkpoint_layers = str(self.checkpoint_layers)  # 代码里也可以写数
         super().__post_init__()
+        self._check_preset()
         if self.learning_rate is None:
             self.learning_rate = self.usual_learning_rate()
         total = self.warmup_ratio + self.decay_ratio
@@ -231,6 +232,25 @@ class TrainArguments(
                 expected="不超过 1：预热完才衰减",
                 fix="减小其中一个",
             )
+
+    def _check_preset(self) -> None:
+        """``--preset`` 定下的尺寸不能另写成别的：不悄悄收下用不上的。
+
+        Raises:
+            UserError: 有一个不同。
+        """
+        if self.preset is None:
+            return
+        for name in ("hidden_size", "num_hidden_layers", "use_moe"):
+            given, fixed = getattr(self, name), int(PRESETS[self.preset].get(name, 0))
+            if given not in (type(self).__dataclass_fields__[name].default, fixed):
+                moe = "；混合专家的预设是 moe、minimind3_moe" if name == "use_moe" else ""
+                raise UserError(
+                    f"值是 {given}，而 --preset {self.preset} 的是 {fixed}",
+                    where=f"--{name}",
+                    expected="尺寸由 --preset 定，或者由各个尺寸参数定",
+                    fix=f"去掉 --preset 或 --{name}{moe}",
+                )
 
 
 def refuse_unused(args: Any, choice: str, used_by: Mapping[str, tuple[str, ...]]) -> None:

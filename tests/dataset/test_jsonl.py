@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from minimind.dataset import jsonl
 from minimind.dataset.jsonl import DataError, check_readable, line_ranges, parse_line, read_lines
+from minimind.dataset.sources import read_records
 from minimind.errors import UserError
 
 
@@ -72,6 +73,30 @@ def test_重复的键报错而不是悄悄只留后一个(raw, field):
     error = caught.value.at("a.jsonl", 7)
     assert error.field == field and str(error).startswith(f"a.jsonl:7 字段 {field}：同一个对象里写了 2 次")
     assert parse_line(b'{"a": {"x": 1}, "b": {"x": 1}}') == {"a": {"x": 1}, "b": {"x": 1}}
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"), [("data", """jq -c '.["data"][]'"""), ("一 条", """jq -c '.["一 条"][]'""")]
+)
+def test_各条记录装在一个字段里时说怎么拆(name, fix):
+    raw = json.dumps({name: [{"text": "甲"}, {"text": "乙"}]}, ensure_ascii=False).encode()
+    with pytest.raises(DataError) as caught:
+        parse_line(raw)
+    assert caught.value.field == name and "2 条记录" in caught.value.found and fix in caught.value.fix
+    with pytest.raises(DataError, match=r"\.data\[\]"):
+        parse_line(b"{")  # 缩进着写的同一种文件，第一行只有一个括号
+
+
+@pytest.mark.parametrize("name", ["conversations", "messages", "turns"])
+def test_只有一个回合列表的记录不算(name):
+    record = {name: [{"role": "user", "content": "甲"}, {"role": "assistant", "content": "乙"}]}
+    assert parse_line(json.dumps(record).encode()) == record
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").is_file(), reason="没有 /proc")
+def test_开头就读不出的文件有一句话():
+    with pytest.raises(UserError, match="/proc/self/mem"):
+        list(read_records(Path("/proc/self/mem")))
 
 
 def test_孤立代理符指到字段():

@@ -17,6 +17,7 @@ from minimind.rl.arguments import RLArguments
 from minimind.runtime.checkpoint import config_dict, save_weights, weights_path
 from minimind.tokenizer import load_tokenizer, tokenizer_fingerprint
 from minimind.trainer.recipe import language_model_loss
+from minimind.trainer.train_args import TrainArguments
 from minimind.trainer.trainer_utils import init_model, model_config, start_run
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2}
@@ -91,11 +92,28 @@ def test_分词器不配套报错(tmp_path):
 
 def test_预设与尺寸参数(tmp_path):
     assert model_config(tiny_args(tmp_path)).hidden_size == 64
-    assert model_config(tiny_args(tmp_path, preset="base")).num_hidden_layers == 16
+    usual = {"hidden_size": 512, "num_hidden_layers": 8}
+    assert model_config(tiny_args(tmp_path, preset="base", **usual)).num_hidden_layers == 16
     with pytest.raises(UserError, match="--preset"):
         model_config(tiny_args(tmp_path, preset="huge"))
     with pytest.raises(UserError, match="16 的倍数"):
         model_config(tiny_args(tmp_path, hidden_size=24))
+
+
+@pytest.mark.parametrize(
+    ("preset", "given", "words"),
+    [
+        ("base", {"hidden_size": 640}, r"--hidden_size.*640.*--preset base 的是 768"),
+        ("tiny", {"num_hidden_layers": 12}, r"--num_hidden_layers.*12.*--preset tiny 的是 6"),
+        ("small", {"use_moe": 1}, r"--use_moe.*1.*--preset small 的是 0(.|\n)*minimind3_moe"),
+    ],
+)
+def test_预设之外另写的尺寸不悄悄收下(preset, given, words):
+    with pytest.raises(UserError, match=words):
+        TrainArguments(preset=preset, **given)
+    same = {"hidden_size": 768, "num_hidden_layers": 16}
+    assert TrainArguments(preset="base", **same).width == 768
+    assert TrainArguments(preset="moe", use_moe=1).width == 640
 
 
 def test_初始损失接近均匀分布(tmp_path):
