@@ -21,7 +21,9 @@ from minimind.errors import UserError
 from minimind.runtime import checkpoint, distributed
 from minimind.runtime.device import rng_state
 from minimind.tokenizer import tokenizer_fingerprint
+from minimind.trainer.progress import TrainState
 from minimind.trainer.recipe import Data, Recipe, Run
+from minimind.trainer.tally import Update, account
 
 # 验证的指标 → 越小越好为 1，越大越好为 −1；有前面的就看前面的
 METRICS = {"val_loss": 1, "val_reward": -1}
@@ -57,12 +59,17 @@ class Archive:
                     fix=f"把它移走，或换 {flag}、--save_weight",
                 )
 
-    def snapshot(self) -> dict[str, Any]:
-        """权重与优化器之外、这一刻的全部：进度、本进程的随机数、配方状态；都是拷贝，此后怎么走都不变。"""
+    def snapshot(self, unread: Iterable[Update] = ()) -> dict[str, Any]:
+        """权重与优化器之外、这一刻的全部：进度、本进程的随机数、配方状态；都是拷贝，此后怎么走都不变。
+
+        Args:
+            unread: 已经走了、数还没有读的更新；写盘时才读，并进进度。
+        """
         run = self.run
         return {
             "step": run.state.step,
             "progress": asdict(run.state),
+            "unread": [*unread],
             "rng": rng_state(run.device),
             "vitals": run.vitals.state_dict(),
             "recipe_state": {name: part.state_dict() for name, part in run.recipe.extra_state.items()},
@@ -77,7 +84,10 @@ class Archive:
 
     def write(self, snapshot: dict[str, Any], rng: list[dict[str, Any]]) -> None:
         """把此刻的权重、优化器与 ``snapshot`` 写盘；``rng`` 是各进程的随机数状态。"""
-        run, recipe, progress = self.run, self.run.recipe, dict(snapshot["progress"])
+        run, recipe, reached = self.run, self.run.recipe, TrainState(**snapshot["progress"])
+        for update in snapshot["unread"]:
+            account(reached, update)
+        progress = asdict(reached)
         if self.limit > 1 and progress["step"] not in progress["kept"]:
             progress["kept"] = [*progress["kept"], progress["step"]]
         what = recipe.weights_of(run.model) if recipe.weights_of else run.model

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 from dataclasses import dataclass
 from itertools import islice
@@ -31,7 +30,8 @@ from minimind.trainer.optim import set_learning_rate
 from minimind.trainer.progress import due
 from minimind.trainer.recipe import Data, Recipe, Run
 from minimind.trainer.setup import set_up
-from minimind.trainer.step import forward_backward, report_nonfinite, update_weights
+from minimind.trainer.step import forward_backward, update_weights
+from minimind.trainer.tally import Tally
 from minimind.trainer.validation import evaluate, owes_evaluation
 
 
@@ -67,7 +67,7 @@ def train(args: Any, recipe: Recipe, model: nn.Module, tokenizer: Any, data: Dat
         SystemExit: 收到 SIGTERM（143）、SIGHUP（129）或 Ctrl-C（130），已存盘。
     """
     run = set_up(args, recipe, model, tokenizer, data)
-    state, archive = run.state, Archive(run)
+    state, archive, tally = run.state, Archive(run), Tally(run)
     batches = training_batches(
         data.train,
         recipe.collate,
@@ -87,38 +87,39 @@ def train(args: Any, recipe: Recipe, model: nn.Module, tokenizer: Any, data: Dat
         stop.whole(archive.snapshot())
         stopping = owes_evaluation(run) and not evaluate(run, archive, stop)
         while state.step < state.total_steps and not stopping:
-            stop.whole(archive.snapshot())
+            stop.whole(archive.snapshot(tally.unread))
             micro_batches, samples = state.window_size()
-            window = list(islice(batches, micro_batches))
+            taken = list(islice(batches, micro_batches))
             epoch, state.lr = state.epoch, state.learning_rate(samples)
             set_learning_rate(run.optimizer, state.lr)
 
             updates = 0
-            for update in recipe.prepare(run, window) if recipe.prepare else (window,):
+            for window in recipe.prepare(run, taken) if recipe.prepare else (taken,):
                 updates += 1
                 if run.compiled is not None:  # 头一个更新之前核对
-                    run.compiled.check(run, update)
-                sums, micro_losses = forward_backward(run, update, stop)
-                stopping = sums.pop("stop") > 0 or stopping
-                if update_weights(run, sums, args.grad_clip):
-                    state.nonfinite_in_row = 0
-                elif sums["count"]:
-                    report_nonfinite(run, update, micro_losses, sums)
-                accumulate_interval(run, sums)
+                    run.compiled.check(run, window)
+                update = forward_backward(run, window, stop)
+                update_weights(run, update, args.grad_clip)
+                tally.add(update)  # 卡上晚一步读：这时入账的是上一次更新的数
 
             state.advance(samples)
-            bar.advance()
-            lap(run)
+            last = state.step == state.total_steps
+            logging = due(state.step, args.log_interval) or last
+            evaluating = run.evaluates and state.owes_evaluation()
+            saving = due(state.step, args.save_interval) or last or evaluating
             if not updates:  # 平时停不停随更新一起归约，一窗也没有时才单独问
                 stop.committed()
                 stopping = any_process(stop.requested, run.device)
             elif world_size() == 1:  # 归约之后才来的信号：多进程要等下一次归约才能一致，单进程不必再走一步
-                stopping = stopping or stop.requested
-            last = state.step == state.total_steps
-            if due(state.step, args.log_interval) or last:
+                stopping = stop.requested
+            if logging or saving or stopping or tally.stopping:
+                tally.settle()  # 要准数
+            stopping = stopping or tally.stopping
+            bar.advance()
+            lap(run)
+            if logging:
                 log_interval(run, epoch)
-            evaluating = run.evaluates and state.owes_evaluation()
-            if due(state.step, args.save_interval) or last or evaluating or stopping:
+            if saving or stopping:
                 with run.meter.pause("save"):
                     archive.save()
             if evaluating and not stopping:
@@ -139,18 +140,6 @@ def lap(run: Run) -> None:
     run.state.seconds += seconds
     run.state.interval["seconds"] = run.state.interval.get("seconds", 0.0) + seconds
     announce_total(run)
-
-
-def accumulate_interval(run: Run, sums: dict[str, float]) -> None:
-    """一次更新并入本记录区间；不是有限数的更新不计入平均。"""
-    interval, state = run.state.interval, run.state
-    good = math.isfinite(sums["loss"]) and math.isfinite(sums["grad_norm"])
-    for key, value in sums.items():
-        if good:
-            interval[key] = interval.get(key, 0.0) + value
-    interval["steps"] = interval.get("steps", 0.0) + good
-    interval["skipped"] = interval.get("skipped", 0.0) + (not good)
-    state.tokens += sums["tokens"]
 
 
 def finish(run: Run) -> TrainResult:

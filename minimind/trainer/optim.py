@@ -64,7 +64,12 @@ class Muon(torch.optim.Optimizer):
         momentum: 动量系数。
         weight_decay: 解耦权重衰减。
         newton_schulz_dtype: 迭代精度，如 ``"float32"``、``"bfloat16"``。
+
+    Attributes:
+        found_inf: 与 torch 的融合 AdamW 同名同义：设备上的一个数，为 1 时 ``step`` 什么也不改，主机不必知道；``None`` 照常走。
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -111,12 +116,19 @@ class Muon(torch.optim.Optimizer):
         buffers = [self.state[p]["momentum_buffer"] for p in params]
         momentum, lr = group["momentum"], group["lr"]
         signal = (torch.stack(torch._foreach_norm(grads)) / VANISHING).square().clamp(max=1.0)
+        skip = None if self.found_inf is None else self.found_inf == 1
+        before = None if skip is None else torch.stack(buffers)
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         nesterov = torch._foreach_lerp(grads, buffers, momentum)  # g·(1-μ) + B·μ
+        if skip is not None:  # 用挑选，不用乘 0：梯度可以是 NaN
+            torch._foreach_copy_(buffers, torch.where(skip, before, torch.stack(buffers)).unbind())
+            del before
         update = orthogonalize(
             torch.stack(nesterov), group["newton_schulz_steps"], getattr(torch, group["newton_schulz_dtype"])
         )
         update = update * signal.to(update.dtype).view(-1, 1, 1)
+        if skip is not None:  # 更新是 0，衰减乘 1：加负零、乘一，一位不变
+            update, signal = torch.where(skip, 0.0, update), torch.where(skip, 0.0, signal)
         if group["weight_decay"]:
             decay = lr * group["weight_decay"]
             keep = torch.where(signal == 1, 1 - decay, 1 - decay * signal)
@@ -137,6 +149,16 @@ class OptimizerPair:
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
+
+    @property
+    def found_inf(self) -> Tensor | None:
+        """见 :class:`Muon`；设它就是给每一个都设上。"""
+        return getattr(next(iter(self.optimizers.values())), "found_inf", None)
+
+    @found_inf.setter
+    def found_inf(self, value: Tensor | None) -> None:
+        for optimizer in self.optimizers.values():
+            optimizer.found_inf = value
 
     def step(self) -> None:
         for optimizer in self.optimizers.values():

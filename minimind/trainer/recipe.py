@@ -141,6 +141,12 @@ class Run:
         return DTYPES[self.numerics["dtype"]]
 
     @property
+    def reads_late(self) -> bool:
+        """一次更新的数晚一步读（:mod:`minimind.trainer.tally`）：只在 CUDA 上。float16 的缩放器自己要读；有 ``prepare`` 的
+        （强化学习……）采样、打分反正每步要读；MPS、NPU 没有试过。"""
+        return self.device.type == "cuda" and not self.scaler.is_enabled() and self.recipe.prepare is None
+
+    @property
     def config(self) -> MiniMindConfig:
         """模型的配置。"""
         return self.model.config

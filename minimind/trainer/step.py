@@ -4,32 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from minimind.console import say
-from minimind.dataset.base import source_words
 from minimind.dataset.collate import to_device
-from minimind.errors import UserError
 from minimind.runtime.device import autocast_context, stat_dtype
-from minimind.runtime.distributed import all_reduce_sum, gather_objects, on_main, world_size
+from minimind.runtime.distributed import all_reduce_sum, world_size
 from minimind.runtime.interrupt import StopSignal
 from minimind.trainer.recipe import Run, Window
-
-# 连续这么多步不是有限数就停：偶尔一步可能是坏样本，接连三步说明训练已经发散
-MAX_NONFINITE_IN_ROW = 3
+from minimind.trainer.tally import Update
 
 
-def forward_backward(run: Run, window: Window, stop: StopSignal) -> tuple[dict[str, float], list[Tensor]]:
-    """一窗微批次的前向反向；梯度留在参数上，已按全局目标数归一并反缩放。
-
-    Returns:
-        各进程合起来的各项之和（``loss count tokens context stop`` 与 metrics，加上 ``grad_norm``），
-        以及本进程每个微批次的损失和。全程只与加速卡同步一次。
-    """
+def forward_backward(run: Run, window: Window, stop: StopSignal) -> Update:
+    """一窗微批次的前向反向；梯度留在参数上，已按全局目标数归一并反缩放。各项之和留在设备上，主机不等。"""
     recipe, precision = run.recipe, stat_dtype(run.device)
     counts = [recipe.count(batch) if ids else 0.0 for ids, batch in window]
     total = all_reduce_sum(torch.tensor(sum(counts), dtype=precision).to(run.device, non_blocking=True))
@@ -62,8 +53,8 @@ def forward_backward(run: Run, window: Window, stop: StopSignal) -> tuple[dict[s
         v.to(run.device, precision) if isinstance(v, Tensor) else n for v, n in zip(sums.values(), numbers)
     ]
     reduced = all_reduce_sum(torch.stack(values))
-    totals = torch.cat([reduced, grad_norm.to(reduced)[None]]).tolist()
-    return dict(zip([*sums, "grad_norm"], totals)), micro_losses
+    totals = torch.cat([reduced, grad_norm.to(reduced)[None]])
+    return Update(run.state.step + 1, window, micro_losses, [*sums, "grad_norm"], totals)
 
 
 def add_metrics(sums: dict[str, Any], metrics: dict[str, Any], count: float, real: float) -> None:
@@ -92,61 +83,38 @@ def count_tokens(window: Window) -> tuple[float, float]:
     return tokens, context
 
 
-def update_weights(run: Run, sums: dict[str, float], grad_clip: float) -> bool:
-    """裁剪并走一步；损失或梯度不是有限数、一个目标也没有、或梯度恰好全是 0 时，权重与优化器状态一位也不动。
+def worth_taking(sums: Mapping[str, Any]) -> Any:
+    """这一步走不走：有目标，损失与梯度都是有限数，梯度不全是 0。给主机上的数得 bool；给设备上的张量得 0 维张量，不读它。
 
     梯度全是 0 而照走，动量与权重衰减仍会推着权重走（Muon 不论梯度多小都走满一步）：没有信号的一步什么也不该改。
+    """
+    loss, norm = sums["loss"], sums["grad_norm"]
+    # 无穷减无穷、NaN 减 NaN 都是 NaN：差为 0 的才是有限数
+    return (sums["count"] > 0) & (loss - loss == 0) & (norm - norm == 0) & (norm != 0)
+
+
+def update_weights(run: Run, update: Update, grad_clip: float) -> None:
+    """裁剪并走一步；不该走的（:func:`worth_taking`），权重与优化器状态一位也不动。
+
+    晚一步读时主机不知道该不该走，把这个问题连同答案留在设备上：优化器照样排上去，``found_inf`` 为 1 就什么也不改。
+    float16 的梯度溢出由缩放器照例处理。
 
     Args:
         grad_clip: 梯度范数的上限，0 是不裁剪。
-
-    Returns:
-        这一步是否正常（float16 的梯度溢出由缩放器照例处理，算正常）。
     """
-    finite_loss, finite_grad = math.isfinite(sums["loss"]), math.isfinite(sums["grad_norm"])
-    overflow = run.scaler.is_enabled() and finite_loss and not finite_grad and run.scaler.get_scale() > 1.0
-    healthy = sums["count"] > 0 and finite_loss and (finite_grad or overflow)
-    empty = healthy and sums["grad_norm"] == 0.0
-    if empty:
-        run.state.interval["zero_grad"] = run.state.interval.get("zero_grad", 0.0) + 1
-    elif healthy:
-        if grad_clip and finite_grad:
-            norm = torch.tensor(sums["grad_norm"], device=run.device)
+    if run.reads_late:
+        taking = True
+        run.optimizer.found_inf = (~worth_taking(update.on_device)).float()
+    else:
+        sums = update.numbers
+        overflow = run.scaler.is_enabled() and math.isfinite(sums["loss"]) and not update.finite
+        update.overflow = overflow and run.scaler.get_scale() > 1.0
+        taking = worth_taking(sums) or (update.overflow and sums["count"] > 0)
+    if taking:
+        if grad_clip:
+            norm = update.on_device["grad_norm"].float()
             torch.nn.utils.clip_grads_with_norm_(run.model.parameters(), grad_clip, norm)
         run.scaler.step(run.optimizer)
     if run.scaler.is_enabled():
         run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
-    return healthy
-
-
-def report_nonfinite(run: Run, window: Window, micro_losses: list[Tensor], sums: dict[str, float]) -> None:
-    """不是有限数：说出步数与样本编号；连续三次就停，上一个好的存档还在。"""
-    state, step = run.state, run.state.step + 1
-    state.nonfinite_in_row += 1
-    everything_finite = math.isfinite(sums["loss"])  # 损失都好、只有梯度坏：整窗都有嫌疑
-    suspects = [
-        sample
-        for (ids, _), loss in zip(window, micro_losses)
-        for sample in ids
-        if everything_finite or not bool(torch.isfinite(loss))
-    ]
-    samples = sorted(sample for part in gather_objects(suspects) for sample in part)
-    names = "、".join(map(str, samples[:16])) + (f" 等 {len(samples)} 个" if len(samples) > 16 else "")
-    if hasattr(run.data.train, "source_lines"):
-        names += f"（{source_words(run.data.train, samples[:16])}）"
-    what = "损失" if not math.isfinite(sums["loss"]) else "梯度范数"
-    say(f"第 {step} 步的{what}不是有限数，这一步不更新权重；涉及的样本：{names}。")
-    if state.nonfinite_in_row >= MAX_NONFINITE_IN_ROW:
-        rescue = f"；第 {state.saved_step} 步的存档完好，可加 --from_resume 1 从那里继续"
-        rescue = rescue if state.saved_step > 0 else ""
-        stopped = UserError(
-            f"连续 {MAX_NONFINITE_IN_ROW} 步的{what}不是有限数，训练停止",
-            where=f"第 {step} 步，样本 {names}",
-            fix=f"降低 --learning_rate 或检查这些样本{rescue}",
-        )
-
-        def stop_all() -> None:
-            raise stopped
-
-        on_main(stop_all)

@@ -149,7 +149,8 @@ class VitalSigns:
         norms = torch.stack(torch._foreach_norm([self.params[i].grad for i in present]))
         total = torch.linalg.vector_norm(norms)
         zero = torch.ones_like(self.streaks, dtype=torch.bool)
-        zero[torch.tensor(present, device=zero.device) if len(present) < len(zero) else slice(None)] = (
+        all_present = len(present) == len(zero)
+        zero[slice(None) if all_present else torch.tensor(present).to(zero.device, non_blocking=True)] = (
             norms == 0
         )
         longer = torch.where(zero, self.streaks + 1, 0.0)

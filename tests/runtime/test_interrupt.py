@@ -34,6 +34,7 @@ from minimind.runtime import distributed
 from minimind.runtime.checkpoint import config_dict, load_file, save_weights, weights_path
 from minimind.runtime.files import check_writable
 from minimind.trainer import loop
+from minimind.trainer.recipe import Run
 from minimind.trainer.reference import weights_hash
 from minimind.trainer.trainer_utils import init_model, model_config, start_run
 
@@ -74,6 +75,21 @@ def test_上一步还没有存过盘也存得下(tmp_path, uninterrupted):  # no
     """第 3 步走完时不存盘；卡在第 4 步里，存下的必须是第 3 步，含记录区间里攒了一半的数。"""
     codes = in_processes(1, train_and_stick, folder=tmp_path, at_call=10, **SETTINGS)
     assert codes == [143] and load_file(tmp_path / RESUME)["step"] == 3
+    assert in_processes(1, toy_train, folder=tmp_path, from_resume=1, **SETTINGS) == [0]
+    assert_as_if_uninterrupted(tmp_path, uninterrupted)
+
+
+def stick_late(folder, **settings) -> None:
+    Run.reads_late = True  # 显卡上的做法
+    train_and_stick(folder, **settings)
+
+
+@pytest.mark.parametrize(("at_call", "step"), [(5, 1), (16, 5)])
+def test_晚一步读_放弃时那一步的数还没有读_存下的也有(tmp_path, uninterrupted, at_call, step):  # noqa: F811
+    """卡在第 2、6 步里；第 1、5 步走完时不记录不存盘，数还没有读。"""
+    codes = in_processes(1, stick_late, folder=tmp_path, at_call=at_call, **SETTINGS)
+    saved = load_file(tmp_path / RESUME)
+    assert codes == [143] and saved["step"] == step and saved["progress"]["interval"]["steps"] > 0
     assert in_processes(1, toy_train, folder=tmp_path, from_resume=1, **SETTINGS) == [0]
     assert_as_if_uninterrupted(tmp_path, uninterrupted)
 

@@ -12,6 +12,7 @@ from torch import nn
 from minimind.trainer import optim
 from minimind.trainer.optim import (
     NEWTON_SCHULZ,
+    OPTIMIZERS,
     Muon,
     OptimizerPair,
     build_optimizer,
@@ -257,3 +258,109 @@ def test_迭代进得了一个图_结果不变(shape):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     compiled = torch.compile(optim.orthogonalize, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(matrices), optim.orthogonalize(matrices))
+
+
+# ---------------------------------------------------------------- found_inf：走不走由设备定
+
+
+def bits(model: nn.Module, optimizer) -> list[bytes]:
+    """权重与优化器状态的每一位，负零与 NaN 也分得出。"""
+    state = optimizer.state_dict()
+    parts = state.values() if isinstance(optimizer, OptimizerPair) else [state]
+    tensors = [t for part in parts for one in part["state"].values() for t in one.values()]
+    return [
+        t.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+        for t in [*model.parameters(), *tensors]
+    ]
+
+
+def signed_zeros(model: nn.Module, optimizer) -> None:
+    """权重与动量里放几个负零：加正零就会翻成正零。"""
+    optimizers = optimizer.optimizers.values() if isinstance(optimizer, OptimizerPair) else [optimizer]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.view(-1)[:2] = -0.0
+        for one in optimizers:
+            for state in one.state.values():
+                for name, value in state.items():
+                    if name != "step":
+                        value.view(-1)[1:3] = -0.0
+
+
+class TwoShapes(nn.Module):
+    """两种形状的矩阵、一个向量、一个没有梯度的矩阵。"""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.unused = (nn.Linear(*s) for s in ((6, 4), (6, 4), (5, 5), (3, 3)))
+
+    def fill(self, seed: int, value: float | None = None) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            if not name.startswith("unused"):
+                p.grad = torch.randn(p.shape, generator=generator)
+                if value is not None:
+                    p.grad.view(-1)[seed % 3] = value
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+@pytest.mark.parametrize("value", [None, 0.0, float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_found_inf为一_一位不动_连负零与步数(name, value, dtype):
+    torch.manual_seed(7)
+    model = TwoShapes()
+    optimizer = build_optimizer(model, make_args(optimizer=name), newton_schulz_dtype=dtype)
+    for seed in range(2):
+        model.fill(seed)
+        optimizer.step()
+    signed_zeros(model, optimizer)
+    before = bits(model, optimizer)
+    optimizer.found_inf = torch.ones(())
+    for seed in range(2, 5):
+        model.fill(seed, value)
+        optimizer.step()
+        assert bits(model, optimizer) == before
+    # 尺子量得出：同样的梯度，不说就会改
+    optimizer.found_inf = None
+    optimizer.step()
+    assert bits(model, optimizer) != before
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_found_inf为零_与没有它逐位相同_跳过的一步如同没有(name, dtype):
+    torch.manual_seed(8)
+    plain = TwoShapes()
+    twin = copy.deepcopy(plain)
+    a, b = (build_optimizer(m, make_args(optimizer=name), newton_schulz_dtype=dtype) for m in (plain, twin))
+    for seed in range(6):
+        plain.fill(seed)
+        a.step()
+        twin.fill(seed + 100, float("nan"))
+        b.found_inf = torch.ones(())
+        b.step()
+        twin.fill(seed)
+        b.found_inf = torch.zeros(())
+        b.step()
+        assert bits(plain, a) == bits(twin, b)
+
+
+def test_没有found_inf_不多算(monkeypatch):
+    """CPU 上当场就读，Muon 一步不多一次挑选、不多一份动量。"""
+    model = TwoShapes()
+    muon = build_optimizer(model, make_args(weight_decay=0.0))
+    calls = {"stack": 0, "where": 0}
+    for name in calls:
+        original = getattr(torch, name)
+
+        def counted(*args, name=name, original=original):
+            calls[name] += 1
+            return original(*args)
+
+        monkeypatch.setattr(torch, name, counted)
+    model.fill(0)
+    muon.step()
+    assert calls == {"stack": 4, "where": 0}  # 两种形状，各自的范数与动量
+    muon.found_inf = torch.zeros(())
+    muon.step()
+    assert calls == {"stack": 12, "where": 6}
