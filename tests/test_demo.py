@@ -5,16 +5,21 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from minimind import demo
 from minimind.demo import pace
 from minimind.demo.arguments import DemoArguments
+from minimind.demo.base import pretrain_arguments
 from minimind.demo.exam import pick_items
 from minimind.demo.reinforce import grpo_arguments, ppo_arguments, spo_arguments
+from minimind.demo.road import Road
 from minimind.demo.stages import STAGES
+from minimind.demo.tuning import dpo_arguments
 from minimind.errors import UserError
+from minimind.report.report import Report
 from minimind.runtime import device
 
 
@@ -90,10 +95,66 @@ def test_没有终端不打开对话_开始时报预计用时(finished):
 
 
 def test_时钟_按已走完的快慢修正剩余():
-    clock = pace.Timetable({"a": 10.0, "b": 20.0, "c": 30.0})
+    clock = pace.Timetable({"a": 10.0, "b": 20.0, "c": 30.0}, 100.0)
     assert clock.left() == 60
     clock.actual["a"] = 15.0
     assert clock.left() == pytest.approx(75)
+
+
+def test_走几成_恰好放得进时间_最少四成():
+    """不动的 100 秒与随之变化的 1,000 秒。"""
+    assert pace.fit_pace(lambda share: 100 + 1000 * share, 1200) == 1.0
+    assert pace.fit_pace(lambda share: 100 + 1000 * share, 800) == pytest.approx(0.7, abs=0.01)
+    assert pace.fit_pace(lambda share: 100 + 1000 * share, 10) == 0.4
+
+
+def timed_road(tmp_path, minutes):
+    """行数与 1 倍规模的微世界相同的演示，只排时间表，不训练。"""
+    args = DemoArguments(out_dir=str(tmp_path), minutes=minutes)
+    papers = SimpleNamespace(
+        cloze=range(333),
+        chats=range(743),
+        easy=range(516),
+        identity=range(60),
+        multistep=range(238),
+        errands=range(240),
+    )
+    (tmp_path / "sft.jsonl").write_text("\n" * 10_000, encoding="utf-8")
+    rows = {"pretrain": 6430, "sft": 1980, "lora_identity": 200, "agent_sft": 1300, "dpo": 1200}
+    return Road(args, tmp_path, papers, Report("演示"), rows=rows)
+
+
+def walk_on_time(road, speed, slower=1.0):
+    """假装照着走：每段的实际用时是估计的 ``slower`` 倍；返回全程的秒数与各段走了几成。"""
+    clock = pace.Timetable({name: stage.tokens(road) / speed for name, stage in STAGES.items()}, speed)
+    clock.elapsed = lambda: sum(clock.actual.values())
+    shares = {}
+    for name, stage in STAGES.items():
+        if name not in demo.SAME_AMOUNT:
+            demo.keep_time(road, STAGES, clock)
+        shares[name] = road.pace
+        clock.actual[name] = slower * stage.tokens(road) / speed
+    return clock.elapsed(), shares
+
+
+@pytest.mark.parametrize(("speed", "slower"), [(5100, 1.0), (5100, 1.1), (4000, 1.0), (6000, 1.3)])
+def test_慢的机器上少走几步_全程不超过说好的分钟数(tmp_path, speed, slower):
+    seconds, shares = walk_on_time(timed_road(tmp_path, 17), speed, slower)
+    assert 0.85 * 17 * 60 < seconds <= 17 * 60
+    assert min(shares.values()) < 1
+    assert shares["ppo"] == shares["grpo"] == shares["spo"], "三种算法比的是同样多的采样"
+    road = timed_road(tmp_path, 17)
+    road.pace = 0.5
+    assert pretrain_arguments(road).max_steps == 402 and ppo_arguments(road).max_steps == 22
+    assert dpo_arguments(road).max_steps == 0
+
+
+@pytest.mark.parametrize(("speed", "minutes"), [(12_000, 17), (2000, 0)])
+def test_快的机器与不限时间的_各段走满(tmp_path, speed, minutes):
+    road = timed_road(tmp_path, minutes)
+    _, shares = walk_on_time(road, speed)
+    assert set(shares.values()) == {1.0}
+    assert pretrain_arguments(road).max_steps == 0 and ppo_arguments(road).max_steps == 45
 
 
 def test_每个任务取几题_跳过身份题():

@@ -254,7 +254,10 @@ def read_head(path: Path, size: int) -> bytes:
             return file.read(size)
     except OSError as error:  # 挂载断了、坏道、/proc 里不让读的
         raise UserError(
-            f"读不了（{error.strerror}）", where=str(path), expected="一个 jsonl 文件", fix="换一个文件，或检查磁盘"
+            f"读不了（{error.strerror}）",
+            where=str(path),
+            expected="一个 jsonl 文件",
+            fix="换一个文件，或检查磁盘",
         ) from error
 
 

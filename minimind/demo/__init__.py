@@ -19,13 +19,18 @@ from minimind.arguments import parse_args
 from minimind.console import console, format_duration, say
 from minimind.demo.arguments import ROW_LENGTH, DemoArguments
 from minimind.demo.explain import explain_last, show_explanations
-from minimind.demo.pace import Timetable, probe_speed
+from minimind.demo.pace import MARGIN, Timetable, fit_pace, probe_speed
 from minimind.errors import UserError, guard
 from minimind.paths import resolve_path
 
 if TYPE_CHECKING:
     from minimind.demo.road import Road
     from minimind.demo.stages import Lesson
+
+# 与 PPO 比的：采样的条数要相同，走几成随它
+SAME_AMOUNT = ("grpo", "spo")
+# 总是走满的：本来就短
+WHOLE = ("lora", "dpo")
 
 
 def open_road(args: DemoArguments) -> Road:
@@ -82,7 +87,10 @@ def plan(road: Road, stages: dict[str, Lesson], start: float) -> Timetable:
     start_run(settings)  # 测速动过随机数与权重，重新开始
     if "pretrain" in stages:
         road.untrained_bpb = heldout_bpb(road, *fresh_model())
-    clock = Timetable({name: stage.tokens(road) / speed for name, stage in stages.items()}, start)
+    clock = Timetable({name: stage.tokens(road) / speed for name, stage in stages.items()}, speed, start)
+    whole = clock.expected
+    keep_time(road, stages, clock)
+    clock.expected = clock.elapsed() + clock.left()
     road.report.facts |= {
         "设备": f"{device_name(device)}，{road.dtype}",
         "PyTorch": torch.__version__,
@@ -90,7 +98,27 @@ def plan(road: Road, stages: dict[str, Lesson], start: float) -> Timetable:
         "种子与规模": f"{road.args.seed}，{road.args.scale:g}",
     }
     say(f"{speed:,.0f} 词元/秒（{road.dtype}）；全程预计 {format_duration(clock.expected)}。")
+    if road.pace < 1:
+        say(
+            f"走满要 {format_duration(whole)}；按 --minutes {road.args.minutes:g}，"
+            f"各段的步数减到安排的 {road.pace:.0%}（--minutes 0 走满）。"
+        )
     return clock
+
+
+def keep_time(road: Road, stages: dict[str, Lesson], clock: Timetable) -> None:
+    """照 ``--minutes`` 定剩下的各段走几成，改时间表；快慢按走完的几段修正。"""
+    left = {name: stage for name, stage in stages.items() if name not in clock.actual}
+    if not (road.args.minutes and left):
+        return
+    speed = clock.speed
+
+    def seconds(pace: float) -> float:
+        road.pace = pace
+        return clock.ratio() * sum(stage.tokens(road) for stage in left.values()) / speed
+
+    road.pace = fit_pace(seconds, 60 * road.args.minutes / MARGIN - clock.elapsed())
+    clock.estimates |= {name: stage.tokens(road) / speed for name, stage in left.items()}
 
 
 def require_start(road: Road, name: str) -> None:
@@ -145,6 +173,8 @@ def run(args: DemoArguments) -> Path:
     clock = plan(road, stages, start)
     facts, failed = road.report.facts, road.report.failures
     for name, stage in stages.items():
+        if name not in SAME_AMOUNT or "ppo" not in stages:
+            keep_time(road, stages, clock)
         clock.begin(name, f"{stage.title}：{stage.doing}")
         problem = walk(road, name, stage)
         clock.end(name)
@@ -152,7 +182,9 @@ def run(args: DemoArguments) -> Path:
             failed[stage.title] = problem
             clock.estimates[name] = clock.actual[name]  # 没走完的不能用来估计快慢
             say(f"{stage.title}没有走完，接着走下一段。原因：{problem}")
-        facts[stage.title] = format_duration(clock.actual[name])
+        facts[stage.title] = format_duration(clock.actual[name]) + (
+            f"（走了安排的 {road.pace:.0%}）" if road.pace < 1 and name not in WHOLE else ""
+        )
         facts.pop("全程", None)  # 总在最后一行
         facts["全程"] = f"{format_duration(clock.elapsed())}（开始时预计 {format_duration(clock.expected)}）"
         road.write_report()

@@ -16,13 +16,16 @@ SCHEDULE = {"schedule": "wsd", "warmup_ratio": 0.03, "decay_ratio": 0.7}
 
 def pretrain_arguments(road: Road) -> pretrain.PretrainArguments:
     """与 ``minimind pretrain`` 是同一个 dataclass。"""
-    plan = {"epochs": road.args.pretrain_epochs, "learning_rate": road.args.pretrain_lr}
+    epochs = road.args.pretrain_epochs
+    plan = {"epochs": epochs, "learning_rate": road.args.pretrain_lr}
+    plan["max_steps"] = road.epoch_steps("pretrain", epochs, road.args.batch_size)
     return pretrain.PretrainArguments(**road.common(**SCHEDULE, **plan), **road.data("pretrain"))
 
 
 def sft_arguments(road: Road) -> full_sft.SFTArguments:
     """与 ``minimind sft`` 是同一个 dataclass。"""
     plan = {"epochs": road.args.sft_epochs, "learning_rate": road.args.sft_lr}
+    plan["max_steps"] = road.epoch_steps("sft", road.args.sft_epochs, road.args.batch_size)
     return full_sft.SFTArguments(**road.common(**SCHEDULE, **plan), **road.data("sft"))
 
 

@@ -19,7 +19,9 @@ STEPS, PROMPTS = 10, 8
 def tuning_arguments(road: Road) -> full_sft.SFTArguments:
     """与 ``minimind sft`` 是同一个 dataclass；下面的同理。"""
     names = {"from_weight": "full_sft", "save_weight": "agent_sft"}
-    return full_sft.SFTArguments(**road.common(**TUNING, **names, eval_interval=0), **road.data("agent_sft"))
+    steps = road.epoch_steps("agent_sft", TUNING["epochs"], 2 * TUNING["batch_size"])
+    plan = {**TUNING, **names, "eval_interval": 0, "max_steps": steps}
+    return full_sft.SFTArguments(**road.common(**plan), **road.data("agent_sft"))
 
 
 def agent_arguments(road: Road) -> AgentArguments:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ class Road:
         dtype: 测速选出的精度。
         untrained_bpb: 没训练过的模型的每字节比特数。
         rows: 按轮数走的语料各有多少行（偏好折合成行），排时间表用。
+        pace: 各段走安排的几成步，机器慢时小于 1，见 :func:`minimind.demo.pace.fit_pace`。
         title: 正在走的阶段，记分牌的第一列。
         answers: ``{考试: 回答}``，写进 answers.jsonl；微调的成绩是后面各阶段的“之前”。
         rewards: ``{强化学习的阶段: (日志, 每步采样多少条)}``，画在同一张图里。
@@ -42,6 +44,7 @@ class Road:
     dtype: str = "auto"
     untrained_bpb: float | None = None
     rows: dict[str, int] = field(default_factory=dict)
+    pace: float = 1.0
     title: str = ""
     answers: dict[str, list[Answered]] = field(default_factory=dict)
     rewards: dict[str, tuple[Path, int]] = field(default_factory=dict)
@@ -76,8 +79,15 @@ class Road:
         }
 
     def steps(self, planned: int) -> int:
-        """这一段走多少步：课程的安排，不超过 ``--max_steps``。"""
+        """这一段走多少步：课程的安排，机器慢时少走，不超过 ``--max_steps``。"""
+        planned = max(1, round(planned * self.pace))
         return min(planned, self.args.max_steps or planned)
+
+    def epoch_steps(self, data: str, epochs: int, rows_per_step: int) -> int:
+        """按轮数走完 ``data`` 的一段，``max_steps`` 填多少；0 是走满各轮。"""
+        if self.pace == 1:
+            return self.args.max_steps
+        return self.steps(math.ceil(self.rows[data] * epochs / rows_per_step))
 
     # ---- 考试 ----
 

@@ -40,11 +40,12 @@ class Lesson:
         return self.training(road) + items * TOKENS_PER_ITEM
 
 
-def epochs_of(data: str, epochs: int, rows_per_step: int) -> Callable[[Road], float]:
-    """按轮数走完一份语料的阶段。"""
+def epochs_of(data: str, epochs: int, rows_per_step: int, paced: bool = False) -> Callable[[Road], float]:
+    """按轮数走完一份语料的阶段；``paced`` 的在慢的机器上少走几步。"""
 
     def tokens(road: Road) -> float:
-        rows, most = road.rows[data] * epochs, road.args.max_steps * rows_per_step
+        rows = road.rows[data] * epochs * (road.pace if paced else 1)
+        most = road.args.max_steps * rows_per_step
         return (min(rows, most) if most else rows) * ROW_LENGTH * OVERHEAD
 
     return tokens
@@ -59,7 +60,7 @@ def student_tokens(road: Road) -> float:
     """学生的三次训练；它每个位置的代价约是 tiny 的六成（矩阵小，喂不满），有教师时再加教师的前向。"""
     begin = steps_of(tuning.STUDENT_PRETRAIN["max_steps"], ROWS * ROW_LENGTH, 0.6)
     dialogues = len((road.world / "sft.jsonl").read_text(encoding="utf-8").splitlines())
-    few = road.rows["sft"] * min(tuning.DIALOGUES / dialogues, 1.0) * tuning.STUDENT_PLAN["epochs"]
+    few = road.rows["sft"] * min(tuning.DIALOGUES / dialogues, 1.0) * tuning.student_plan(road)["epochs"]
     most = road.args.max_steps * ROWS
     return begin(road) + (min(few, most) if most else few) * ROW_LENGTH * (0.6 + 1.0)
 
@@ -75,7 +76,7 @@ AGENT_ROLLOUTS = errands.PROMPTS * errands.LEARNING["num_generations"]
 
 def errand_tokens(road: Road) -> float:
     """差事的微调与强化学习。"""
-    tuned = epochs_of("agent_sft", errands.TUNING["epochs"], 2 * errands.TUNING["batch_size"])
+    tuned = epochs_of("agent_sft", errands.TUNING["epochs"], 2 * errands.TUNING["batch_size"], True)
     return tuned(road) + steps_of(errands.STEPS, AGENT_ROLLOUTS, 375.0)(road)
 
 
@@ -84,7 +85,7 @@ STAGES: dict[str, Lesson] = {
         "预训练",
         "读百科、算式和故事，学会接着往下写",
         base.run_pretrain,
-        lambda road: epochs_of("pretrain", road.args.pretrain_epochs, road.args.batch_size)(road),
+        lambda road: epochs_of("pretrain", road.args.pretrain_epochs, road.args.batch_size, True)(road),
         ("cloze", "chats"),
         needs=None,
     ),
@@ -92,7 +93,7 @@ STAGES: dict[str, Lesson] = {
         "微调",
         "学会按问答的样子回答",
         base.run_sft,
-        lambda road: epochs_of("sft", road.args.sft_epochs, road.args.batch_size)(road),
+        lambda road: epochs_of("sft", road.args.sft_epochs, road.args.batch_size, True)(road),
         ("chats", "multistep"),
         needs="pretrain",
     ),

@@ -68,6 +68,11 @@ def run_dpo(road: Road) -> None:
     road.score("对话答对", "dpo: dialogue", accuracy(before), accuracy(after))
 
 
+def student_plan(road: Road) -> dict[str, float]:
+    """学生学几轮，步子多大；两边共用。"""
+    return {**STUDENT_PLAN, "epochs": max(1, round(STUDENT_PLAN["epochs"] * road.pace))}
+
+
 def student_start(road: Road) -> pretrain.PretrainArguments:
     """学生自己的预训练，两边共用。"""
     plan = {**STUDENT_PRETRAIN, "max_steps": road.steps(STUDENT_PRETRAIN["max_steps"])}
@@ -87,7 +92,7 @@ def few_dialogues(road: Road) -> dict[str, str]:
 def student_arguments(road: Road) -> full_sft.SFTArguments:
     """没有教师的学生：同样的起点、数据、次序、步数与学习率，只有交叉熵。"""
     start = {"from_weight": "student_pretrain", "save_weight": "student"}
-    common = road.common(preset=None, **STUDENT, **STUDENT_PLAN, **start)
+    common = road.common(preset=None, **STUDENT, **student_plan(road), **start)
     return full_sft.SFTArguments(**common, **few_dialogues(road))
 
 
@@ -97,7 +102,7 @@ def distill_arguments(road: Road) -> distillation.DistillationArguments:
         "student_num_layers": STUDENT["num_hidden_layers"],
         "from_student_weight": "student_pretrain",
     }
-    common = road.common(preset=None, **size, **STUDENT_PLAN, **DISTILL)
+    common = road.common(preset=None, **size, **student_plan(road), **DISTILL)
     return distillation.DistillationArguments(**common, **few_dialogues(road))
 
 

@@ -74,6 +74,57 @@ def test_分块注意力的值与梯度等于_SDPA(lengths, heads, dim):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
 
 
+@settings(max_examples=15, deadline=None)
+@given(segment_lengths(), st.sampled_from([(8, 2, 64), (6, 2, 32), (4, 4, 32), (4, 1, 48)]))
+def test_半精度补齐或转精度之后_值与梯度离双精度不比舍入远(lengths, shape):
+    """宽的补到 32 的整倍数，窄的转成 fp32 算；q、k、v 先舍成 bf16，再拿双精度算同一份作准。"""
+    q_heads, kv_heads, dim = shape
+    generator = torch.Generator().manual_seed(sum(lengths))
+    total, edges = sum(lengths), torch.tensor([0] + lengths).cumsum(0)
+    q, k, v = (
+        torch.randn(total, n, dim, generator=generator).bfloat16().requires_grad_()
+        for n in (q_heads, kv_heads, kv_heads)
+    )
+    plan = kernels.AttentionPlan("segments", list(pairwise(edges.tolist())), edges)
+    grad = torch.randn(q.shape, generator=generator).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # 训练里就是这样调用的
+        ours = kernels.segment_attention(q, k, v, plan)
+    assert ours.dtype == torch.bfloat16
+    exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    parts = [
+        F.scaled_dot_product_attention(
+            *(t[a:b].transpose(0, 1).unsqueeze(0) for t in exact), is_causal=True, enable_gqa=True
+        )
+        for a, b in plan.segments
+    ]
+    reference = torch.cat(parts, 2).squeeze(0).transpose(0, 1)
+    torch.testing.assert_close(ours.double(), reference, rtol=0.02, atol=0.03)
+    got = torch.autograd.grad(ours, (q, k, v), grad)
+    want = torch.autograd.grad(reference, exact, grad.double())
+    for a, b in zip(got, want):
+        assert (a.double() - b).norm() < 0.02 * b.norm() + 1e-6
+
+
+def test_半精度_段的长短怎样变_乘法的形状只有几种(monkeypatch):
+    """oneDNN 给每种形状现编一个内核：四十批各不相同的长短，形状要数得清。"""
+    shapes, plain = set(), _SegmentAttentionCPU._probability
+
+    def noting(q, k, future):
+        shapes.add((q.dtype, q.shape, k.shape))
+        return plain(q, k, future)
+
+    monkeypatch.setattr(_SegmentAttentionCPU, "_probability", staticmethod(noting))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(40):
+        lengths = torch.randint(1, 200, (6,), generator=generator).tolist()
+        edges = torch.tensor([0] + lengths).cumsum(0)
+        plan = kernels.AttentionPlan("segments", list(pairwise(edges.tolist())), edges)
+        q, k, v = (torch.randn(sum(lengths), n, 64).bfloat16() for n in (8, 2, 2))
+        kernels.segment_attention(q, k, v, plan)
+    # 一块 32 或 64 个查询，看到的键是 32 的倍数，不超过 224：32 个查询的 4 种（键 32、96、160、224），64 个的 3 种
+    assert len(shapes) <= 7 and {dtype for dtype, *_ in shapes} == {torch.bfloat16}
+
+
 def test_分块注意力通过数值梯度检查(monkeypatch):
     monkeypatch.setattr(_SegmentAttentionCPU, "BLOCK", 3)
     monkeypatch.setattr(torch.Tensor, "float", lambda t: t)  # 让内部保持双精度，数值微分才看得准
