@@ -82,6 +82,7 @@ class FusedDecoder:
             self.cache = GroupedKVCache(*shape, dtype=self.dtype)
         else:
             self.use_slots()
+        self.steady = False  # 见 use_static
         self.plan: tuple[Any, Any] = (None, None)  # 见 decode_groups
         self._cos = self._sin = torch.empty(0)
 
@@ -102,8 +103,16 @@ class FusedDecoder:
 
     @property
     def static(self) -> bool:
-        """:meth:`walk` 的形状是否只由参数定；混合专家要看路由。"""
-        return all(layer.experts is None for layer in self.layers)
+        """:meth:`walk` 的形状能否只由参数定：混合专家要有定形的写法。"""
+        mixtures = [layer for layer in self.layers if layer.experts is not None]
+        return all(layer.stacked is not None and layer.stacked.possible for layer in mixtures)
+
+    def use_static(self, on: bool = True) -> None:
+        """:meth:`walk` 里混合专家用不用定形的写法；头一次用时另放一份并排的权重，几个引擎共用。"""
+        self.steady = on
+        for layer in self.layers if on else ():
+            if layer.stacked is not None:
+                layer.stacked.build()
 
     @property
     def embedding(self) -> Tensor:
@@ -236,7 +245,7 @@ class FusedDecoder:
                 # 共用一个键值头的查询头当作几个查询：[B, kv, 组, D]，不展开 K、V
                 q = q.view(rows, self.kv_heads, -1, self.head_dim)
                 out = F.scaled_dot_product_attention(q, key, value, attn_mask=bias)
-                x = self.finish(layer, x, out)
+                x = self.finish(layer, x, out, stepping=True)
             return self.head(self.norm(x, self.dtype))
 
     def open(self, slot: int, length: int, alone: bool = False) -> None:
@@ -289,10 +298,12 @@ class FusedDecoder:
         torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, -1), sin, out=rotated)
         return qkv[:, : self.heads], qkv[:, self.heads :]
 
-    def finish(self, layer: Layer, x: Tensor, out: Tensor) -> Tensor:
-        """注意力的输出 → 这一层的输出。"""
+    def finish(self, layer: Layer, x: Tensor, out: Tensor, stepping: bool = False) -> Tensor:
+        """注意力的输出 → 这一层的输出；``stepping`` 表示一行一个词元，混合专家可以用定形的写法。"""
         x = layer.out.add_to(x, out.reshape(len(x), -1))
         y = layer.post_norm(x, self.dtype)
+        if stepping and self.steady and layer.stacked is not None:
+            return x + layer.stacked(y)
         if layer.experts is not None:
             return x + layer.experts(y.unsqueeze(0), None)[0][0]
         gate, up = layer.gate_up(y).chunk(2, dim=-1)

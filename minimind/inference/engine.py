@@ -58,7 +58,7 @@ class Engine:
             多写的会丢掉。CPU 上总是 1。
         prefill_chunk: 一步最多读多少个提示位置，长提示读着的时候别人照写；``None`` 不拆，总的最快。
         prefix_cache_tokens: 前缀库最多存多少个位置，0 不用；只有 :class:`~minimind.inference.decoder.FusedDecoder` 能用。
-        cuda_graphs: CUDA 上把一步解码录成图，与照常解码核对过才用（:mod:`minimind.inference.cuda_graph`）；混合专家与别的设备上不起作用。
+        cuda_graphs: CUDA 上把一步解码录成图，与照常解码核对过才用（:mod:`minimind.inference.cuda_graph`）；别的设备上不起作用。
     """
 
     def __init__(
@@ -197,6 +197,9 @@ class Engine:
         steps = min(self.stride, min(row.request.limit - len(row.sequence.ids) for row in self._rows))
         if any(row.hook or row.request.top_logprobs is not None for row in self._rows):
             steps = 1
+        written = self._graphs.write(state, self._rows, lengths, steps) if self._graphs else None
+        if written is not None:
+            return self._record(*written, 0)
         all_ids, all_logp = [], []
         for offset in range(steps):
             used = [length + offset for length in lengths]

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind.inference.linear import JoinedLinear
+from minimind.inference.stacked_experts import StackedExperts
 
 
 class Norm:
@@ -31,7 +32,10 @@ class Norm:
 
 
 class Layer:
-    """一层的权重，输入相同的投影已合并。"""
+    """一层的权重，输入相同的投影已合并。
+
+    混合专家的前馈是 ``experts``，照路由分组；``stacked`` 是它的定形写法，录制时才建。
+    """
 
     def __init__(self, block: nn.Module, dtype: torch.dtype):
         attention, mlp = block.self_attn, block.mlp
@@ -43,6 +47,7 @@ class Layer:
         self.out = JoinedLinear([attention.o_proj], dtype)
         self.joined = [self.qkv, self.out]
         self.experts = None if hasattr(mlp, "gate_proj") else mlp
+        self.stacked = StackedExperts(mlp, dtype) if self.experts is not None else None
         if self.experts is None:
             self.gate_up = JoinedLinear([mlp.gate_proj, mlp.up_proj], dtype)
             self.down = JoinedLinear([mlp.down_proj], dtype)

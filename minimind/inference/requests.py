@@ -131,6 +131,16 @@ class Row:
         return len(self.sequence.prompt_ids) + len(self.sequence.ids) - 1
 
 
+def shared_rule(rows: list[Row]) -> SamplingParams | None:
+    """各行共同的抽样规则；不止一条，或谁有干预、要候选，是 ``None``。"""
+    first = rows[0].request.params.rule
+    for row in rows:
+        rule = row.request.params.rule
+        if row.hook or row.request.top_logprobs is not None or (rule is not first and rule != first):
+            return None
+    return first
+
+
 def context_length(model: nn.Module) -> int:
     """模型位置表的长度，即提示加回答最多多少个 token。"""
     return int(model.config.max_position_embeddings)

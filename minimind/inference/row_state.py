@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from minimind.inference.requests import Row
-from minimind.inference.sampling import sample_rows, uniforms
+from minimind.inference.sampling import SamplingParams, sample_rows, sample_same, uniforms
 
 
 class RowState:
@@ -32,7 +32,9 @@ class RowState:
         """新行住进第 ``first`` 个起的槽位：位置、随机数与出现过的 token。"""
         longest = max(row.request.limit for row in rows)
         if self.uniforms.shape[1] < longest:
-            grown = torch.zeros(self.max_slots, longest, device=self.device)
+            # 至少翻倍：搬一次家，录好的抽样就要重录
+            width = max(longest, 2 * self.uniforms.shape[1])
+            grown = torch.zeros(self.max_slots, width, device=self.device)
             grown[:, : self.uniforms.shape[1]] = self.uniforms
             self.uniforms = grown
         table = torch.zeros(len(rows), self.uniforms.shape[1])
@@ -67,10 +69,8 @@ class RowState:
         """
         block = slice(first, first + len(rows))
         params = [row.request.params for row in rows]
-        uniform = None
-        if not all(one.greedy for one in params):  # 贪心用不着随机数：单路时省下四个小算子
-            step = self.written[block].clamp_max(self.uniforms.shape[1] - 1)
-            uniform = self.uniforms[block].gather(1, step[:, None])[:, 0]
+        # 贪心用不着随机数：单路时省下四个小算子
+        uniform = None if all(one.greedy for one in params) else self._uniform(block)
         penalised = self.seen is not None and any(one.repetition_penalty != 1 for one in params)
         watched = [i for i, row in enumerate(rows) if row.request.top_logprobs is not None]
         plain = logits[watched].float() if watched else None
@@ -84,6 +84,49 @@ class RowState:
         if self.seen is not None:
             self.seen[block].scatter_(1, ids[:, None], True)
         return ids, logp
+
+    def advance(self, logits: Tensor, rule: SamplingParams, live: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`sample`，从第 0 个槽位起，各行同一条规则，没有干预也不要候选：全在设备上，地址都不变，能录进图里。
+
+        Args:
+            logits: ``[行数, V]``，行数可以补过。
+            rule: 见 :attr:`SamplingParams.rule`。
+            live: ``[行数]`` bool，补的行是假：它们的状态一个也不动。
+        """
+        block = slice(0, len(logits))
+        uniform = None if rule.greedy else self._uniform(block)
+        penalised = self.seen is not None and rule.repetition_penalty != 1
+        ids, logp = sample_same(logits, rule, uniform, self.seen[block] if penalised else None)
+        self.tokens[block] = torch.where(live, ids, self.tokens[block])
+        self.positions[block].add_(live)
+        self.written[block].add_(live)
+        if self.seen is not None:
+            line = ids[:, None]
+            self.seen[block].scatter_(1, line, self.seen[block].gather(1, line) | live[:, None])
+        return ids, logp
+
+    def _uniform(self, block: slice) -> Tensor:
+        """各行这一步的随机数 ``[行数]``。"""
+        step = self.written[block].clamp_max(self.uniforms.shape[1] - 1)
+        return self.uniforms[block].gather(1, step[:, None])[:, 0]
+
+    def places(self) -> list[tuple[int, ...]]:
+        """各张量在哪里、什么形状：录进图里的 :meth:`advance` 只在这些都没动时还能用。"""
+        held = (self.tokens, self.positions, self.written, self.uniforms, self.seen)
+        return [(one.data_ptr(), *one.shape) for one in held if one is not None]
+
+    def snapshot(self, rows: int) -> list[Tensor]:
+        """前 ``rows`` 个槽位里每步会变的那些，另存一份。"""
+        return [state[:rows].clone() for state in self._changing()]
+
+    def restore(self, kept: list[Tensor]) -> None:
+        """:meth:`snapshot` 的结果写回去。"""
+        for state, old in zip(self._changing(), kept):
+            state[: len(old)] = old
+
+    def _changing(self) -> list[Tensor]:
+        held = (self.tokens, self.positions, self.written, self.seen)
+        return [one for one in held if one is not None]
 
     def move(self, source: list[int], target: list[int]) -> None:
         """``source`` 各槽位的状态搬到 ``target``。"""

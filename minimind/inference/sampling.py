@@ -178,6 +178,8 @@ def draw(logits: Tensor, temperature: float, uniform: Tensor | None) -> tuple[Te
         chosen = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0]
         inside, _ = _first_above(chosen, rest / chosen.sum(-1, keepdim=True))
         ids = block * BLOCK + inside
+        if logits.shape[1] % BLOCK:  # 补的行可能是 NaN，抽到末块补齐的部分去；越界的下标在卡上会毁掉整个进程
+            ids = ids.clamp_max(logits.shape[1] - 1)
     return ids[:, 0], probs.gather(1, ids)[:, 0].log()
 
 
@@ -208,10 +210,10 @@ def sample_rows(
     Returns:
         token ``[B]`` 与行为策略的对数概率 ``[B]``：惩罚、温度与截断之后真正抽样的那个分布；贪心时按温度 1。
     """
-    logits = logits.float() if logits.dtype != torch.float32 else logits
     rules = [one.rule for one in params]
     if all(rule == rules[0] for rule in rules):
-        return _sample_same(logits, rules[0], uniform, seen)
+        return sample_same(logits, rules[0], uniform, seen)
+    logits = logits.float() if logits.dtype != torch.float32 else logits
     return _sample_mixed(logits, rules, uniform, seen)
 
 
@@ -271,9 +273,11 @@ def _sample_mixed(
     return ids, logp
 
 
-def _sample_same(
+def sample_same(
     logits: Tensor, params: SamplingParams, uniform: Tensor | None, seen: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    """:func:`sample_rows`，各行同一份参数。不从主机送任何张量，所以能录进图里。"""
+    logits = logits.float() if logits.dtype != torch.float32 else logits
     if seen is not None:
         logits = apply_repetition_penalty(logits, seen, params.repetition_penalty)
     if params.temperature and (params.top_k or params.top_p < 1 or params.min_p):

@@ -81,6 +81,7 @@ class SharedModel:
         """解码要读的权重各在哪里；录好的一步只在这些都没动时还能用。"""
         linears = [self.head, *(linear for layer in self.layers for linear in layer.joined)]
         joined = [place for linear in linears for place in linear.places()]
+        joined += [place for layer in self.layers if layer.stacked for place in layer.stacked.places()]
         own = [tensor.data_ptr() for tensor in (*self.model.parameters(), *self.model.buffers())]
         return joined + own
 
@@ -90,6 +91,9 @@ class SharedModel:
             with torch.inference_mode():
                 for linear in [self.head, *(linear for layer in self.layers for linear in layer.joined)]:
                     linear.refresh()
+                for layer in self.layers:
+                    if layer.stacked is not None:
+                        layer.stacked.refresh()
 
     def adapted(self, adapter: Adapter) -> SharedModel:
         """叠加一份 LoRA；底座的张量与排好的权重都不复制。
@@ -125,6 +129,8 @@ class SharedModel:
         result.out = adapt(layer.out, f"{attention}o_proj")
         if layer.experts is not None:
             result.experts = _adapted_experts(layer.experts, adapter, mlp)
+            if result.experts is not layer.experts:
+                result.stacked = None  # 增量加在专家上：定形的写法要另存一份底座的专家，不录
         else:
             result.gate_up = adapt(layer.gate_up, f"{mlp}gate_proj", f"{mlp}up_proj")
             result.down = adapt(layer.down, f"{mlp}down_proj")

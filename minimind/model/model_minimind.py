@@ -315,13 +315,7 @@ class MoE(nn.Module):
         """x [B, T, H]，valid [B, T]（True 为真词元，None 表示全是）→ 输出 [B, T, H] 与辅助损失标量。"""
         B, T, H = x.shape
         flat = x.reshape(-1, H)
-        refuse_wrapped("路由器 gate", self.gate)
-        with autocast_off(x):  # 路由差一点就换专家，用 fp32
-            score = linear(flat.float(), self.gate.weight.float()).softmax(-1)
-        weight, expert = score.topk(self.top_k, dim=-1, sorted=False)
-        if self.norm_topk and (self.top_k > 1 or self.norm_single):
-            weight = weight / (weight.sum(-1, keepdim=True) + 1e-20)
-
+        score, weight, expert = self.route(flat)
         order = ExpertOrder(expert)
         chosen = torch.zeros_like(score).scatter_(1, expert, 1.0)  # [N, E]，选中为 1
         count = chosen.sum(0).long()  # [E]
@@ -330,6 +324,16 @@ class MoE(nn.Module):
         for expert_mlp in self.shared_experts or ():
             y = y + expert_mlp(flat)
         return y.view(B, T, H), self._balance_loss(score, chosen, valid, B, T)
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [N, H] → 各专家的概率 [N, E]，选中的 K 个的权重与编号 [N, K]。"""
+        refuse_wrapped("路由器 gate", self.gate)
+        with autocast_off(x):  # 路由差一点就换专家，用 fp32
+            score = linear(x.float(), self.gate.weight.float()).softmax(-1)
+        weight, expert = score.topk(self.top_k, dim=-1, sorted=False)
+        if self.norm_topk and (self.top_k > 1 or self.norm_single):
+            weight = weight / (weight.sum(-1, keepdim=True) + 1e-20)
+        return score, weight, expert
 
     def _experts(self, x: Tensor, count: Tensor) -> Tensor:
         """x [N·K, H] 已按专家排序，count [E] → [N·K, H]。没有词元的专家得到零梯度而不是 None，DDP 才不会等它。"""

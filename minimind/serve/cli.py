@@ -36,7 +36,7 @@ class EngineArguments(Arguments, group="并发与时限"):
         high=MANY,
     )
     cuda_graphs: int = arg(
-        1, "CUDA 上把一步解码录成图，省去主机逐个发射；每张先与照常解码核对，不对就不用；稠密模型才有", (0, 1)
+        1, "CUDA 上把一步解码录成图，省去主机逐个发射；每张先与照常解码核对，不对就不用", (0, 1)
     )
     request_seconds: float = arg(600.0, "一个请求最多多少秒", above=0, high=MANY)
     shutdown_seconds: float = arg(120.0, "停机时最多等在写的多少秒", low=0, high=MANY)

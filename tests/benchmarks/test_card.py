@@ -58,7 +58,9 @@ def test_没有卡也把每一部分走一遍(card, tmp_path):
     assert parts["train_small"]["compiled"]["recompilations"] == 0
     assert parts["train_base"]["eager"]["tokens_per_second"] > 0
     assert parts["train_moe"]["time_over_dense"] > 0
-    assert set(parts["decode_small"]["plain"]) == {"1", "3"}
+    for size in ("small", "base", "moe"):  # 录制的路用替身走通，混合专家也在内
+        for mode in ("plain", "recorded", "recorded_sampled"):
+            assert set(parts[f"decode_{size}"][mode]) == {"1", "3"}
     assert 0 < parts["profile"]["compiled"]["useful_share"] < 1
     for side in ("ours", "public"):
         assert parts["road"][side]["pretrain_bpb"] > 0 and parts["road"][side]["sft_answers"]

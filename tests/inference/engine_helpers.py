@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from minimind.inference.cuda_graph import GraphedDecode
 from minimind.model import MiniMindConfig, MiniMindForCausalLM
 
 VOCAB = 64
@@ -58,3 +59,44 @@ def drain(engine):
             assert (sequence.request_id, sequence.index) not in done
             done[sequence.request_id, sequence.index] = sequence
     return done
+
+
+def replayable(run):
+    """录制的替身：不录、照常跑，结果写回同一个张量，与重放一样只认那几个输入张量。"""
+    out = run()
+
+    def replay():
+        out.copy_(run())
+
+    return replay, out
+
+
+def pinned(engine):
+    """:func:`replayable`，照显卡的规矩：图读写的是录的那时的地址，谁搬了家而图还在用就是错。"""
+
+    def places(whole):
+        graphs, decoder = engine._graphs, engine.decoder
+        held = [decoder.cache.store, decoder._cos, decoder._sin]
+        held += [graphs.count, graphs.turn, graphs.ids, graphs.logp] if whole else [graphs.logits]
+        state = engine._state.places() if whole else []
+        return [one.data_ptr() for one in held], state, decoder.shared.places()
+
+    def recorder(run):
+        whole = "_record_step" in run.__qualname__
+        replay, out = replayable(run)
+        recorded = places(whole)
+
+        def checked():
+            assert places(whole) == recorded, "搬了家"
+            replay()
+
+        return checked, out
+
+    return recorder
+
+
+def graphed(engine, recorder=None, stride=1):
+    """换上录制的解码（替身），``stride`` 步对一次账。"""
+    engine._graphs = GraphedDecode(engine.decoder, engine.max_slots, recorder or pinned(engine))
+    engine.stride = stride
+    return engine

@@ -6,28 +6,13 @@ import weakref
 
 import pytest
 import torch
-from engine_helpers import any_model, drain, prompts_of, tiny
+from engine_helpers import any_model, drain, graphed, prompts_of, replayable, tiny
 
 from minimind.inference import cuda_graph
 from minimind.inference.cuda_graph import GraphedDecode, length_bucket, row_bucket
 from minimind.inference.engine import Engine
 from minimind.inference.sampling import GREEDY, SamplingParams
 from minimind.serve.cli import EngineArguments
-
-
-def replayable(run):
-    """不录，照常跑，结果写回同一个张量：与重放一样只认那几个输入张量。"""
-    out = run()
-
-    def replay():
-        out.copy_(run())
-
-    return replay, out
-
-
-def graphed(engine):
-    engine._graphs = GraphedDecode(engine.decoder, engine.max_slots, replayable)
-    return engine
 
 
 def write(engine, rounds=1):
@@ -50,7 +35,7 @@ def test_凑档_单调_够用_浪费有限():
         assert used <= bucket <= max(64, used * 1.25 + 64) and bucket % 64 == 0
 
 
-@pytest.mark.parametrize("name", ["v2", "v3", "Llama", "Qwen3"])
+@pytest.mark.parametrize("name", ["v2", "v3", "moe", "v3moe", "Llama", "Qwen3"])
 @pytest.mark.parametrize("slots", [1, 3, 16])
 @pytest.mark.parametrize("chunk", [None, 7])
 def test_与照常解码逐个相同(name, slots, chunk):
@@ -106,10 +91,12 @@ def test_补的行写的那一列_谁也不读():
     engine = graphed(Engine(tiny(), eos_ids=(), max_slots=4))
     engine.decoder.reserve(0, 96)
     cache = engine.decoder.cache
-    walk = engine.decoder.walk
+    walk, padded = engine.decoder.walk, []
 
     def spy(tokens, positions, used, ragged):
         assert used <= cache.capacity
+        if len(tokens) == 4:
+            padded.append(positions[3:].tolist())
         return walk(tokens, positions, used, ragged)
 
     engine.decoder.walk = spy
@@ -122,7 +109,6 @@ def test_补的行写的那一列_谁也不读():
     for prompt in prompts:
         plain.add_request(prompt, GREEDY, 8)
     assert {k: s.ids for k, s in done.items()} == {k: s.ids for k, s in drain(plain).items()}
-    padded = [graph.positions[3:].tolist() for key, graph in engine._graphs.graphs.items() if key[0] == 4]
     assert padded and all(one == [cache.capacity] for one in padded), "补的行确实写在那一列"
 
 
@@ -174,7 +160,7 @@ def test_缓存长大与换了权重都重录():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["v2", "Qwen3"])
+@pytest.mark.parametrize("name", ["v2", "moe", "Qwen3"])
 def test_权重就地变了_图照用_写的是新权重的(name, dtype, monkeypatch):
     """强化学习每一步都换权重：重录一遍要几十张图。"""
     monkeypatch.setattr("minimind.inference.linear.packing_available", lambda dtype: False)
@@ -224,17 +210,18 @@ def test_录得不对或录不成_说一句_此后照常解码_结果不变(reco
     assert not engine._graphs.graphs and engine._graphs.trouble
 
 
-def test_CUDA上默认录_混合专家与别的设备上不起作用():
+def test_CUDA上默认录_别的设备上不起作用():
     assert inspect.signature(Engine).parameters["cuda_graphs"].default is True
     assert EngineArguments().cuda_graphs == 1
     assert Engine(tiny(), eos_ids=())._graphs is None
     assert Engine(tiny(), eos_ids=(), cuda_graphs=True)._graphs is None
-    assert not Engine(tiny("moe"), eos_ids=()).decoder.static
+    decoder = Engine(tiny("moe"), eos_ids=()).decoder
+    assert decoder.static and not decoder.steady and not decoder.layers[0].stacked.ready, "不录就不另放一份"
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="没有 CUDA 显卡")
-@pytest.mark.parametrize("name", ["v2", "v3"])
+@pytest.mark.parametrize("name", ["v2", "v3", "moe", "v3moe"])
 def test_显卡上录制与不录制文字相同(name):
     model = any_model(name).cuda()
     options = {"eos_ids": {5, 9}, "max_slots": 6, "prefill_chunk": 16, "stride": 4}

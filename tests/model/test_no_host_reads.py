@@ -19,6 +19,7 @@ from trainer_helpers import tiny_args, toy_recipe
 
 from minimind.dataset.collate import collate_dpo, target_mask, target_places, to_device
 from minimind.dataset.packed import collate_packed
+from minimind.inference.cuda_graph import GraphedDecode
 from minimind.inference.decoder import FusedDecoder
 from minimind.inference.engine import Engine
 from minimind.inference.sampling import GREEDY, SamplingParams
@@ -138,6 +139,8 @@ def on_card(monkeypatch):
     monkeypatch.setattr(kernels, "has_flash", lambda device: device.type == "meta")
     monkeypatch.setattr(kernels, "varlen_attn", lambda q, k, v, *a, **kw: VarlenStandIn.apply(q, k, v))
     monkeypatch.setattr(model_minimind, "grouped_mm_available", lambda x, width: x.is_meta)
+    if not hasattr(F, "grouped_mm"):  # torch 2.9 只有私有的
+        monkeypatch.setattr(F, "grouped_mm", torch._grouped_mm, raising=False)
 
 
 def make(**extra) -> MiniMindLM:
@@ -393,6 +396,55 @@ def test_两次对账之间的解码(on_card, monkeypatch, kind, name):
         finished += engine.step()
     assert [len(sequence.ids) for sequence in finished] == [17] * 3
     assert reads == [(1, 3), (8, 3), (8, 3)]  # 第一个词元，然后每八个一次
+
+
+@pytest.mark.parametrize("arch", ["v2", "v3"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_混合专家定形的一步_没有分组矩阵乘也不读(monkeypatch, arch, dtype, rows):
+    """照路由分组的在这里要读回各专家的词元数；录制只能用不读的。"""
+    monkeypatch.setattr(model_minimind, "grouped_mm_available", lambda x, width: False)
+    monkeypatch.setattr(FusedDecoder, "precision", lambda self: contextlib.nullcontext())
+    decoder = FusedDecoder(make(use_moe=True, arch=arch).to(META, dtype).eval(), 4)
+    decoder.reserve(0, 64)
+    tokens = positions = torch.zeros(rows, dtype=torch.long, device=META)
+    with torch.inference_mode():
+        with pytest.raises(HostRead, match="tolist"), NoHostReads("meta"):
+            decoder.walk(tokens, positions, 64, True)
+        decoder.use_static()
+        with NoHostReads("meta"):
+            assert decoder.walk(tokens, positions, 64, True).shape == (rows, 97)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [name for name in PARAMS if name != "各行不同"])
+def test_录好的一段_连抽样在内_到对账才读(kind, name):
+    """录与核对时可以读；此后一段（八步）里一个数也不读。用不录的替身，盯着 CPU。"""
+    engine = Engine(make(**kind).eval(), eos_ids=(), max_slots=4, max_length=200)
+    engine._graphs, engine.stride = GraphedDecode(engine.decoder, 4, rerun), 8
+    write, quiet = engine._graphs.write, []
+
+    def watched(*args):
+        made = len(engine._graphs.graphs)
+        if made:
+            with NoHostReads("cpu"):
+                result = write(*args)
+            quiet.append(len(engine._graphs.graphs) == made)
+            return result
+        return write(*args)
+
+    engine._graphs.write = watched
+    for _ in range(3):
+        engine.add_request([5, 6, 7, 8], PARAMS[name][0], 50)
+    while engine.has_unfinished:
+        engine.step()
+    assert len(quiet) >= 5 and all(quiet) and not engine._graphs.trouble
+
+
+def rerun(run):
+    """录制的替身：不录、照常跑。"""
+    out = run()
+    return (lambda: out.copy_(run())), out
 
 
 def test_读回来的一步会被认出来(on_card, monkeypatch):
