@@ -96,6 +96,9 @@ class Arguments:
     def __post_init__(self):
         check(self)
 
+    def check_written(self, names: frozenset[str]) -> None:
+        """命令行上写了哪些参数：值与默认相同也看得出是写了的，有矛盾就在这里报错。"""
+
 
 def declared(cls: type) -> list[dataclasses.Field]:
     """用 :func:`arg` 声明的字段。"""
@@ -290,11 +293,28 @@ def parse_args(
     """
     from minimind.public_flags import accepted, translate
 
-    namespace = vars(build_parser(cls, prog, description).parse_args(argv))
+    parser, written = build_parser(cls, prog, description), set()
+
+    class Noting(argparse.Namespace):
+        """记下写过哪些名字。"""
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            written.add(name)
+            super().__setattr__(name, value)
+
+    filled = Noting()
+    for action in parser._actions:  # 先填上默认值，此后记下的就是命令行上写了的
+        if action.default is not argparse.SUPPRESS:
+            setattr(filled, action.dest, action.default)
+    written.clear()
+    namespace = vars(parser.parse_args(argv, filled))
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in namespace.items()}
     defaults = {field.name: field.default for field in declared(cls)}
     public = accepted(defaults)
     given = {name: values.pop(name) for name in public if name in values}
     for name, value in given.items():
         check_value(_public_field(cls, name, public[name]), value)
-    return cls(**translate(given, values, defaults))
+    args = cls(**translate(given, values, defaults))
+    if isinstance(args, Arguments):
+        args.check_written(frozenset(written))
+    return args

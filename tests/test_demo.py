@@ -124,14 +124,12 @@ def timed_road(tmp_path, minutes):
     return Road(args, tmp_path, papers, Report("演示"), rows=rows)
 
 
-def walk_on_time(road, speed, slower=1.0):
+def walk_on_time(road, speed, slower=1.0, stages=STAGES):
     """假装照着走：每段的实际用时是估计的 ``slower`` 倍；返回全程的秒数与各段走了几成。"""
-    clock = pace.Timetable({name: stage.tokens(road) / speed for name, stage in STAGES.items()}, speed)
+    clock = pace.Timetable({name: stage.tokens(road) / speed for name, stage in stages.items()}, speed)
     clock.elapsed = lambda: sum(clock.actual.values())
     shares = {}
-    for name, stage in STAGES.items():
-        if name not in demo.SAME_AMOUNT:
-            demo.keep_time(road, STAGES, clock)
+    for name, stage in demo.on_time(road, stages, clock):
         shares[name] = road.pace
         clock.actual[name] = slower * stage.tokens(road) / speed
     return clock.elapsed(), shares
@@ -143,7 +141,9 @@ def test_慢的机器上少走几步_全程不超过说好的分钟数(tmp_path,
     assert 0.85 * 17 * 60 < seconds <= 17 * 60
     assert min(shares.values()) < 1
     assert shares["ppo"] == shares["grpo"] == shares["spo"], "三种算法比的是同样多的采样"
-    road = timed_road(tmp_path, 17)
+    road = timed_road(tmp_path, 2.5)
+    _, shares = walk_on_time(road, speed, slower, {name: STAGES[name] for name in ("grpo", "spo")})
+    assert shares["grpo"] == shares["spo"] < 1, "没有 PPO 也一样"
     road.pace = 0.5
     assert pretrain_arguments(road).max_steps == 402 and ppo_arguments(road).max_steps == 22
     assert dpo_arguments(road).max_steps == 0

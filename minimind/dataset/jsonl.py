@@ -16,8 +16,13 @@ BOM = b"\xef\xbb\xbf"
 # 一行超过 64 MiB 的几乎总是“整个文件写成一个 JSON 数组”，继续读只会耗尽内存
 MAX_LINE_BYTES = 64 << 20
 
-# 一条记录里装回合的字段
-TURN_LISTS = frozenset(("conversations", "messages", "chosen", "rejected"))
+# 一看就是一条记录的字段
+RECORDS = frozenset(("conversations", "messages", "chosen", "instruction"))
+# 一条记录里总有一个的；都没有、字段又不超过 ``WRAPPER_FIELDS`` 个的，可能是把各条记录装在一起的外壳
+RECORD_FIELDS = RECORDS | {"text", "rejected", "prompt", "completion", "question"}
+WRAPPER_FIELDS = 4
+# 说的是谁的话：有它的是对话里的一个回合
+SPEAKERS = frozenset(("role", "from", "speaker", "author", "name", "user"))
 
 # 文件开头的魔数 → (是什么, 怎么修)
 _FOREIGN = [
@@ -149,26 +154,34 @@ def parse_line(raw: bytes) -> dict[str, Any] | None:
             if type(record) is list
             else "改成 JSON 对象，或删掉这一行",
         )
-    if len(record) == 1:
-        _reject_wrapper(*record.items())
+    if len(record) <= WRAPPER_FIELDS and RECORD_FIELDS.isdisjoint(record):
+        _reject_wrapper(record)
     # 转义写成的孤立代理符（\ud83d 而没有后半）编不成 UTF-8，分词器遇到会报一句看不懂的错
     if "\\ud" in text or "\\uD" in text:
         _reject_surrogates(record, "")
     return record
 
 
-def _reject_wrapper(item: tuple[str, Any]) -> None:
-    """``{"data": [{…}, {…}]}``：各条记录都装在一个字段里，整行不是一条记录。"""
-    name, value = item
-    if type(value) is not list or not value or name in TURN_LISTS or not all(type(v) is dict for v in value):
-        return
-    if not ({"role", "from"} & set(value[0])):
+def _reject_wrapper(record: dict[str, Any]) -> None:
+    """``{"version": 1, "data": [{…}, {…}]}``：各条记录都装在一个字段里，整行不是一条记录。里面的认得出是记录才算。"""
+    for name, value in record.items():
+        if type(value) is not list or not value:
+            continue
+        if not all(type(one) is dict and _is_record(one) for one in value):
+            continue
         raise DataError(
             f"{len(value)} 条记录都在这一个对象的 {short(name)} 里",
             field=name,
             expected="每行一个 JSON 对象，就是一条记录",
             fix=f"拆成一行一个：jq -c {shlex.quote(f'.[{json.dumps(name, ensure_ascii=False)}][]')} 原文件 > 新文件.jsonl",
         )
+
+
+def _is_record(inner: dict[str, Any]) -> bool:
+    """像一条记录，不像对话里的一个回合。"""
+    if not RECORDS.isdisjoint(inner):
+        return True
+    return type(inner.get("text")) is str and SPEAKERS.isdisjoint(inner)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

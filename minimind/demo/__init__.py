@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
     from minimind.demo.road import Road
     from minimind.demo.stages import Lesson
 
-# 与 PPO 比的：采样的条数要相同，走几成随它
-SAME_AMOUNT = ("grpo", "spo")
+# 互相比的：采样的条数要相同，走几成随第一个
+SAME_AMOUNT = ("ppo", "grpo", "spo")
 # 总是走满的：本来就短
 WHOLE = ("lora", "dpo")
 
@@ -117,8 +118,18 @@ def keep_time(road: Road, stages: dict[str, Lesson], clock: Timetable) -> None:
         road.pace = pace
         return clock.ratio() * sum(stage.tokens(road) for stage in left.values()) / speed
 
-    road.pace = fit_pace(seconds, 60 * road.args.minutes / MARGIN - clock.elapsed())
+    road.pace = fit_pace(seconds, (60 * road.args.minutes - clock.elapsed()) / MARGIN)
     clock.estimates |= {name: stage.tokens(road) / speed for name, stage in left.items()}
+
+
+def on_time(road: Road, stages: dict[str, Lesson], clock: Timetable) -> Iterator[tuple[str, Lesson]]:
+    """依次给出各段，给出之前定好它走几成。"""
+    compared = False
+    for name, stage in stages.items():
+        if not (compared and name in SAME_AMOUNT):
+            keep_time(road, stages, clock)
+        compared = compared or name in SAME_AMOUNT
+        yield name, stage
 
 
 def require_start(road: Road, name: str) -> None:
@@ -172,9 +183,7 @@ def run(args: DemoArguments) -> Path:
     road = open_road(args)
     clock = plan(road, stages, start)
     facts, failed = road.report.facts, road.report.failures
-    for name, stage in stages.items():
-        if name not in SAME_AMOUNT or "ppo" not in stages:
-            keep_time(road, stages, clock)
+    for name, stage in on_time(road, stages, clock):
         clock.begin(name, f"{stage.title}：{stage.doing}")
         problem = walk(road, name, stage)
         clock.end(name)
@@ -183,7 +192,7 @@ def run(args: DemoArguments) -> Path:
             clock.estimates[name] = clock.actual[name]  # 没走完的不能用来估计快慢
             say(f"{stage.title}没有走完，接着走下一段。原因：{problem}")
         facts[stage.title] = format_duration(clock.actual[name]) + (
-            f"（走了安排的 {road.pace:.0%}）" if road.pace < 1 and name not in WHOLE else ""
+            f"（约走了安排的 {road.pace:.0%}）" if road.pace < 1 and name not in WHOLE else ""
         )
         facts.pop("全程", None)  # 总在最后一行
         facts["全程"] = f"{format_duration(clock.elapsed())}（开始时预计 {format_duration(clock.expected)}）"

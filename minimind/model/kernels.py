@@ -12,6 +12,7 @@ import contextlib
 import functools
 import inspect
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -167,10 +168,70 @@ class AttentionPlan:
     mask: Tensor | None = None
     causal: bool = True
 
-    @functools.cached_property
-    def aligned(self) -> Aligned:
-        """各层共用的一份，见 :class:`Aligned`。"""
-        return Aligned.of(self.segments)
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclass
+class Aligned:
+    """各段在末尾补到 ``UNIT`` 的整倍数，半精度用：oneDNN 给每种没见过的形状现编一个内核，段的长短批批不同，编译就停不下来。
+
+    AMD Zen 4 单线程，bf16，前向加反向毫秒，四十批各不相同（括号里是同一批反复算）：
+
+        [N, heads, D]、键值头        不补          补到 32       转成 fp32 算
+        6 × 32、2，平均 60         94 (31)        35 (31)       19 (20)
+        8 × 64、2，平均 250        86 (56)        58 (65)       65 (63)
+        8 × 64、2，平均 300       146 (102)      103 (110)     125 (111)
+
+    segments: 补过的起止位置；take: 依次取哪些行，补的位置重复段的最后一行；rows: 各段里的行；place: 它们在 take 里的位置。
+    """
+
+    UNIT = 32
+    # 共用一个键值头的查询并起来不到这么宽，一块的乘加太少，半精度省下的抵不过调用它的开销
+    NARROW = 128
+
+    segments: list[tuple[int, int]]
+    take: Tensor
+    rows: Tensor
+    place: Tensor
+
+    @classmethod
+    def needed(cls, q: Tensor, segments: Sequence[tuple[int, int]]) -> Aligned | None:
+        """半精度而有的段不是整倍数时怎么补；不必补是 None。"""
+        if q.dtype not in HALF or all((stop - start) % cls.UNIT == 0 for start, stop in segments):
+            return None
+        return cls.of(tuple(segments))
+
+    @staticmethod
+    @functools.lru_cache(maxsize=4)  # 各层、前向与反向用的是同一份
+    def of(segments: tuple[tuple[int, int], ...]) -> Aligned:
+        padded, take, rows, place, at = [], [], [], [], 0
+        for start, stop in segments:
+            length = -(-(stop - start) // Aligned.UNIT) * Aligned.UNIT
+            take.append(torch.arange(start, start + length).clamp_(max=stop - 1))
+            rows.append(torch.arange(start, stop))
+            place.append(torch.arange(at, at + stop - start))
+            padded.append((at, at + length))
+            at += length
+        return Aligned(padded, torch.cat(take), torch.cat(rows), torch.cat(place))
+
+    def take_rows(self, *tensors: Tensor) -> list[Tensor]:
+        """补过的 [补过的行数, 头, D]。"""
+        return [tensor.index_select(0, self.take) for tensor in tensors]
+
+    def put_rows(self, inner: Tensor, like: Tensor) -> Tensor:
+        """补过的结果 → 与 ``like`` 一样的行；各段之外的行（如交给别的算法的提示）不管。"""
+        found = inner.index_select(0, self.place)
+        if len(found) == len(like):
+            return found
+        out = torch.empty_like(like)
+        out[self.rows] = found
+        return out
+
+
+def computes_in_fp32(q: Tensor, k: Tensor) -> bool:
+    """半精度而每头太窄的，转成 fp32 算更快，见 :class:`Aligned`。"""
+    return q.dtype in HALF and q.shape[1] // k.shape[1] * q.shape[2] < Aligned.NARROW
 
 
 class _SegmentAttentionCPU(torch.autograd.Function):
@@ -206,6 +267,33 @@ class _SegmentAttentionCPU(torch.autograd.Function):
 
     @staticmethod
     def attend(q: Tensor, k: Tensor, v: Tensor, segments: list[tuple[int, int]]) -> Tensor:
+        """不在任何一段里的行，结果是什么不管；半精度怎么算见 :class:`Aligned`。"""
+        with autocast_off(q):
+            if computes_in_fp32(q, k):
+                return _SegmentAttentionCPU._attend(q.float(), k.float(), v.float(), segments).to(q.dtype)
+            if (whole := Aligned.needed(q, segments)) is None:
+                return _SegmentAttentionCPU._attend(q, k, v, segments)
+            inner = _SegmentAttentionCPU._attend(*whole.take_rows(q, k, v), whole.segments)
+            return whole.put_rows(inner, q)
+
+    @staticmethod
+    def gradients(
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, segments: list[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """对 q、k、v 的梯度。"""
+        if computes_in_fp32(q, k):
+            grads = _SegmentAttentionCPU._gradients(*(t.float() for t in (grad, q, k, v)), segments)
+            return tuple(one.to(q.dtype) for one in grads)
+        if (whole := Aligned.needed(q, segments)) is None:
+            return _SegmentAttentionCPU._gradients(grad, q, k, v, segments)
+        # 补的位置没有人看，传进去的梯度是 0，传出来的也就恰为 0
+        inner = torch.zeros(len(whole.take), *grad.shape[1:], dtype=grad.dtype)
+        inner[whole.place] = grad.index_select(0, whole.rows)
+        grads = _SegmentAttentionCPU._gradients(inner, *whole.take_rows(q, k, v), whole.segments)
+        return tuple(whole.put_rows(one, t) for one, t in zip(grads, (q, k, v)))
+
+    @staticmethod
+    def _attend(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[tuple[int, int]]) -> Tensor:
         out, future = torch.empty_like(q), _SegmentAttentionCPU._future()
         for start, stop in segments:
             k_seg, v_seg = k[start:stop].transpose(0, 1), v[start:stop].transpose(0, 1)  # [kv_heads, L, D]
@@ -215,8 +303,8 @@ class _SegmentAttentionCPU(torch.autograd.Function):
         return out
 
     @staticmethod
-    def gradients(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, segments: list[tuple[int, int]]
+    def _gradients(
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, segments: Sequence[tuple[int, int]]
     ) -> tuple[Tensor, Tensor, Tensor]:
         kv_heads, scale, future = k.shape[1], q.shape[2] ** -0.5, _SegmentAttentionCPU._future()
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -304,55 +392,11 @@ def _ungroup(x: Tensor, rows: slice) -> Tensor:
     return x.view(kv_heads, -1, rows.stop - rows.start, dim).permute(2, 0, 1, 3).flatten(1, 2)
 
 
-@dataclass
-class Aligned:
-    """各段在末尾补到 ``UNIT`` 的整倍数，半精度用：oneDNN 给每种没见过的形状现编一个内核，段的长短批批不同，编译就停不下来。
-
-    AMD Zen 4 单线程，bf16，前向加反向毫秒，四十批各不相同（括号里是同一批反复算）：
-
-        [N, heads, D]、键值头        不补          补到 32       转成 fp32 算
-        6 × 32、2，平均 60         94 (31)        35 (31)       19 (20)
-        8 × 64、2，平均 250        86 (56)        58 (65)       65 (63)
-        8 × 64、2，平均 300       146 (102)      103 (110)     125 (111)
-
-    segments: 补过的起止位置；take: 依次取哪些行，补的位置重复段的最后一行；place: [N]，每一行在 take 里的位置。
-    """
-
-    UNIT = 32
-    # 共用一个键值头的查询并起来不到这么宽，一块的乘加太少，半精度省下的抵不过调用它的开销
-    NARROW = 128
-
-    segments: list[tuple[int, int]]
-    take: Tensor
-    place: Tensor
-
-    @classmethod
-    def of(cls, segments: list[tuple[int, int]]) -> Aligned:
-        padded, take, place, at = [], [], [], 0
-        for start, stop in segments:
-            length = -(-(stop - start) // cls.UNIT) * cls.UNIT
-            take.append(torch.arange(start, start + length).clamp_(max=stop - 1))
-            place.append(torch.arange(at, at + stop - start))
-            padded.append((at, at + length))
-            at += length
-        return cls(padded, torch.cat(take), torch.cat(place))
-
-
 def segment_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
-    """CPU 上注意力不出段：q [N, heads, D]，k、v [N, kv_heads, D] → [N, heads, D]；半精度怎么算见 :class:`Aligned`。"""
+    """CPU 上注意力不出段：q [N, heads, D]，k、v [N, kv_heads, D] → [N, heads, D]。"""
     if torch.compiler.is_compiling():
         return _segment_op(q, k, v, plan.cu_seqlens)
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        return _SegmentAttentionCPU.apply(q, k, v, plan.segments)
-    if q.shape[1] // k.shape[1] * q.shape[2] < Aligned.NARROW:
-        with autocast_off(q):
-            return _SegmentAttentionCPU.apply(q.float(), k.float(), v.float(), plan.segments).to(q.dtype)
-    whole = plan.aligned
-    if len(whole.take) == len(q):  # 都是整倍数，不必补
-        return _SegmentAttentionCPU.apply(q, k, v, plan.segments)
-    # 补的位置没有人看，梯度恰为 0，所以反向只取真词元那一份
-    q, k, v = (_Rearrange.apply(t, whole.take, whole.place, 1) for t in (q, k, v))
-    return _SegmentAttentionCPU.apply(q, k, v, whole.segments).index_select(0, whole.place)
+    return _SegmentAttentionCPU.apply(q, k, v, plan.segments)
 
 
 @dataclass

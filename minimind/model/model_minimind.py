@@ -313,13 +313,12 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
         """x [B, T, H]，valid [B, T]（True 为真词元，None 表示全是）→ 输出 [B, T, H] 与辅助损失标量。"""
-        B, T, H = x.shape
-        flat = x.reshape(-1, H)
+        (B, T, H), flat = x.shape, x.flatten(0, 1)
         score, weight, expert = self.route(flat)
         order = ExpertOrder(expert)
         chosen = torch.zeros_like(score).scatter_(1, expert, 1.0)  # [N, E]，选中为 1
         count = chosen.sum(0).long()  # [E]
-        y = order.restore(self._experts(order.dispatch(flat), count))
+        y = order.restore(self._experts(order.dispatch(flat), count))  # [N, K, H]
         y = (y * weight.unsqueeze(-1).to(y.dtype)).sum(1)
         for expert_mlp in self.shared_experts or ():
             y = y + expert_mlp(flat)
@@ -337,13 +336,11 @@ class MoE(nn.Module):
 
     def _experts(self, x: Tensor, count: Tensor) -> Tensor:
         """x [N·K, H] 已按专家排序，count [E] → [N·K, H]。没有词元的专家得到零梯度而不是 None，DDP 才不会等它。"""
-        first = self.experts[0]
         # 分组乘法直接取 weight；专家的层被换过（加了 LoRA）时要走它们自己的 forward
-        plain = all(type(layer) is Linear for layer in first.children())
-        if plain and grouped_mm_available(x, first.gate_proj.out_features):
+        plain = all(type(layer) is Linear for layer in self.experts[0].children())
+        if plain and grouped_mm_available(x, self.experts[0].gate_proj.out_features):
             return grouped_swiglu(self.experts, x, count)
-        parts = x.split(count.tolist())
-        return torch.cat([expert(part) for expert, part in zip(self.experts, parts)])
+        return torch.cat([expert(part) for expert, part in zip(self.experts, x.split(count.tolist()))])
 
     def _balance_loss(self, score: Tensor, chosen: Tensor, valid: Tensor | None, B: int, T: int) -> Tensor:
         E, K = self.num_experts, self.top_k

@@ -105,8 +105,14 @@ def choose_models(args: Any) -> Teacher:
         if narrow
         else STUDENT_SIZE[1],
     }
-    if args.student_hidden_size or args.student_num_layers:
-        args.preset = None
+    asked = [f"--student_{'num_layers' if n == 'num_hidden_layers' else n}" for n, v in given.items() if v]
+    if args.preset and asked:
+        raise UserError(
+            f"{'、'.join(asked)} 与 --preset {args.preset} 都在定学生的尺寸",
+            where=asked[0],
+            expected="学生的尺寸只由一边定",
+            fix=f"去掉 --preset 或 {'、'.join(asked)}",
+        )
     for name, value in given.items():
         # 通用的 --hidden_size 等说的也是学生，给了不同于默认值的就算数
         if value is not None:

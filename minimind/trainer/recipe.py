@@ -18,7 +18,7 @@ from minimind.console import Meter
 from minimind.dataset.collate import model_inputs
 from minimind.model import MiniMindConfig
 from minimind.runtime.device import DTYPES, stat_dtype
-from minimind.runtime.distributed import all_reduce_sum
+from minimind.runtime.distributed import all_reduce_sum, world_size
 from minimind.trainer.journal import Journal
 from minimind.trainer.progress import Progress
 from minimind.trainer.vital_signs import VitalSigns
@@ -142,9 +142,10 @@ class Run:
 
     @property
     def reads_late(self) -> bool:
-        """一次更新的数晚一步读（:mod:`minimind.trainer.tally`）：只在 CUDA 上。float16 的缩放器自己要读；有 ``prepare`` 的
-        （强化学习……）采样、打分反正每步要读；MPS、NPU 没有试过。"""
-        return self.device.type == "cuda" and not self.scaler.is_enabled() and self.recipe.prepare is None
+        """一次更新的数晚一步读（:mod:`minimind.trainer.tally`）：只在一张 CUDA 卡上。float16 的缩放器自己要读；有 ``prepare`` 的
+        （强化学习……）采样、打分反正每步要读；几张卡时有的会比卡住的那张先走一步，收到信号就存不成；MPS、NPU 没有试过。"""
+        plain = not self.scaler.is_enabled() and self.recipe.prepare is None
+        return self.device.type == "cuda" and plain and world_size() == 1
 
     @property
     def config(self) -> MiniMindConfig:

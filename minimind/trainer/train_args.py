@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ from minimind.trainer.optim import OPTIMIZERS, describe_optimizers
 MAX_SEED = 2**63 - 1  # torch 收得下的
 MAX_LENGTH = 32768  # 模型的位置上限 max_position_embeddings
 # 八个头、每头的维数是偶数（旋转位置编码两两成对）：宽度要是 16 的倍数
+SIZES = ("hidden_size", "num_hidden_layers", "use_moe")
 WIDTHS = {"low": 16, "high": 16384, "multiple": 16}
 LAYERS = {"low": 1, "high": 256}
 
@@ -221,7 +222,9 @@ class TrainArguments(
         """查取值，填上随宽度而定的学习率。"""
         self.checkpoint_layers = str(self.checkpoint_layers)  # 代码里也可以写数
         super().__post_init__()
-        self._check_preset()
+        self._check_preset(
+            name for name in SIZES if getattr(self, name) != type(self).__dataclass_fields__[name].default
+        )
         if self.learning_rate is None:
             self.learning_rate = self.usual_learning_rate()
         total = self.warmup_ratio + self.decay_ratio
@@ -233,17 +236,21 @@ class TrainArguments(
                 fix="减小其中一个",
             )
 
-    def _check_preset(self) -> None:
+    def check_written(self, names: frozenset[str]) -> None:
+        self._check_preset(name for name in SIZES if name in names)
+
+    def _check_preset(self, written: Iterable[str]) -> None:
         """``--preset`` 定下的尺寸不能另写成别的：不悄悄收下用不上的。
+
+        Args:
+            written: ``SIZES`` 里写了的。
 
         Raises:
             UserError: 有一个不同。
         """
-        if self.preset is None:
-            return
-        for name in ("hidden_size", "num_hidden_layers", "use_moe"):
+        for name in written if self.preset else ():
             given, fixed = getattr(self, name), int(PRESETS[self.preset].get(name, 0))
-            if given not in (type(self).__dataclass_fields__[name].default, fixed):
+            if given != fixed:
                 moe = "；混合专家的预设是 moe、minimind3_moe" if name == "use_moe" else ""
                 raise UserError(
                     f"值是 {given}，而 --preset {self.preset} 的是 {fixed}",

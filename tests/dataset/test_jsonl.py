@@ -87,9 +87,25 @@ def test_各条记录装在一个字段里时说怎么拆(name, fix):
         parse_line(b"{")  # 缩进着写的同一种文件，第一行只有一个括号
 
 
-@pytest.mark.parametrize("name", ["conversations", "messages", "turns"])
-def test_只有一个回合列表的记录不算(name):
-    record = {name: [{"role": "user", "content": "甲"}, {"role": "assistant", "content": "乙"}]}
+def test_外壳里还有别的字段也认得出():
+    inner = [{"instruction": "甲", "output": "乙"}] * 3
+    with pytest.raises(DataError, match="3 条记录") as caught:
+        parse_line(json.dumps({"version": 1, "data": inner}).encode())
+    assert caught.value.field == "data"
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"turns": [{"role": "user", "content": "甲"}, {"role": "assistant", "content": "乙"}]},
+        {"conversation": [{"speaker": "user", "text": "甲"}, {"speaker": "bot", "text": "乙"}]},
+        {"dialog": [{"user": "甲", "assistant": "乙"}]},
+        {"tools": [{"name": "search", "text": "说明"}]},
+        {"prompt": "甲", "data": [{"text": "乙"}]},
+        {"text": "甲", "parts": [{"text": "乙"}]},
+    ],
+)
+def test_一条记录里的列表不当作外壳(record):
     assert parse_line(json.dumps(record).encode()) == record
 
 

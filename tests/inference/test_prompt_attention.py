@@ -5,19 +5,20 @@ import torch
 
 from minimind.inference.prompt_attention import BlockedAttention, DeviceAttention
 
-HEADS, KV_HEADS, DIM, CAPACITY = 4, 2, 16, 640
+KV_HEADS, CAPACITY = 2, 640
 
 
 def formula(q, keys, values, start):
     """q ``[T, heads, D]`` 接在 start 个之后，keys、values ``[kv_heads, 容量, D]``。"""
     stop = start + len(q)
-    k, v = (x[:, :stop].repeat_interleave(HEADS // KV_HEADS, dim=0).double() for x in (keys, values))
-    score = q.transpose(0, 1).double() @ k.transpose(1, 2) / DIM**0.5
+    k, v = (x[:, :stop].repeat_interleave(q.shape[1] // KV_HEADS, dim=0).double() for x in (keys, values))
+    score = q.transpose(0, 1).double() @ k.transpose(1, 2) / q.shape[2] ** 0.5
     hidden = torch.arange(stop) > torch.arange(start, stop)[:, None]
     return (score.masked_fill(hidden, float("-inf")).softmax(-1) @ v).transpose(0, 1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("heads", "dim"), [(4, 16), (8, 64)])  # 半精度时窄的与宽的是两种算法
 @pytest.mark.parametrize("kind", [BlockedAttention, DeviceAttention])
 @pytest.mark.parametrize(
     "pieces",
@@ -28,13 +29,13 @@ def formula(q, keys, values, start):
         [(256, 64), (63, 65), (1, 639), (2, 255), (70, 250)],
     ],
 )
-def test_等于逐条的公式(pieces, kind, dtype):
+def test_等于逐条的公式(pieces, kind, heads, dim, dtype):
     torch.manual_seed(0)
     lengths, starts = [list(x) for x in zip(*pieces)]
     slots = [5, 2, 7, 0, 3][: len(pieces)]
-    q = torch.randn(sum(lengths), HEADS, DIM, dtype=dtype)
-    store = torch.randn(2, 8, KV_HEADS, CAPACITY, DIM, dtype=dtype) * 50  # 别人的与用剩的
-    k, v = (torch.randn(sum(lengths), KV_HEADS, DIM, dtype=dtype) for _ in range(2))
+    q = torch.randn(sum(lengths), heads, dim, dtype=dtype)
+    store = torch.randn(2, 8, KV_HEADS, CAPACITY, dim, dtype=dtype) * 50  # 别人的与用剩的
+    k, v = (torch.randn(sum(lengths), KV_HEADS, dim, dtype=dtype) for _ in range(2))
     begin = 0
     for length, start, slot in zip(lengths, starts, slots):
         stop = start + length

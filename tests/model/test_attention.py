@@ -74,22 +74,28 @@ def test_分块注意力的值与梯度等于_SDPA(lengths, heads, dim):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
 
 
-@settings(max_examples=15, deadline=None)
-@given(segment_lengths(), st.sampled_from([(8, 2, 64), (6, 2, 32), (4, 4, 32), (4, 1, 48)]))
-def test_半精度补齐或转精度之后_值与梯度离双精度不比舍入远(lengths, shape):
+@settings(max_examples=20, deadline=None)
+@given(
+    segment_lengths(),
+    st.sampled_from([(8, 2, 64), (6, 2, 32), (4, 4, 32), (4, 1, 48)]),
+    st.sampled_from([torch.bfloat16, torch.float16]),
+)
+def test_半精度补齐或转精度之后_值与梯度离双精度不比舍入远(lengths, shape, dtype):
     """宽的补到 32 的整倍数，窄的转成 fp32 算；q、k、v 先舍成 bf16，再拿双精度算同一份作准。"""
     q_heads, kv_heads, dim = shape
     generator = torch.Generator().manual_seed(sum(lengths))
     total, edges = sum(lengths), torch.tensor([0] + lengths).cumsum(0)
     q, k, v = (
-        torch.randn(total, n, dim, generator=generator).bfloat16().requires_grad_()
+        torch.randn(total, n, dim, generator=generator).to(dtype).requires_grad_()
         for n in (q_heads, kv_heads, kv_heads)
     )
     plan = kernels.AttentionPlan("segments", list(pairwise(edges.tolist())), edges)
-    grad = torch.randn(q.shape, generator=generator).bfloat16()
-    with torch.autocast("cpu", dtype=torch.bfloat16):  # 训练里就是这样调用的
+    grad = torch.randn(q.shape, generator=generator).to(dtype)
+    with torch.inference_mode():  # 排法先在推理里用过，训练里照样能用
+        kernels.segment_attention(q.detach(), k.detach(), v.detach(), plan)
+    with torch.autocast("cpu", dtype=dtype):  # 训练里就是这样调用的
         ours = kernels.segment_attention(q, k, v, plan)
-    assert ours.dtype == torch.bfloat16
+    assert ours.dtype == dtype
     exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
     parts = [
         F.scaled_dot_product_attention(
@@ -103,6 +109,20 @@ def test_半精度补齐或转精度之后_值与梯度离双精度不比舍入�
     want = torch.autograd.grad(reference, exact, grad.double())
     for a, b in zip(got, want):
         assert (a.double() - b).norm() < 0.02 * b.norm() + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(8, 2, 64), (6, 2, 32)])
+def test_半精度_只管几段时_别的行不碍事(dtype, shape):
+    """推理里长的提示另有算法，安排里只有短的几条。"""
+    heads, kv, dim = shape
+    q, k, v = (torch.randn(200, n, dim).to(dtype) for n in (heads, kv, kv))
+    whole = kernels.AttentionPlan("segments", [(0, 20), (20, 150), (150, 200)])
+    part = kernels.AttentionPlan("segments", [(0, 20), (150, 200)])
+    want, got = (kernels.segment_attention(q, k, v, plan) for plan in (whole, part))
+    assert got.shape == q.shape
+    for rows in (slice(0, 20), slice(150, 200)):
+        torch.testing.assert_close(got[rows], want[rows], rtol=0, atol=0)
 
 
 def test_半精度_段的长短怎样变_乘法的形状只有几种(monkeypatch):

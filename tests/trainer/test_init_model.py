@@ -8,6 +8,7 @@ import pytest
 import torch
 from trainer_helpers import tiny_args
 
+from minimind.arguments import parse_args
 from minimind.errors import UserError
 from minimind.inference.loading import load_for_inference
 from minimind.model import MiniMindConfig, MiniMindForCausalLM, count_parameters
@@ -111,9 +112,26 @@ def test_预设与尺寸参数(tmp_path):
 def test_预设之外另写的尺寸不悄悄收下(preset, given, words):
     with pytest.raises(UserError, match=words):
         TrainArguments(preset=preset, **given)
+    with pytest.raises(UserError, match=words):
+        parse_args(TrainArguments, ["--preset", preset, *flags(given)])
     same = {"hidden_size": 768, "num_hidden_layers": 16}
+    assert parse_args(TrainArguments, ["--preset", "base", *flags(same)]).width == 768
     assert TrainArguments(preset="base", **same).width == 768
     assert TrainArguments(preset="moe", use_moe=1).width == 640
+
+
+def flags(given):
+    return [word for name, value in given.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.mark.parametrize(
+    ("preset", "given"),
+    [("base", {"hidden_size": 512}), ("moe", {"use_moe": 0}), ("tiny", {"num_hidden_layers": 8})],
+)
+def test_写明的值恰好是默认值也看得出(preset, given):
+    with pytest.raises(UserError, match=f"--{next(iter(given))}"):
+        parse_args(TrainArguments, ["--preset", preset, *flags(given)])
+    assert parse_args(TrainArguments, flags(given)).preset is None
 
 
 def test_初始损失接近均匀分布(tmp_path):
