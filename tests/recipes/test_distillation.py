@@ -142,7 +142,9 @@ def test_alpha为一就是普通的监督微调(home):
     finally:
         distillation.distill_loss = original
     for key, value in final_weights(home).items():
-        torch.testing.assert_close(value, first[key], atol=1e-5, rtol=0, msg=key)
+        torch.testing.assert_close(
+            value, first[key], atol=3e-5, rtol=0, msg=key
+        )  # 两种写法只差舍入，AdamW 头几步放大它
 
 
 # ---- 学生自己作答 ----
@@ -264,6 +266,18 @@ def test_参数取值不对(home, changes, flag):
     make_weights()
     with pytest.raises(UserError, match=flag):
         DistillationArguments(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"student_num_layers": 3}, {"student_hidden_size": 48}, {"student_use_moe": 1}]
+)
+def test_预设与学生的尺寸都写了_报错(home, changes):
+    make_weights(hidden_size=64)
+    with pytest.raises(UserError, match=f"--{next(iter(changes))}.*--preset tiny"):
+        choose_models(DistillationArguments(preset="tiny", **changes))
+    args = DistillationArguments(preset="tiny")
+    choose_models(args)
+    assert args.width == 192
 
 
 def test_健康的话():
