@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from minimind.arguments import Arguments, arg, parse_args
 from minimind.errors import UserError, guard
-from minimind.inference.arguments import LoadArguments
+from minimind.inference.arguments import DraftArguments
 from minimind.inference.prompts import CHAT_PROMPTS, PLAIN_PROMPTS
 from minimind.ranges import MANY
 
@@ -41,7 +41,7 @@ class SamplingArguments(Arguments, group="采样"):
 
 
 @dataclass
-class ChatArguments(SamplingArguments, LoadArguments, group="对话"):
+class ChatArguments(SamplingArguments, DraftArguments, group="对话"):
     """与训练好的模型对话。"""
 
     historys: int = arg(0, "携带最近多少条历史消息，一问一答是两条；0 表示每次重新开始", low=0, high=MANY)
@@ -182,6 +182,7 @@ def open_session(args: ChatArguments):
         history_messages=args.historys,
         plain=loaded.plain,
         enable_thinking=None if args.open_thinking is None else bool(args.open_thinking),
+        draft=args.drafter(loaded),
     )
     if toolbox is None:
         return session

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from minimind.ranges import DEVICE
 
 if TYPE_CHECKING:
     from minimind.inference.loading import Loaded
+    from minimind.inference.speculative import Drafter
 
 
 @dataclass
@@ -59,3 +61,25 @@ class LoadArguments(ModelArguments, group="模型"):
         options = {name: getattr(self, name) for name in LoadArguments.__dataclass_fields__}
         options["inference_rope_scaling"] = bool(self.inference_rope_scaling)
         return load_for_inference(**{**options, **changes})
+
+
+@dataclass
+class DraftArguments(LoadArguments, group="推测解码"):
+    """还要不要先猜后面几个词元。"""
+
+    draft: str = arg(
+        "auto",
+        "先猜后面几个词元，一次核对完，写得快些，文字不变：prompt 照上文猜；尺寸（如 tiny）是同名的小权重来猜，"
+        "也可以是 .pth 路径；none 不猜；auto：CPU 上是 prompt，别处不猜",
+        text="filled",
+    )
+
+    def drafter(self, loaded: Loaded) -> Callable[[], Drafter] | None:
+        """按参数与模型决定谁来猜；每个引擎造一个。
+
+        Raises:
+            UserError: 见 :func:`minimind.inference.drafting.choose_drafter`。
+        """
+        from minimind.inference.drafting import choose_drafter
+
+        return choose_drafter(self.draft, loaded, self.weight, self.save_dir)

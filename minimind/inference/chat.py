@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +13,7 @@ from minimind.inference.engine import Engine
 from minimind.inference.generate import TextStream, context_length, stream_tokens
 from minimind.inference.loading import stop_ids
 from minimind.inference.sampling import SamplingParams
+from minimind.inference.speculative import Drafter
 from minimind.tokenizer import encode_chat, encode_pretrain
 from minimind.tokenizer.templates import opens_thinking
 
@@ -44,6 +45,7 @@ class ChatSession:
         plain: 真为续写（预训练权重）：``bos + 原文``，没有对话模板，也不带历史。
         enable_thinking: 传给对话模板的思考开关，``None`` 由模型决定。
         system: 系统提示。
+        draft: 造一个猜后面几个词元的人（:mod:`minimind.inference.speculative`）；``None`` 不猜。
     """
 
     model: torch.nn.Module
@@ -54,6 +56,7 @@ class ChatSession:
     plain: bool = False
     enable_thinking: bool | None = None
     system: str | None = None
+    draft: Callable[[], Drafter] | None = None
     messages: list[dict] = field(default_factory=list)
     speed: Speed = field(default_factory=Speed)
     dropped: int = 0
@@ -66,6 +69,7 @@ class ChatSession:
             eos_ids=stop_ids(self.model, self.tokenizer),
             max_slots=1,
             prefix_cache_tokens=min(context_length(self.model), PREFIX_TOKENS),
+            draft=self.draft() if self.draft else None,
         )
 
     def interrupt(self) -> None:

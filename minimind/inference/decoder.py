@@ -22,9 +22,10 @@ from minimind.inference.kv_cache import SlotKVCache
 from minimind.inference.layers import Layer
 from minimind.inference.prompt_attention import prompt_attention
 from minimind.inference.shared import SharedModel
+from minimind.inference.verify import verify_spans
 from minimind.model import MiniMindLM
 
-__all__ = ["ForwardDecoder", "FusedDecoder", "make_decoder"]
+__all__ = ["ForwardDecoder", "FusedDecoder", "fuses", "make_decoder"]
 
 # 与 MiniMind 稠密结构逐层相同的公开结构：权重名也相同
 SAME_LAYOUT = ("LlamaForCausalLM", "Qwen3ForCausalLM")
@@ -38,9 +39,12 @@ def make_decoder(model: nn.Module | SharedModel, max_slots: int, dtype: torch.dt
         max_slots: 同时最多多少行。
         dtype: 矩阵乘与缓存的精度，默认与权重相同；只有 :class:`FusedDecoder` 能换。
     """
-    if isinstance(model, (SharedModel, MiniMindLM)) or _is_plain_llama(model):
-        return FusedDecoder(model, max_slots, dtype)
-    return ForwardDecoder(model, max_slots)
+    return FusedDecoder(model, max_slots, dtype) if fuses(model) else ForwardDecoder(model, max_slots)
+
+
+def fuses(model: nn.Module | SharedModel) -> bool:
+    """能不能用 :class:`FusedDecoder`。"""
+    return isinstance(model, (SharedModel, MiniMindLM)) or _is_plain_llama(model)
 
 
 def _is_plain_llama(model: nn.Module) -> bool:
@@ -247,6 +251,19 @@ class FusedDecoder:
                 out = F.scaled_dot_product_attention(q, key, value, attn_mask=bias)
                 x = self.finish(layer, x, out, stepping=True)
             return self.head(self.norm(x, self.dtype))
+
+    def verify(self, spans: Sequence[Sequence[int]], slots: Sequence[int], starts: Sequence[int]) -> Tensor:
+        """几行各读一小段，接在各自已有的 K、V 之后；推测解码核对提议用。
+
+        Args:
+            spans: 各行的词元，都不空。
+            slots: 各行的槽位。
+            starts: 各从第几个位置读起。
+
+        Returns:
+            每个位置的 logits，首尾相连 ``[N, V]``。
+        """
+        return verify_spans(self, spans, slots, starts)
 
     def open(self, slot: int, length: int, alone: bool = False) -> None:
         """新来的一行要 ``length`` 个位置；``alone`` 表示提示还读不完，先不与在写的放在一起。"""

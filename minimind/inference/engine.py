@@ -23,7 +23,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from minimind.inference.admission import Admission
 from minimind.inference.cuda_graph import GraphedDecode
@@ -40,6 +40,7 @@ from minimind.inference.requests import (
 )
 from minimind.inference.row_state import RowState
 from minimind.inference.sampling import SamplingParams
+from minimind.inference.speculative import Drafter, check_verifies, propose
 from minimind.runtime.fair_share import fair_share
 
 __all__ = ["Engine", "LogitsHook", "Request", "Sequence", "context_length", "room_for_prompt"]
@@ -59,6 +60,10 @@ class Engine:
         prefill_chunk: 一步最多读多少个提示位置，长提示读着的时候别人照写；``None`` 不拆，总的最快。
         prefix_cache_tokens: 前缀库最多存多少个位置，0 不用；只有 :class:`~minimind.inference.decoder.FusedDecoder` 能用。
         cuda_graphs: CUDA 上把一步解码录成图，与照常解码核对过才用（:mod:`minimind.inference.cuda_graph`）；别的设备上不起作用。
+        draft: 谁来猜后面几个 token（:mod:`minimind.inference.speculative`），猜中的一次写好几个，文字不变；``None`` 不猜。
+
+    Raises:
+        UserError: 给了 ``draft``，而这种模型的解码器不会核对。
     """
 
     def __init__(
@@ -73,6 +78,7 @@ class Engine:
         prefill_chunk: int | None = None,
         prefix_cache_tokens: int = 0,
         cuda_graphs: bool = True,
+        draft: Drafter | None = None,
     ):
         if max_slots < 1:
             raise ValueError(f"max_slots 至少为 1，得到 {max_slots}")
@@ -92,6 +98,9 @@ class Engine:
         self._graphs = None
         if cuda_graphs and self.device.type == "cuda" and getattr(self.decoder, "static", False):
             self._graphs = GraphedDecode(self.decoder, max_slots)
+        if draft is not None:
+            check_verifies(model)
+        self._draft = draft
         self._admission = Admission(self.decoder, max_slots, prefill_chunk, prefixes)
         self._rows: list[Row] = []
         self._cancelled: list[Sequence] = []
@@ -187,11 +196,13 @@ class Engine:
         self._rows += admitted.rows
         self._state.enter(admitted.rows, first, admitted.seeds)
         ids, logp = self._state.sample(admitted.logits, admitted.rows, first)
-        return self._record(ids.unsqueeze(0), logp.unsqueeze(0), first)
+        return self._record(ids.unsqueeze(1).tolist(), logp.unsqueeze(1).tolist(), first)
 
     def _advance(self) -> list[Sequence]:
-        """每行写 ``stride`` 个 token，其间不与主机同步。"""
+        """每行写 ``stride`` 个 token，其间不与主机同步；有提议的一次核对几个。"""
         rows, state = len(self._rows), self._state
+        if self._draft is not None and (drafts := propose(self._draft, self._rows, state, self.eos_ids)):
+            return self._verify(drafts)
         lengths = [row.length for row in self._rows]
         # 谁也不会写过自己的上限；写出结束符的行陪跑到对账为止，多写的丢掉
         steps = min(self.stride, min(row.request.limit - len(row.sequence.ids) for row in self._rows))
@@ -199,7 +210,7 @@ class Engine:
             steps = 1
         written = self._graphs.write(state, self._rows, lengths, steps) if self._graphs else None
         if written is not None:
-            return self._record(*written, 0)
+            return self._record(*(one.t().tolist() for one in written), 0)
         all_ids, all_logp = [], []
         for offset in range(steps):
             used = [length + offset for length in lengths]
@@ -208,12 +219,21 @@ class Engine:
             ids, logp = state.sample(logits, self._rows, 0)
             all_ids.append(ids)
             all_logp.append(logp)
-        return self._record(torch.stack(all_ids), torch.stack(all_logp), 0)
+        return self._record(torch.stack(all_ids, 1).tolist(), torch.stack(all_logp, 1).tolist(), 0)
 
-    def _record(self, ids: Tensor, logp: Tensor, first: int) -> list[Sequence]:
-        """把 ``[步数, 行数]`` 的结果记到各行，写完的行离场。"""
+    def _verify(self, drafts: list[list[int]]) -> list[Sequence]:
+        """一次读完各行刚写下的词元与它的提议，照常抽样，写下与提议相同的一段和其后的一个。"""
+        spans = [[row.sequence.ids[-1], *draft] for row, draft in zip(self._rows, drafts)]
+        logits = self.decoder.verify(spans, range(len(spans)), [row.length for row in self._rows])
+        ids, logp = self._state.accept(logits, self._rows, drafts)
+        for row, tokens in zip(self._rows, ids):
+            row.sequence.guessed += len(tokens) - 1
+        return self._record(ids, logp, 0)
+
+    def _record(self, ids: list[list[int]], logp: list[list[float]], first: int) -> list[Sequence]:
+        """各行新写的 token 记到第 ``first`` 个槽位起的各行，写完的行离场。"""
         finished, leaving = [], []
-        rows = zip(self._rows[first:], ids.t().tolist(), logp.t().tolist())
+        rows = zip(self._rows[first:], ids, logp)
         for slot, (row, tokens, logprobs) in enumerate(rows, start=first):
             sequence = row.sequence
             for token, value in zip(tokens, logprobs):

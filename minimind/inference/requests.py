@@ -40,6 +40,7 @@ class Sequence:
             ``(id, 对数概率)``。
         cached: 提示里有多少个 token 是从前缀库抄来的，没有重算。
         scored: 要给提示打分时，提示第二个 token 起各自的对数概率与候选，形状同 ``top``。
+        guessed: ``ids`` 里有几个是先猜中的（:mod:`minimind.inference.speculative`）。
     """
 
     request_id: int
@@ -51,6 +52,7 @@ class Sequence:
     top: list[tuple[float, tuple[tuple[int, float], ...]]] = field(default_factory=list)
     cached: int = 0
     scored: list[tuple[float, tuple[tuple[int, float], ...]]] = field(default_factory=list)
+    guessed: int = 0
 
 
 @dataclass(frozen=True)
@@ -118,12 +120,13 @@ class Pending:
 
 @dataclass
 class Row:
-    """正在写的一行。"""
+    """正在写的一行；``trace`` 是猜它后面写什么的人记的（:mod:`minimind.inference.speculative`）。"""
 
     sequence: Sequence
     request: Request
     hook: LogitsHook | None = None
     shareable: bool = True
+    trace: Any = None
 
     @property
     def length(self) -> int:

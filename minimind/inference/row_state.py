@@ -128,6 +128,56 @@ class RowState:
         held = (self.tokens, self.positions, self.written, self.seen)
         return [one for one in held if one is not None]
 
+    def accept(
+        self, logits: Tensor, rows: Sequence[Row], drafts: Sequence[Sequence[int]]
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """核对提议：每个位置照它自己那一步的随机数抽，与提议相同的一段连同其后抽到的一个都算写下了。
+
+        Args:
+            logits: ``[N, V]``，各行首尾相连：刚写下的词元与它的各个提议，一个一行。
+            rows: 头几个槽位的各行；有干预的没有提议（前一个没写下，干预的状态就不对）。
+            drafts: 各行的提议，可以是空的。
+
+        Returns:
+            各行写下的 token 与对数概率。
+        """
+        lines = [row for row, draft in zip(rows, drafts) for _ in range(len(draft) + 1)]
+        places = [(slot, step) for slot, draft in enumerate(drafts) for step in range(len(draft) + 1)]
+        slots, steps = torch.tensor(places, device=self.device).unbind(1)
+        params = [row.request.params for row in lines]
+        uniform = None
+        if not all(one.greedy for one in params):
+            uniform = self.uniforms[slots, self.written[slots] + steps]
+        seen = None
+        if self.seen is not None and any(one.repetition_penalty != 1 for one in params):
+            seen = self.seen[slots]
+            for line, (slot, step) in enumerate(places):
+                seen[line, list(drafts[slot][:step])] = True
+        watched = [i for i, row in enumerate(lines) if row.request.top_logprobs is not None]
+        plain = logits[watched].float() if watched else None
+        ids, logp = sample_rows(adjust(logits, lines), params, uniform, seen)
+        drawn, scores = ids.tolist(), logp.tolist()
+        tokens, logprobs, begin = [], [], 0
+        for draft in drafts:
+            right = 0
+            while right < len(draft) and drawn[begin + right] == draft[right]:
+                right += 1
+            tokens.append(drawn[begin : begin + right + 1])
+            logprobs.append(scores[begin : begin + right + 1])
+            begin += len(draft) + 1
+        if watched:
+            kept = [(k, i) for k, i in enumerate(watched) if places[i][1] < len(tokens[places[i][0]])]
+            index, written = zip(*kept)
+            note_top(plain[list(index)], ids[list(written)], [lines[i] for i in written])
+        block, counts = slice(0, len(rows)), torch.tensor([len(one) for one in tokens], device=self.device)
+        self.tokens[block] = torch.tensor([one[-1] for one in tokens], device=self.device)
+        self.positions[block] += counts
+        self.written[block] += counts
+        if self.seen is not None:
+            for slot, one in enumerate(tokens):
+                self.seen[slot, one] = True
+        return tokens, logprobs
+
     def move(self, source: list[int], target: list[int]) -> None:
         """``source`` 各槽位的状态搬到 ``target``。"""
         for state in (self.tokens, self.positions, self.written, self.uniforms, self.seen):

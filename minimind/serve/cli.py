@@ -11,7 +11,7 @@ from minimind.arguments import Arguments, arg, override, parse_args
 from minimind.console import say
 from minimind.distribution import install_command
 from minimind.errors import UserError, guard
-from minimind.inference.arguments import LoadArguments
+from minimind.inference.arguments import DraftArguments
 from minimind.paths import resolve_path
 from minimind.ranges import MANY
 
@@ -43,11 +43,11 @@ class EngineArguments(Arguments, group="并发与时限"):
 
 
 @dataclass
-class ServeArguments(EngineArguments, LoadArguments, group="服务"):
+class ServeArguments(EngineArguments, DraftArguments, group="服务"):
     """OpenAI 兼容的服务与网页。"""
 
     lora_weight: str = override(
-        LoadArguments,
+        DraftArguments,
         "lora_weight",
         "None",
         help="LoRA 的名字或 .pth，逗号分隔；每一份另成一个模型（底座的权重共用一份），请求时 model 写它的名字；None 表示不用",
@@ -106,6 +106,7 @@ def model_table(args: ServeArguments):
     base = args.model_name or "minimind"
     loaded = args.load(lora_weight="None", beside=args.lora_weight)
     ids = adapter_ids([path for path, _ in loaded.beside], base)
+    draft = args.drafter(loaded)
     # 载入的几个库有二十多万个对象，一次完整的垃圾回收 0.1 到 0.4 秒，其间谁的字都停着；它们不会再变，不必每次看。
     # 引擎在这之后建：换掉的引擎有环，要回收得了
     gc.collect()
@@ -121,6 +122,7 @@ def model_table(args: ServeArguments):
             prefill_chunk=args.prefill_chunk,
             prefix_cache_tokens=args.prefix_cache_tokens,
             cuda_graphs=bool(args.cuda_graphs),
+            draft=draft,
         )
         return ServedModel(name, loaded, runner, parent)
 

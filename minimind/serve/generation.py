@@ -146,6 +146,7 @@ async def progress_of(
                     metrics.prompt_computed.inc(length - event.cached)
                 job.written += len(event.tokens)
                 metrics.generated_tokens.inc(len(event.tokens))
+                metrics.guessed_tokens.inc(event.guessed)
             left -= event.finished is not None
             yield event
     finally:

@@ -20,6 +20,7 @@ class Metrics:
         self.prompt_computed = Counter("prompt_tokens_computed", "算过的提示词元", **common)
         self.prompt_reused = Counter("prompt_tokens_reused", "从前缀库抄来、没有重算的提示词元", **common)
         self.generated_tokens = Counter("generated_tokens", "写出的词元", **common)
+        self.guessed_tokens = Counter("guessed_tokens", "写出的词元里先猜中的（推测解码）", **common)
         self.first_token = Histogram(
             "time_to_first_token_seconds", "从收到请求到第一个词元", buckets=SECONDS, **common
         )

@@ -26,6 +26,7 @@ from torch import nn
 from minimind.inference.admission import default_chunk
 from minimind.inference.engine import Engine, Request
 from minimind.inference.engine import Sequence as Sample
+from minimind.inference.speculative import Drafter
 from minimind.serve.recovery import Vacant, deferred, let_go
 from minimind.serve.tickets import EngineDown, Ledger, Mailbox, QueueFull, ShuttingDown, Ticket, post
 
@@ -46,6 +47,7 @@ class EngineRunner:
         prefill_chunk: 一步最多读多少个提示位置；0 由设备定。
         prefix_cache_tokens: 前缀库最多存多少个位置；0 不用。
         cuda_graphs: 卡上把一步解码录成图，核对过才用。
+        draft: 造一个猜后面几个词元的人（:mod:`minimind.inference.speculative`）；``None`` 不猜。
         step_seconds: 一步过了这么久还没走完就当它卡住了。
         clock: 看一步走了多久的钟，秒。
     """
@@ -61,6 +63,7 @@ class EngineRunner:
         prefill_chunk: int = 0,
         prefix_cache_tokens: int = 16384,
         cuda_graphs: bool = True,
+        draft: Callable[[], Drafter] | None = None,
         step_seconds: float = STEP_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -73,6 +76,7 @@ class EngineRunner:
             prefill_chunk=prefill_chunk or default_chunk(next(model.parameters()).device),
             prefix_cache_tokens=prefix_cache_tokens,
             cuda_graphs=cuda_graphs,
+            draft=draft() if draft else None,
         )
         self.engine: Engine | Vacant = self._new_engine()
         self.max_length = self.engine.max_length

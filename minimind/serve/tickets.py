@@ -52,6 +52,7 @@ class Increment(NamedTuple):
     tokens: list[TokenOut]
     finished: str | None
     cached: int = 0  # 提示里没有重算的词元数
+    guessed: int = 0  # 新写出的里有几个是先猜中的
 
 
 class Mailbox:
@@ -87,10 +88,12 @@ class Ticket:
     scored: list[TokenOut] = field(default_factory=list)  # 提示的分数，第一个进展送到时已经齐了
     request_id: int | None = None  # 引擎里的号码
     sent: list[int] = field(init=False)  # 各样本已经送了几个词元
+    guessed: list[int] = field(init=False)  # 其中先猜中的
     open: int = field(init=False)  # 还没写完的样本数
 
     def __post_init__(self):
         self.sent, self.open = [0] * self.request.n, self.request.n
+        self.guessed = [0] * self.request.n
 
     def take(self, sample: Sample) -> Increment | None:
         """``sample`` 新写出的；没有新的是 ``None``。"""
@@ -100,7 +103,9 @@ class Ticket:
             self.scored = prompt_scores(sample)
         if not tokens and not sample.finished:
             return None
-        return Increment(sample.index, tokens, sample.finished, sample.cached)
+        guessed = sample.guessed - self.guessed[sample.index]
+        self.guessed[sample.index] = sample.guessed
+        return Increment(sample.index, tokens, sample.finished, sample.cached, guessed)
 
     def _token(self, sample: Sample, at: int) -> TokenOut:
         if not sample.top:

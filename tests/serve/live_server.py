@@ -32,7 +32,7 @@ def tiny_loaded(seed: int = 0, context: int = CONTEXT) -> Loaded:
 
 
 def served(
-    name: str, loaded: Loaded, parent: str | None = None, slots: int = 4, queue: int = 8
+    name: str, loaded: Loaded, parent: str | None = None, slots: int = 4, queue: int = 8, draft=None
 ) -> ServedModel:
     runner = EngineRunner(
         loaded.model,
@@ -40,6 +40,7 @@ def served(
         max_slots=slots,
         max_queue=queue,
         max_length=loaded.model.config.max_position_embeddings,
+        draft=draft,
     )
     return ServedModel(name, loaded, runner, parent)
 
