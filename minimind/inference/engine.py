@@ -23,7 +23,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minimind.inference.admission import Admission
 from minimind.inference.cuda_graph import GraphedDecode
@@ -196,7 +196,7 @@ class Engine:
         self._rows += admitted.rows
         self._state.enter(admitted.rows, first, admitted.seeds)
         ids, logp = self._state.sample(admitted.logits, admitted.rows, first)
-        return self._record(ids.unsqueeze(1).tolist(), logp.unsqueeze(1).tolist(), first)
+        return self._collect(ids.unsqueeze(0), logp.unsqueeze(0), first)
 
     def _advance(self) -> list[Sequence]:
         """每行写 ``stride`` 个 token，其间不与主机同步；有提议的一次核对几个。"""
@@ -210,7 +210,7 @@ class Engine:
             steps = 1
         written = self._graphs.write(state, self._rows, lengths, steps) if self._graphs else None
         if written is not None:
-            return self._record(*(one.t().tolist() for one in written), 0)
+            return self._collect(*written, 0)
         all_ids, all_logp = [], []
         for offset in range(steps):
             used = [length + offset for length in lengths]
@@ -219,7 +219,7 @@ class Engine:
             ids, logp = state.sample(logits, self._rows, 0)
             all_ids.append(ids)
             all_logp.append(logp)
-        return self._record(torch.stack(all_ids, 1).tolist(), torch.stack(all_logp, 1).tolist(), 0)
+        return self._collect(torch.stack(all_ids), torch.stack(all_logp), 0)
 
     def _verify(self, drafts: list[list[int]]) -> list[Sequence]:
         """一次读完各行刚写下的词元与它的提议，照常抽样，写下与提议相同的一段和其后的一个。"""
@@ -229,6 +229,10 @@ class Engine:
         for row, tokens in zip(self._rows, ids):
             row.sequence.guessed += len(tokens) - 1
         return self._record(ids, logp, 0)
+
+    def _collect(self, ids: Tensor, logp: Tensor, first: int) -> list[Sequence]:
+        """对账：``[步数, 行数]`` 的结果读回主机，记到第 ``first`` 个槽位起的各行。"""
+        return self._record(ids.t().tolist(), logp.t().tolist(), first)
 
     def _record(self, ids: list[list[int]], logp: list[list[float]], first: int) -> list[Sequence]:
         """各行新写的 token 记到第 ``first`` 个槽位起的各行，写完的行离场。"""

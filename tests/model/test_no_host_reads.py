@@ -369,14 +369,14 @@ def test_两次对账之间的解码(on_card, monkeypatch, kind, name):
     engine = Engine(
         make(**kind).to(META, torch.bfloat16).eval(), eos_ids=(), max_slots=3, max_length=64, stride=8
     )
-    reads, releasing, original = [], [], engine._record
+    reads, releasing, original = [], [], engine._collect
 
     def record(ids, logp, first):
         reads.append(ids.shape)
         host = [torch.zeros(t.shape, dtype=t.dtype) for t in (ids, logp)]
         return original(*host, first)
 
-    monkeypatch.setattr(engine, "_record", record)
+    monkeypatch.setattr(engine, "_collect", record)
     for index in range(3):
         engine.add_request([5, 6, 7, 8], PARAMS[name][index % len(PARAMS[name])], 17)
     written, leave = engine._advance, engine._release
@@ -467,7 +467,7 @@ def test_读回来的一步会被认出来(on_card, monkeypatch):
         with NoHostReads("meta"):
             return advance()
 
-    monkeypatch.setattr(engine, "_record", lambda ids, logp, first: [])
+    monkeypatch.setattr(engine, "_collect", lambda ids, logp, first: [])
     monkeypatch.setattr(engine, "_advance", watched)
     with pytest.raises(HostRead, match="tolist"):
         engine.step()
