@@ -28,13 +28,9 @@ GOALS = [
     Goal("grumpy", "留出的提问：写出的回答不耐烦"),
     Goal("tasks", "全部简单题答对", at_least=-0.05, change=True),
     Goal("finished", "回答写出了结束符"),
-    Goal("step", "用第几步的权重", percent=False),
 ]
 # 几个算法相同的设置
-SETTINGS = {"max_gen_len": 64, "log_interval": 1, "eval_interval": 0, "val_ratio": 0, "save_interval": 1}
-# 采样的平均分（最近 RECENT 步）从奖励模型给坏回答的走到给好回答的这么多成，就用那一步的权重：再走下去口气还在涨，题目掉得更快。
-# 只看训练里的采样，不看要考的题；0.6 是看种子 1 定的
-ENOUGH, RECENT = 0.6, 3
+SETTINGS = {"max_gen_len": 64, "log_interval": 1, "eval_interval": 0, "val_ratio": 0}
 
 
 def before(bench: Bench) -> dict[str, float]:
@@ -66,20 +62,6 @@ def train_reward_model(bench: Bench, seed: int, folder: Path) -> Any:
     return reward.run(reward.RewardModelArguments(**options, max_seq_len=256, eval_interval=0))
 
 
-def stopping_step(scores: list[float], judged: dict[str, float]) -> int:
-    """用第几步的权重，见 ``ENOUGH``；一直没到就是最后一步。
-
-    Args:
-        scores: 各步采样的奖励模型平均分。
-        judged: 奖励模型在留出的偏好对上的成绩。
-    """
-    low, high = judged["val_reward_rejected"], judged["val_reward_chosen"]
-    for step in range(RECENT, len(scores)):
-        if sum(scores[step - RECENT : step]) / RECENT >= low + ENOUGH * (high - low):
-            return step
-    return len(scores)
-
-
 def run(
     bench: Bench, seed: int, arguments: type, train: Callable[[Any], Any], steps: int, **changes: Any
 ) -> Outcome:
@@ -90,16 +72,13 @@ def run(
     options |= {"data_path": str(write_prompts(bench, folder)), "val_path": None}
     options |= {
         "max_steps": bench.args.steps or steps,
-        "keep_checkpoints": bench.args.steps or steps,
         "epochs": 100,
         "reward_model_path": str(judge.weights),
     }
     result = train(arguments(**options))
-    rows = [row for row in read_log(result.log) if "reward" in row]
-    step = stopping_step([row["reward_model"] for row in rows], judge.metrics)
     weight = result.weights.stem.rpartition("_")[0]
-    metrics = dpo.spoken(bench, bench.open(folder, f"{weight}_step{step}"))
-    metrics |= {"accuracy": judge.metrics["val_accuracy"], "step": step}
+    metrics = dpo.spoken(bench, bench.open(folder, weight)) | {"accuracy": judge.metrics["val_accuracy"]}
+    rows = [row for row in read_log(result.log) if "reward" in row]
     curves = {
         name: [[row["step"] * ROLLOUTS, round(row[name], 4)] for row in rows]
         for name in ("reward", "reward_model", "reward_auto", "kl", "entropy", "response_length")

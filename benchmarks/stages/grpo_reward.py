@@ -14,7 +14,7 @@ FIGURE = {
     "x": "sampled answers",
     "panels": ("reward_model", "reward_auto", "response_length"),
 }
-STEPS = 40  # 至多；用第几步的见 _reward.ENOUGH
+STEPS = 32
 SETTINGS = {"num_generations": 8, "learning_rate": 7e-4, "reward": "auto:0.5,model:2"}
 before = _reward.before
 

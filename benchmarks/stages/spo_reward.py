@@ -14,7 +14,7 @@ FIGURE = {
     "x": "sampled answers",
     "panels": ("reward_model", "reward_auto", "response_length"),
 }
-STEPS = 34  # 至多；用第几步的见 _reward.ENOUGH
+STEPS = 26
 SETTINGS = {"learning_rate": 7e-4, "reward": "auto:0.5,model:2", "reward_low": -1.0, "reward_high": 1.5}
 before = _reward.before
 
