@@ -138,15 +138,23 @@ def walk_on_time(road, speed, slower=1.0, stages=STAGES):
 @pytest.mark.parametrize(("speed", "slower"), [(5100, 1.0), (5100, 1.1), (4000, 1.0), (6000, 1.3)])
 def test_慢的机器上少走几步_全程不超过说好的分钟数(tmp_path, speed, slower):
     seconds, shares = walk_on_time(timed_road(tmp_path, 17), speed, slower)
-    assert 0.85 * 17 * 60 < seconds <= 17 * 60
-    assert min(shares.values()) < 1
+    assert 0.85 * 17 * 60 < seconds < 18 * 60
+    assert shares["pretrain"] > shares["reason"] - 0.02 and shares["reason"] < 1, "先省后面的"
     assert shares["ppo"] == shares["grpo"] == shares["spo"], "三种算法比的是同样多的采样"
-    road = timed_road(tmp_path, 2.5)
+    road = timed_road(tmp_path, 1.5)
     _, shares = walk_on_time(road, speed, slower, {name: STAGES[name] for name in ("grpo", "spo")})
     assert shares["grpo"] == shares["spo"] < 1, "没有 PPO 也一样"
     road.pace = 0.5
     assert pretrain_arguments(road).max_steps == 402 and ppo_arguments(road).max_steps == 22
     assert dpo_arguments(road).max_steps == 0
+
+
+def test_先保住预训练与微调(tmp_path):
+    """慢一成多：底子走满，后面的少走；再慢，后面的省到六成之后底子才省。"""
+    _, slower = walk_on_time(timed_road(tmp_path, 17), 6000)
+    assert slower["pretrain"] == slower["sft"] == 1 > slower["ppo"] >= 0.6
+    _, slowest = walk_on_time(timed_road(tmp_path, 17), 4000)
+    assert slowest["pretrain"] < 1 and slowest["ppo"] < 0.65
 
 
 @pytest.mark.parametrize(("speed", "minutes"), [(12_000, 17), (2000, 0)])

@@ -20,7 +20,7 @@ from minimind.arguments import parse_args
 from minimind.console import console, format_duration, say
 from minimind.demo.arguments import ROW_LENGTH, DemoArguments
 from minimind.demo.explain import explain_last, show_explanations
-from minimind.demo.pace import MARGIN, Timetable, fit_pace, probe_speed
+from minimind.demo.pace import Timetable, fit_pace, probe_speed
 from minimind.errors import UserError, guard
 from minimind.paths import resolve_path
 
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 # 互相比的：采样的条数要相同，走几成随第一个
 SAME_AMOUNT = ("ppo", "grpo", "spo")
+# 别的段都从它们的权重开始，最后才省；别的先省到几成
+BASE, SPARED = ("pretrain", "sft"), 0.6
 # 总是走满的：本来就短
 WHOLE = ("lora", "dpo")
 
@@ -99,27 +101,38 @@ def plan(road: Road, stages: dict[str, Lesson], start: float) -> Timetable:
         "种子与规模": f"{road.args.seed}，{road.args.scale:g}",
     }
     say(f"{speed:,.0f} 词元/秒（{road.dtype}）；全程预计 {format_duration(clock.expected)}。")
-    if road.pace < 1:
+    if whole > 60 * road.args.minutes > 0:
         say(
             f"走满要 {format_duration(whole)}；按 --minutes {road.args.minutes:g}，"
-            f"各段的步数减到安排的 {road.pace:.0%}（--minutes 0 走满）。"
+            f"预训练之后的各段少走几步（--minutes 0 走满）。"
         )
     return clock
 
 
 def keep_time(road: Road, stages: dict[str, Lesson], clock: Timetable) -> None:
-    """照 ``--minutes`` 定剩下的各段走几成，改时间表；快慢按走完的几段修正。"""
+    """照 ``--minutes`` 定剩下的各段走几成，改时间表；快慢按走完的几段修正。
+
+    先省后面的：底子没打好，哪一段都看不出效果。省到 ``SPARED`` 还放不进去，预训练与微调才跟着少走。
+    """
     left = {name: stage for name, stage in stages.items() if name not in clock.actual}
     if not (road.args.minutes and left):
         return
-    speed = clock.speed
 
-    def seconds(pace: float) -> float:
-        road.pace = pace
-        return clock.ratio() * sum(stage.tokens(road) for stage in left.values()) / speed
+    def estimates(base: float, rest: float) -> dict[str, float]:
+        found = {}
+        for name, stage in left.items():
+            road.pace = base if name in BASE else rest
+            found[name] = stage.tokens(road) / clock.speed
+        return found
 
-    road.pace = fit_pace(seconds, (60 * road.args.minutes - clock.elapsed()) / MARGIN)
-    clock.estimates |= {name: stage.tokens(road) / speed for name, stage in left.items()}
+    def seconds(base: float, rest: float) -> float:
+        return clock.ratio() * sum(estimates(base, rest).values())
+
+    budget = 60 * road.args.minutes - clock.elapsed()
+    base = fit_pace(lambda share: seconds(share, min(share, SPARED)), budget)
+    rest = fit_pace(lambda share: seconds(base, share), budget)
+    clock.estimates |= estimates(base, rest)
+    road.pace = base if next(iter(left)) in BASE else rest
 
 
 def on_time(road: Road, stages: dict[str, Lesson], clock: Timetable) -> Iterator[tuple[str, Lesson]]:

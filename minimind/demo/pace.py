@@ -10,8 +10,6 @@ from minimind.console import format_duration, say
 
 # 少走也不少于安排的几成：再少，后面的段没有像样的起点
 LEAST = 0.4
-# 预计常比实际短一成（2 核实测 25 分 13 秒对 27 分 47 秒），留出来
-MARGIN = 1.1
 
 
 def fit_pace(seconds: Callable[[float], float], budget: float) -> float:
