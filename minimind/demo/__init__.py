@@ -104,7 +104,7 @@ def plan(road: Road, stages: dict[str, Lesson], start: float) -> Timetable:
     if whole > 60 * road.args.minutes > 0:
         say(
             f"走满要 {format_duration(whole)}；按 --minutes {road.args.minutes:g}，"
-            f"预训练之后的各段少走几步（--minutes 0 走满）。"
+            "各段少走几步，先省预训练与微调之后的（--minutes 0 走满）。"
         )
     return clock
 
