@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import http.client
 import json
 import random
@@ -219,11 +220,21 @@ class Sender:
             return 0
 
     def _send_raw(self, data: bytes) -> int:
+        """服务器不等写完就拒绝的，断在哪一句看谁快：发、半关、收都可能碰上，答复已经到了的照样读出来。"""
         with socket.create_connection(("127.0.0.1", self.port), timeout=self.timeout) as connection:
             try:
                 connection.sendall(data)
                 connection.shutdown(socket.SHUT_WR)  # 没写完的请求：告诉它不会再有了
+            except OSError as error:
+                if not hung_up(error):
+                    raise
+            try:
                 line = connection.recv(200).split(b"\r\n")[0].split()
             except ConnectionError:
                 return 0
         return int(line[1]) if len(line) > 1 and line[1].isdigit() else 0
+
+
+def hung_up(error: OSError) -> bool:
+    """是对方先断开了；已经断开的连接半关时是 ENOTCONN，它不是 :class:`ConnectionError`。"""
+    return isinstance(error, ConnectionError) or error.errno == errno.ENOTCONN

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import json
+import select
 import socket
 import struct
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import psutil
 import pytest
-from fuzzing import BODIES, Fuzzer, Sender
+from fuzzing import BODIES, Bad, Fuzzer, Sender
 from processes import ServerProcess, long_answer
 
 SENDERS = 8
@@ -63,6 +64,41 @@ def check_fuzz(server, count: int) -> None:
     assert "Traceback" not in server.output(), server.output()[-3000:]
     for path, body in BODIES.items():
         assert httpx.post(f"{server.url}{path}", json=body, timeout=60).status_code == 200, path
+
+
+class LateSocket(socket.socket):
+    """发完之后等到对方断开为止，再往下走：半关时连接已经没有了。"""
+
+    def sendall(self, data: bytes, *flags: int) -> None:
+        super().sendall(data, *flags)
+        waiting = select.poll()
+        waiting.register(self, select.POLLHUP | select.POLLERR)
+        assert waiting.poll(30_000)
+
+
+@pytest.mark.parametrize(("said", "status"), [(b"HTTP/1.1 431 Too Large\r\n\r\n", 431), (b"", 0)])
+@pytest.mark.skipif(not hasattr(select, "poll"), reason="等对方断开要用 poll")
+def test_不等写完就拒绝的_读得到状态码_不算出错(monkeypatch, said, status):
+    """发完、半关、收，断在哪一句看两边谁快；这里让它总断在半关之前，收到过的答复不丢。"""
+
+    def refuse() -> None:
+        connection, _ = listening.accept()
+        with connection:
+            connection.sendall(said)
+            connection.recv(1)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    def connect(address, timeout):
+        connection = LateSocket()
+        connection.settimeout(timeout)
+        connection.connect(address)
+        return connection
+
+    with socket.create_server(("127.0.0.1", 0)) as listening, ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(socket, "create_connection", connect)
+        served = pool.submit(refuse)
+        assert Sender(listening.getsockname()[1]).send(Bad("POST", "/", raw=b"x" * 100)) == status
+        served.result()
 
 
 def test_一千五百个坏请求(server):
