@@ -14,8 +14,8 @@ FIGURE = {
     "x": "sampled answers",
     "panels": ("reward_model", "reward_auto", "response_length"),
 }
-STEPS = 32
-SETTINGS = {"num_generations": 8, "learning_rate": 7e-4, "reward": "auto:0.5,model:2"}
+STEPS = 80
+SETTINGS = {"num_generations": 8, "learning_rate": 5e-4, "beta": 0.4, "reward": "auto:1.5,model:2"}
 before = _reward.before
 
 

@@ -14,8 +14,8 @@ FIGURE = {
     "x": "sampled answers",
     "panels": ("reward_model", "reward_auto", "response_length"),
 }
-STEPS = 18
-SETTINGS = {"learning_rate": 3.5e-4, "reward": "auto:0.5,model:2"}
+STEPS = 28
+SETTINGS = {"optimizer": "adamw", "learning_rate": 2e-4, "kl_coef": 0.06, "reward": "auto:1.5,model:2"}
 before = _reward.before
 
 

@@ -14,8 +14,14 @@ FIGURE = {
     "x": "sampled answers",
     "panels": ("reward_model", "reward_auto", "response_length"),
 }
-STEPS = 26
-SETTINGS = {"learning_rate": 7e-4, "reward": "auto:0.5,model:2", "reward_low": -1.0, "reward_high": 1.5}
+STEPS = 80
+SETTINGS = {
+    "learning_rate": 5e-4,
+    "beta": 0.4,
+    "reward": "auto:1.5,model:2",
+    "reward_low": -1.0,
+    "reward_high": 2.5,
+}
 before = _reward.before
 
 
