@@ -29,6 +29,8 @@ GOALS = [
     Goal("tasks", "全部简单题答对", at_least=-0.05, change=True),
     Goal("finished", "回答写出了结束符"),
 ]
+# 几个算法画法相同，只有标题不同
+FIGURE = {"x": "sampled answers", "panels": ("reward_model", "reward_auto", "response_length")}
 # 几个算法相同的设置
 SETTINGS = {"max_gen_len": 64, "log_interval": 1, "eval_interval": 0, "val_ratio": 0}
 

@@ -11,8 +11,7 @@ TITLE = "GRPO 追奖励模型"
 GOALS = _reward.GOALS
 FIGURE = {
     "title": "GRPO against the reward model (tiny, micro-world)",
-    "x": "sampled answers",
-    "panels": ("reward_model", "reward_auto", "response_length"),
+    **_reward.FIGURE,
 }
 STEPS = 80
 SETTINGS = {"num_generations": 8, "learning_rate": 5e-4, "beta": 0.4, "reward": "auto:1.5,model:2"}

@@ -11,8 +11,7 @@ TITLE = "PPO 追奖励模型"
 GOALS = _reward.GOALS
 FIGURE = {
     "title": "PPO against the reward model (tiny, micro-world)",
-    "x": "sampled answers",
-    "panels": ("reward_model", "reward_auto", "response_length"),
+    **_reward.FIGURE,
 }
 STEPS = 28
 SETTINGS = {"optimizer": "adamw", "learning_rate": 2e-4, "kl_coef": 0.06, "reward": "auto:1.5,model:2"}

@@ -11,8 +11,7 @@ TITLE = "SPO 追奖励模型"
 GOALS = _reward.GOALS
 FIGURE = {
     "title": "SPO against the reward model (tiny, micro-world)",
-    "x": "sampled answers",
-    "panels": ("reward_model", "reward_auto", "response_length"),
+    **_reward.FIGURE,
 }
 STEPS = 80
 SETTINGS = {

@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from minimind import names_on_use
 
 _HOMES = {
     "DataError": "jsonl",
@@ -25,9 +24,4 @@ _HOMES = {
     "detect_kind": "schema",
 }
 __all__ = list(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"模块 {__name__} 没有 {name}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = names_on_use(__name__, _HOMES)

@@ -254,11 +254,6 @@ def check_exists(path: Path) -> None:
         )
 
 
-def check_readable(path: Path) -> None:
-    """文件存在、非空、像是文本；否则说清怎么办。"""
-    check_head(read_head(path, 64), path)
-
-
 def read_head(path: Path, size: int) -> bytes:
     """文件开头的至多 ``size`` 个字节；不在、读不了的说清怎么办。"""
     check_exists(path)

@@ -1,7 +1,7 @@
-"""模型里快的那些写法：矩阵乘的内核、归一化与注意力的反向、专家的分发、分块交叉熵。
+"""模型里快的那些写法：矩阵乘的内核、归一化的反向、注意力的安排、专家的分发、分块交叉熵。
 
-每一样都有一个名字说明它算什么，慢而直白的写法与它只差舍入；读懂模型只看旁边的 model_minimind.py 就够。torch 的私有算子
-只出现在这个文件里。随导出的目录走，所以只用 torch。
+每一样都有一个名字说明它算什么，慢而直白的写法与它只差舍入；读懂模型只看旁边的 model_minimind.py 就够。CPU 上的注意力
+较长，在 cpu_attention.py；torch 的私有算子只出现在这两个文件里。随导出的目录走，所以只用 torch。
 
 形状记号同 model_minimind.py：N = B·T，D 每个头的维数，V 词表，E 专家数，K 每个词元选中的专家数。
 """
@@ -12,14 +12,14 @@ import contextlib
 import functools
 import inspect
 import platform
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .cpu_attention import SegmentAttention, segment_op, segments_of
 
 varlen_attn, _VARLEN_OPTIONS = None, {}
 if torch.cuda.is_available():  # 没有显卡用不上，而它连带编译器，读入要 1 s 处理器时间
@@ -169,234 +169,11 @@ class AttentionPlan:
     causal: bool = True
 
 
-HALF = (torch.bfloat16, torch.float16)
-
-
-@dataclass
-class Aligned:
-    """各段在末尾补到 ``UNIT`` 的整倍数，半精度用：oneDNN 给每种没见过的形状现编一个内核，段的长短批批不同，编译就停不下来。
-
-    AMD Zen 4 单线程，bf16，前向加反向毫秒，四十批各不相同（括号里是同一批反复算）：
-
-        [N, heads, D]、键值头        不补          补到 32       转成 fp32 算
-        6 × 32、2，平均 60         94 (31)        35 (31)       19 (20)
-        8 × 64、2，平均 250        86 (56)        58 (65)       65 (63)
-        8 × 64、2，平均 300       146 (102)      103 (110)     125 (111)
-
-    segments: 补过的起止位置；take: 依次取哪些行，补的位置重复段的最后一行；rows: 各段里的行；place: 它们在 take 里的位置。
-    """
-
-    UNIT = 32
-    # 共用一个键值头的查询并起来不到这么宽，一块的乘加太少，半精度省下的抵不过调用它的开销
-    NARROW = 128
-
-    segments: list[tuple[int, int]]
-    take: Tensor
-    rows: Tensor
-    place: Tensor
-
-    @classmethod
-    def needed(cls, q: Tensor, segments: Sequence[tuple[int, int]]) -> Aligned | None:
-        """半精度而有的段不是整倍数时怎么补；不必补是 None。"""
-        if q.dtype not in HALF or all((stop - start) % cls.UNIT == 0 for start, stop in segments):
-            return None
-        return cls.of(tuple(segments))
-
-    @staticmethod
-    @functools.lru_cache(maxsize=4)  # 各层、前向与反向用的是同一份
-    def of(segments: tuple[tuple[int, int], ...]) -> Aligned:
-        padded, take, rows, place, at = [], [], [], [], 0
-        for start, stop in segments:
-            length = -(-(stop - start) // Aligned.UNIT) * Aligned.UNIT
-            take.append(torch.arange(start, start + length).clamp_(max=stop - 1))
-            rows.append(torch.arange(start, stop))
-            place.append(torch.arange(at, at + stop - start))
-            padded.append((at, at + length))
-            at += length
-        return Aligned(padded, torch.cat(take), torch.cat(rows), torch.cat(place))
-
-    def take_rows(self, *tensors: Tensor) -> list[Tensor]:
-        """补过的 [补过的行数, 头, D]。"""
-        return [tensor.index_select(0, self.take) for tensor in tensors]
-
-    def put_rows(self, inner: Tensor, like: Tensor) -> Tensor:
-        """补过的结果 → 与 ``like`` 一样的行；各段之外的行（如交给别的算法的提示）不管。"""
-        found = inner.index_select(0, self.place)
-        if len(found) == len(like):
-            return found
-        out = torch.empty_like(like)
-        out[self.rows] = found
-        return out
-
-
-def computes_in_fp32(q: Tensor, k: Tensor) -> bool:
-    """半精度而每头太窄的，转成 fp32 算更快，见 :class:`Aligned`。"""
-    return q.dtype in HALF and q.shape[1] // k.shape[1] * q.shape[2] < Aligned.NARROW
-
-
-class _SegmentAttentionCPU(torch.autograd.Function):
-    """CPU 上逐段、逐查询块的因果注意力：一块的分数留在高速缓存里，块右上方的键根本不算；反向重算概率，不存 T×T。
-
-    CPU 的 SDPA 内核不跳过被因果遮住的部分。单线程，[N, 8, 64]、2 个键值头，前向加反向毫秒数：
-
-        行长 × 行数，文档平均长度       本函数     逐段 SDPA   布尔 T×T      补齐成一批
-        fp32   340 × 8，250             49        72         83          158
-               512 × 8，300             97       149        189          396
-               512 × 8，100             56        99        189          261
-              1024 × 4，200             75       118        373          566
-        bf16   512 × 8，300             58       153        167          363
-              1024 × 4，200             54       156        296          577
-        fp32   512 × 8，整行           126       192   整批一次 SDPA 181
-        bf16   512 × 8，整行            72       180   整批一次 SDPA 170
-
-    块长 64、128、256 在 fp32 下依次为 97、108、137 ms，bf16 下 58、55、62，取 64。
-    """
-
-    BLOCK = 64
-
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, segments: list[tuple[int, int]]) -> Tensor:
-        """q [N, heads, D]，k、v [N, kv_heads, D] → [N, heads, D]。"""
-        ctx.save_for_backward(q, k, v)
-        ctx.segments = segments
-        return _SegmentAttentionCPU.attend(q, k, v, segments)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return *_SegmentAttentionCPU.gradients(grad, *ctx.saved_tensors, ctx.segments), None
-
-    @staticmethod
-    def attend(q: Tensor, k: Tensor, v: Tensor, segments: list[tuple[int, int]]) -> Tensor:
-        """不在任何一段里的行，结果是什么不管；半精度怎么算见 :class:`Aligned`。"""
-        with autocast_off(q):
-            if computes_in_fp32(q, k):
-                return _SegmentAttentionCPU._attend(q.float(), k.float(), v.float(), segments).to(q.dtype)
-            if (whole := Aligned.needed(q, segments)) is None:
-                return _SegmentAttentionCPU._attend(q, k, v, segments)
-            inner = _SegmentAttentionCPU._attend(*whole.take_rows(q, k, v), whole.segments)
-            return whole.put_rows(inner, q)
-
-    @staticmethod
-    def gradients(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, segments: list[tuple[int, int]]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """对 q、k、v 的梯度。"""
-        if computes_in_fp32(q, k):
-            grads = _SegmentAttentionCPU._gradients(*(t.float() for t in (grad, q, k, v)), segments)
-            return tuple(one.to(q.dtype) for one in grads)
-        if (whole := Aligned.needed(q, segments)) is None:
-            return _SegmentAttentionCPU._gradients(grad, q, k, v, segments)
-        # 补的位置没有人看，传进去的梯度是 0，传出来的也就恰为 0
-        inner = torch.zeros(len(whole.take), *grad.shape[1:], dtype=grad.dtype)
-        inner[whole.place] = grad.index_select(0, whole.rows)
-        grads = _SegmentAttentionCPU._gradients(inner, *whole.take_rows(q, k, v), whole.segments)
-        return tuple(whole.put_rows(one, t) for one, t in zip(grads, (q, k, v)))
-
-    @staticmethod
-    def _attend(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[tuple[int, int]]) -> Tensor:
-        out, future = torch.empty_like(q), _SegmentAttentionCPU._future()
-        for start, stop in segments:
-            k_seg, v_seg = k[start:stop].transpose(0, 1), v[start:stop].transpose(0, 1)  # [kv_heads, L, D]
-            for rows, keys in _SegmentAttentionCPU._blocks(start, stop):
-                prob = _SegmentAttentionCPU._probability(_group(q[rows], k.shape[1]), k_seg[:, :keys], future)
-                out[rows] = _ungroup(prob.to(v.dtype) @ v_seg[:, :keys], rows)
-        return out
-
-    @staticmethod
-    def _gradients(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, segments: Sequence[tuple[int, int]]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        kv_heads, scale, future = k.shape[1], q.shape[2] ** -0.5, _SegmentAttentionCPU._future()
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        for start, stop in segments:
-            k_seg, v_seg = k[start:stop].transpose(0, 1), v[start:stop].transpose(0, 1)
-            dk, dv = (torch.zeros(t.shape, dtype=t.dtype) for t in (k_seg, v_seg))
-            for rows, keys in _SegmentAttentionCPU._blocks(start, stop):
-                q_blk, g_blk = _group(q[rows], kv_heads), _group(grad[rows], kv_heads)
-                prob = _SegmentAttentionCPU._probability(q_blk, k_seg[:, :keys], future)
-                dv[:, :keys].baddbmm_(prob.to(v.dtype).transpose(1, 2), g_blk)
-                d_prob = (g_blk @ v_seg[:, :keys].transpose(1, 2)).float()
-                d_score = (
-                    torch._softmax_backward_data(d_prob, prob, -1, torch.float32).mul_(scale).to(q.dtype)
-                )
-                grad_q[rows] = _ungroup(d_score @ k_seg[:, :keys], rows)
-                dk[:, :keys].baddbmm_(d_score.transpose(1, 2), q_blk)
-            grad_k[start:stop], grad_v[start:stop] = dk.transpose(0, 1), dv.transpose(0, 1)
-        return grad_q, grad_k, grad_v
-
-    @staticmethod
-    def _blocks(start: int, stop: int):
-        """依次给出（查询所在的行，它们能看到的键数）。"""
-        for a in range(start, stop, _SegmentAttentionCPU.BLOCK):
-            b = min(a + _SegmentAttentionCPU.BLOCK, stop)
-            yield slice(a, b), b - start
-
-    @staticmethod
-    def _future() -> Tensor:
-        """块对角上要加的 [BLOCK, BLOCK]：右上为 -inf，其余为 0。相加比 masked_fill_ 快三倍。"""
-        return torch.full((_SegmentAttentionCPU.BLOCK,) * 2, float("-inf")).triu_(1)
-
-    @staticmethod
-    def _probability(q: Tensor, k: Tensor, future: Tensor) -> Tensor:
-        """q [kv_heads, 组·n, D]（段内最后 n 个位置），k [kv_heads, keys, D] → fp32 概率 [kv_heads, 组·n, keys]。"""
-        keys = k.shape[1]
-        n = (keys - 1) % _SegmentAttentionCPU.BLOCK + 1
-        score = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=q.shape[2] ** -0.5).float()
-        score.view(len(k), -1, n, keys)[..., keys - n :].add_(future[:n, :n])
-        return score.softmax(-1)
-
-
-def _segments(cu_seqlens: Tensor) -> list[tuple[int, int]]:
-    """各段的起止位置，空段不要；cu_seqlens 在卡上就要读回来一次。"""
-    return [(start, stop) for start, stop in pairwise(cu_seqlens.tolist()) if stop > start]
-
-
-# 编译时的同一件事：作为一个算子整个进图，段的长短只是它的输入，不断图，也不因段数不同而重编译
-@torch.library.custom_op("minimind::segment_attention", mutates_args=(), device_types="cpu")
-def _segment_op(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-    return _SegmentAttentionCPU.attend(q, k, v, _segments(cu_seqlens))
-
-
-@torch.library.custom_op("minimind::segment_attention_backward", mutates_args=(), device_types="cpu")
-def _segment_op_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _SegmentAttentionCPU.gradients(grad, q, k, v, _segments(cu_seqlens))
-
-
-@_segment_op.register_fake
-def _(q, k, v, cu_seqlens):
-    return torch.empty_like(q)
-
-
-@_segment_op_backward.register_fake
-def _(grad, q, k, v, cu_seqlens):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-_segment_op.register_autograd(
-    lambda ctx, grad: (*_segment_op_backward(grad, *ctx.saved_tensors), None),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-)
-
-
-def _group(x: Tensor, kv_heads: int) -> Tensor:
-    """[n, heads, D] → [kv_heads, 组·n, D]：共用一个键值头的查询头并到行里，矩阵乘更大。"""
-    n, heads, dim = x.shape
-    return x.view(n, kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3).reshape(kv_heads, -1, dim)
-
-
-def _ungroup(x: Tensor, rows: slice) -> Tensor:
-    """`_group` 的逆：[kv_heads, 组·n, D] → [n, heads, D]。"""
-    kv_heads, _, dim = x.shape
-    return x.view(kv_heads, -1, rows.stop - rows.start, dim).permute(2, 0, 1, 3).flatten(1, 2)
-
-
 def segment_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
-    """CPU 上注意力不出段：q [N, heads, D]，k、v [N, kv_heads, D] → [N, heads, D]。"""
+    """CPU 上注意力不出段，见 cpu_attention.py：q [N, heads, D]，k、v [N, kv_heads, D] → [N, heads, D]。"""
     if torch.compiler.is_compiling():
-        return _segment_op(q, k, v, plan.cu_seqlens)
-    return _SegmentAttentionCPU.apply(q, k, v, plan.segments)
+        return segment_op(q, k, v, plan.cu_seqlens)
+    return SegmentAttention.apply(q, k, v, plan.segments)
 
 
 @dataclass
@@ -447,7 +224,7 @@ def bucket_attention(
     q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, dropout: float = 0.0, attend: Any = None
 ) -> Tensor:
     """同 `segment_attention`，按 :class:`Buckets` 一批一批地算；``attend`` 是每批用的注意力，默认 `attention`。"""
-    buckets = plan.buckets or Buckets.of(_segments(plan.cu_seqlens), q.device)
+    buckets = plan.buckets or Buckets.of(segments_of(plan.cu_seqlens), q.device)
     # 补的位置梯度恰为 0，所以反向只取真词元那一份
     q, k, v = (_Rearrange.apply(t, buckets.take, buckets.place, 1) for t in (q, k, v))
     sizes = [n * length for n, length in buckets.shapes]
@@ -558,7 +335,7 @@ def plan_attention(
                 max_seqlen = T  # 编译时用行长这个上界，免得每批的最长文档都触发重编译
             edges = cu_seqlens.to(device, non_blocking=True)
             return AttentionPlan("varlen", cu_seqlens=edges, max_seqlen=max_seqlen)
-        segments = None if compiling else _segments(cu_seqlens)
+        segments = None if compiling else segments_of(cu_seqlens)
         if segments and segments[-1][1] != B * T:
             raise ValueError(f"cu_seqlens 的末尾应是 B·T = {B * T}，得到 {segments[-1][1]}")
         if flash and not dropout and segments_available(x):

@@ -23,6 +23,8 @@ from minimind.trainer.recipe import Run
 
 # 记忆的保留率限制在这个区间：最快约每 8 次、最慢约每 25 次观察忘掉旧账
 RHO_MIN, RHO_MAX = 0.875, 0.96
+# 训练前定起点算作多少次观察
+PRIOR = 1 / (1 - RHO_MIN)
 # 策略走过这么远（平均 |Δlogp|，单位 nat），旧观察的分量减半
 HALF_DIVERGENCE = 0.06
 # 抽提示时的底数：把握十足或毫无把握的也偶尔再看一眼
@@ -59,9 +61,8 @@ class PromptTracker:
 
     def start(self, prompt: int, rewards: list[float]) -> None:
         """用训练前的几条样本定起点：v₀ = (Σr + 0.5) / (n + 1)，分量 N₀ = 1 / (1 − 0.875) = 8 次观察。"""
-        count = 1 / (1 - RHO_MIN)
         guess = (sum(rewards) + 0.5) / (len(rewards) + 1)
-        self.alpha[prompt], self.beta[prompt] = count * guess, count * (1 - guess)
+        self.alpha[prompt], self.beta[prompt] = PRIOR * guess, PRIOR * (1 - guess)
 
     def rho(self, divergence: float) -> float:
         """保留率。"""
@@ -114,13 +115,22 @@ class PromptTracker:
         """读回 :meth:`state_dict`。
 
         Raises:
-            ValueError: 提示的个数不同。
+            ValueError: 提示的个数不同，有的分量不是正数，或观察过的提示没有上一条回答。
         """
         if len(state["alpha"]) != len(self.alpha):
             raise ValueError(f"存档里有 {len(state['alpha'])} 个提示，现在是 {len(self.alpha)} 个")
+        weight = state["alpha"] + state["beta"]
+        if not (torch.isfinite(weight).all() and (state["alpha"] >= 0).all() and (state["beta"] >= 0).all()):
+            raise ValueError("alpha、beta 里有 NaN、无穷或负数")
+        prompts, lengths = state["prompts"].tolist(), state["lengths"].tolist()
+        # 没有观察过的，分量还是开头的 0.5 + 0.5，或 start 给的那么多
+        fresh = torch.isclose(weight, weight.new_tensor(1.0)) | torch.isclose(
+            weight, weight.new_tensor(PRIOR)
+        )
+        if lost := sorted({*(~fresh).nonzero().flatten().tolist()} - {*prompts}):
+            raise ValueError(f"第 {lost[0]} 个提示观察过，却没有它的上一条回答")
         self.alpha, self.beta = state["alpha"].clone(), state["beta"].clone()
-        lengths = state["lengths"].tolist()
-        parts = zip(state["prompts"].tolist(), state["ids"].split(lengths), state["logps"].split(lengths))
+        parts = zip(prompts, state["ids"].split(lengths), state["logps"].split(lengths), strict=True)
         self.previous = {prompt: (ids, logp) for prompt, ids, logp in parts}
 
 

@@ -24,14 +24,17 @@ VISIBLE = ("arch", "hidden_size", "num_hidden_layers", "use_moe")
 # ---------------------------------------------------------------- 是不是真的权重
 
 
-def check_plain(state: Any, where: Path) -> None:
+def check_plain(state: Any, where: Path | str, fix: str = "续训存档请用 --from_resume 1 读取") -> None:
     """``state`` 是普通的权重字典：键是文字，值是浮点张量，每个数都有限。
+
+    Args:
+        fix: 里面是别的东西时怎么办。
 
     Raises:
         UserError: 指出文件、键、看到什么。
     """
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError("里面不是普通的权重字典", where=str(where), fix="续训存档请用 --from_resume 1 读取")
+        raise UserError("里面不是普通的权重字典", where=str(where), expected="参数名 → 张量", fix=fix)
     for key, value in state.items():
         if not isinstance(key, str):
             raise UserError(

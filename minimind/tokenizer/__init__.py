@@ -12,8 +12,7 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from minimind import names_on_use
 
 _HOMES = {
     "ChatEncoding": "chat",
@@ -31,9 +30,4 @@ _HOMES = {
     "tokenizer_fingerprint": "loading",
 }
 __all__ = list(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"模块 {__name__} 没有 {name}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = names_on_use(__name__, _HOMES)

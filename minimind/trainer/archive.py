@@ -13,7 +13,7 @@ from dataclasses import Field, asdict
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from minimind.arguments import declared
 from minimind.console import say
@@ -25,6 +25,8 @@ from minimind.trainer.progress import TrainState
 from minimind.trainer.recipe import Data, Recipe, Run
 from minimind.trainer.tally import Update, account
 
+# 清单里列着的：少了一块，训练还走得下去，只是不再是同一次训练
+LISTED = ("optimizer", "scaler", "progress", "rng", "recipe_state")
 # 验证的指标 → 越小越好为 1，越大越好为 −1；有前面的就看前面的
 METRICS = {"val_loss": 1, "val_reward": -1}
 
@@ -92,6 +94,13 @@ class Archive:
             progress["kept"] = [*progress["kept"], progress["step"]]
         what = recipe.weights_of(run.model) if recipe.weights_of else run.model
         checkpoint.save_weights(what, recipe.weights, self.sidecar())
+        listed = {
+            "optimizer": run.optimizer.state_dict(),
+            "scaler": run.scaler.state_dict(),
+            "progress": progress,
+            "rng": rng,
+            "recipe_state": snapshot["recipe_state"],
+        }
         checkpoint.lm_checkpoint(
             run.config,
             self.weight,
@@ -114,6 +123,7 @@ class Archive:
             train_loss=run.state.train_loss,
             metrics=run.state.metrics,
             recipe_state=snapshot["recipe_state"],
+            contents=contents_of(listed),
         )
         if self.limit > 1:
             run.state.kept = self.keep_recent(progress["kept"])
@@ -186,6 +196,30 @@ def is_best(evaluations: Iterable[Mapping[str, Any]], result: Mapping[str, float
 
 
 # ---------------------------------------------------------------- 认出是同一次训练
+
+
+def contents_of(parts: Mapping[str, Any]) -> dict[str, str]:
+    """清单：每一样东西在存档里的路径，与它的样子（张量的精度与形状、列表的长度，整数就是它自己，别的是类型）。"""
+    found: dict[str, str] = {}
+
+    def walk(path: str, value: Any) -> None:
+        if isinstance(value, Tensor):
+            found[path] = f"{value.dtype} {tuple(value.shape)}"
+        elif isinstance(value, Mapping):
+            for key, inner in value.items():
+                walk(f"{path}/{key}", inner)
+        elif isinstance(value, list | tuple):
+            if any(isinstance(inner, Tensor | Mapping | list | tuple) for inner in value):
+                for index, inner in enumerate(value):
+                    walk(f"{path}/{index}", inner)
+            else:
+                found[path] = f"{type(value).__name__} {len(value)}"
+        else:
+            found[path] = str(value) if isinstance(value, int) else type(value).__name__
+
+    for name, value in parts.items():
+        walk(name, value)
+    return found
 
 
 def options_of(args: Any) -> dict[str, Any]:

@@ -137,6 +137,10 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(params, [u.to(p.dtype) for u, p in zip(update, params)], alpha=scale)
 
 
+# 优化器 → 它给走过的每个参数留着的几样：``step`` 是一个数，其余与参数同形；续训时核对
+MOMENTS = {Muon: ("momentum_buffer",), torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq")}
+
+
 class OptimizerPair:
     """把 Muon 与 AdamW 当作一个优化器用：``param_groups``、``step``、``state_dict`` 都合在一起。
 

@@ -25,6 +25,8 @@ from minimind.runtime import checkpoint, distributed
 from minimind.runtime.checkpoint import atomic_write, load_file
 from minimind.runtime.device import autocast_context, preserved_rng
 from minimind.runtime.files import file_lock
+from minimind.runtime.shapes import check_plain
+from minimind.runtime.weights import STRUCTURE
 from minimind.trainer.recipe import Data
 
 # 按长度排好再切批，免得短的陪长的填充；一次只取这么多批来排，大数据也不必先全读一遍
@@ -231,11 +233,21 @@ class StartingPoint:
 
     @staticmethod
     def _saved(weight: str, folder: str, model: Any) -> dict[str, Tensor] | None:
+        from minimind.trainer.intact import WHOLE, check_whole  # 从头训练的用不着
+
         data = checkpoint.lm_checkpoint(model.config, weight, save_dir=folder)
-        own = model.state_dict()
-        found = ((data or {}).get("recipe_state") or {}).get("start")
-        fits = found and {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in own.items()}
-        return found if fits else None  # 结构不同的随后由训练循环逐项指出
+        if data is None:
+            return None
+        where = checkpoint.resume_path(model.config, weight, folder)
+        check_whole(data, str(where))
+        now = checkpoint.config_dict(model.config)
+        same = all(data["config"].get(name) == now.get(name) for name in STRUCTURE)
+        if "start" not in data["recipe_state"] or not same:
+            return None  # 参数、结构不同的随后由训练循环逐项指出
+        found, part = data["recipe_state"]["start"], f"{where} 的 recipe_state/start"
+        check_plain(found, part, WHOLE)
+        checkpoint.check_state(model, found, part, WHOLE)
+        return found
 
     @staticmethod
     def _check_same(saved: dict[str, Tensor], from_weight: str, model: Any) -> None:

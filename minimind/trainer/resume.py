@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
 from typing import Any
 
 from torch import nn
@@ -20,7 +19,8 @@ from minimind.errors import UserError
 from minimind.runtime import checkpoint, distributed
 from minimind.runtime.shapes import check_plain
 from minimind.trainer.archive import val_identity
-from minimind.trainer.progress import Progress, TrainState
+from minimind.trainer.intact import AGAIN, WHOLE, check_fits, check_whole
+from minimind.trainer.progress import Progress
 from minimind.trainer.recipe import Data, Recipe
 
 # 配置里与数学无关的键；首尾的记号随分词器，分词器另外核对
@@ -28,20 +28,9 @@ IGNORED_CONFIG = (
     *("dtype", "torch_dtype", "architectures", "_name_or_path", "flash_attn", "use_cache"),
     *("bos_token_id", "eos_token_id"),
 )
-AGAIN = "去掉 --from_resume 重新训练"
 SAME = "用与存档相同的参数，或去掉 --from_resume 重新训练"
 # 学习率变化超过这个比例就叫“跳”
 JUMP = 0.05
-# 存档里一定有的，各是什么类型
-PARTS: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("config", "args", "identity", "progress", "model", "optimizer"), Mapping),
-    **dict.fromkeys(("metrics", "recipe_state"), Mapping),
-    "rng": list,
-    "lr_scales": (Mapping, type(None)),
-    "scaler": (Mapping, type(None)),
-    **dict.fromkeys(("total_steps", "world_size"), int),
-    "train_loss": float,
-}
 # 哪一类里的哪些参数变了：{类: {参数: (存档里的值, 现在的值)}}
 Changes = dict[str, dict[str, tuple[Any, Any]]]
 
@@ -110,30 +99,8 @@ def effects(saved: dict[str, Any], recipe: Recipe, state: Progress) -> list[str]
 # ---------------------------------------------------------------- 存档
 
 
-def check_parts(saved: Mapping[str, Any], where: str) -> None:
-    """存档里该有的都有、是该有的样子：别的程序写的、别的版本写的、被改过的，现在就说，不等还原到一半。
-
-    Raises:
-        UserError: 缺一样，或类型不对。
-    """
-    for name, kind in PARTS.items():
-        if name not in saved:
-            raise UserError(f"续训存档里没有 {name}", where=where, fix=AGAIN)
-        if not isinstance(saved[name], kind):
-            raise UserError(f"续训存档里的 {name} 是 {type(saved[name]).__name__}", where=where, fix=AGAIN)
-    names, own = set(saved["progress"]), {field.name for field in fields(TrainState)}
-    unknown, missing = names - own, {"epoch", "samples", "step"} - names
-    if unknown or missing or not all(saved["progress"][n] >= 0 for n in ("epoch", "samples", "step")):
-        raise UserError(
-            f"续训存档里的 progress 是 {saved['progress']}",
-            where=where,
-            expected=f"有 epoch、samples、step（都不小于 0），没有 {'、'.join(sorted(own))} 之外的",
-            fix=AGAIN,
-        )
-
-
 def load(args: Any, model: nn.Module, identity: dict[str, Any]) -> dict[str, Any]:
-    """读续训存档并核对，发给各进程（它只在主进程的磁盘上有）；没有存档是空的。
+    """读续训存档并核对，发给各进程（它只在主进程的磁盘上有）；没有存档是空的，有则另带着 ``where``：读自哪个文件。
 
     Raises:
         UserError: 存档不全，或结构、决定结果的参数、各种文件的内容与存档的不同。
@@ -146,20 +113,20 @@ def load(args: Any, model: nn.Module, identity: dict[str, Any]) -> dict[str, Any
         if saved is None:
             say(f"没有续训存档 {path}，从头开始。")
             return {}
-        check_parts(saved, str(path))
+        check_whole(saved, str(path))
         config = {k: v for k, v in checkpoint.config_dict(model.config).items() if k not in IGNORED_CONFIG}
         check_arguments(changes(saved["args"], args), str(path))
         checkpoint.check_same_config(saved["config"], config, str(path), SAME)
         checkpoint.check_same_config(saved["identity"], identity, str(path), SAME)
-        check_plain(saved["model"], path)
+        check_plain(saved["model"], f"{path} 的 model", WHOLE)
         checkpoint.check_state(model, saved["model"], path, AGAIN)
-        return saved
+        return {**saved, "where": str(path)}
 
     return distributed.broadcast_state(distributed.on_main(read), next(model.parameters()).device)
 
 
 @contextlib.contextmanager
-def _fitting(name: str) -> Iterator[None]:
+def _fitting(name: str, where: str) -> Iterator[None]:
     """还原存档里的一样；它缺一块、多一块、类型不对，就说是哪一样。"""
     try:
         yield
@@ -167,9 +134,9 @@ def _fitting(name: str) -> Iterator[None]:
         reason = f"{type(error).__name__}：{error}".splitlines()[0][:120]
         raise UserError(
             f"存档里的 {name} 与现在的对不上（{reason}）",
-            where="--from_resume 1",
+            where=where,
             expected="这个配方、这个版本存下的续训存档",
-            fix=AGAIN,
+            fix=WHOLE,
         ) from error
 
 
@@ -177,17 +144,20 @@ def restore(
     saved: dict[str, Any], model: nn.Module, optimizer: Any, scaler: Any, state: Progress, recipe: Recipe
 ) -> None:
     """权重、优化器、缩放器与配方自己的状态还原成存档里的；``state`` 建立时已经读过进度。"""
+    where = saved["where"]
+    check_fits(saved, model, optimizer, where)
     model.load_state_dict(saved["model"])
     options = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    with _fitting("optimizer"):
+    with _fitting("optimizer", where):
         optimizer.load_state_dict(saved["optimizer"])
     # 存档里只取动量；各组的设置（学习率的倍数、迭代的精度）以现在的参数为准，该相同的前面已经核对过
     for group, option in zip(optimizer.param_groups, options):
         group.update(option)
     if saved["scaler"] and scaler.is_enabled():
-        scaler.load_state_dict(saved["scaler"])
+        with _fitting("scaler", where):
+            scaler.load_state_dict(saved["scaler"])
     state.train_loss, state.metrics = saved["train_loss"], saved["metrics"]
     for name, part in recipe.extra_state.items():
-        with _fitting(f"recipe_state 的 {name}"):
+        with _fitting(f"recipe_state 的 {name}", where):
             part.load_state_dict(saved["recipe_state"][name])
     say(f"读入续训存档：已完成 {state.step} 步（{state.epoch} 轮又 {state.samples} 个样本）。")

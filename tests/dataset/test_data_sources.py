@@ -102,6 +102,9 @@ def test_几段相接的压缩文件都读完(tmp_path):
     ("data", "words"),
     [
         (b"PK\x03\x04", "zip 压缩文件"),
+        (gzip.compress(b"{}"), "这是gzip 压缩文件.*gunzip"),  # 只解一层
+        (b"\x28\xb5\x2f\xfd...", "这是zstd 压缩文件.*zstd -d"),
+        (b"PAR1...", "这是parquet 文件"),
         ("文".encode("utf-16"), "UTF-16"),
         (b"\0" * 64, "二进制文件"),
         (b"", "是空的"),

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minimind.dataset import jsonl
-from minimind.dataset.jsonl import DataError, check_readable, line_ranges, parse_line, read_lines
-from minimind.dataset.sources import read_records
+from minimind.dataset.jsonl import DataError, line_ranges, parse_line, read_lines
+from minimind.dataset.sources import read_records, shell_of
 from minimind.errors import UserError
 
 
@@ -153,9 +153,7 @@ def test_过长的行报行号而不是吃光内存(tmp_path, monkeypatch):
     ("head", "word"),
     [
         ("文".encode("utf-16"), "UTF-16"),
-        (b"\x1f\x8b\x08", "gzip"),
         (b"PK\x03\x04", "zip"),
-        (b"PAR1", "parquet"),
         (b"version https://git-lfs.github.com/spec/v1", "LFS"),
     ],
 )
@@ -163,17 +161,17 @@ def test_认出不是文本的文件(tmp_path, head, word):
     path = tmp_path / "a.jsonl"
     path.write_bytes(head + b"...")
     with pytest.raises(UserError, match=word):
-        check_readable(path)
+        shell_of(path)
 
 
 def test_文件不存在与空文件各有一句话(tmp_path):
     with pytest.raises(UserError, match="minimind data download"):
-        check_readable(tmp_path / "没有.jsonl")
+        shell_of(tmp_path / "没有.jsonl")
     (tmp_path / "空.jsonl").touch()
     with pytest.raises(UserError, match="是空的"):
-        check_readable(tmp_path / "空.jsonl")
+        shell_of(tmp_path / "空.jsonl")
     with pytest.raises(UserError, match="文件夹"):
-        check_readable(tmp_path)
+        shell_of(tmp_path)
 
 
 def test_数据错误可以跨进程传递():

@@ -115,7 +115,8 @@ def test_要本项目的结构就带着模型文件_没装本项目也能打开(
         ["tiny", str(tmp_path / "hf"), "--save_dir", str(tmp_path / "out"), "--dtype", "float32"]
         + ["--layout", "minimind"]
     ) in (None, 0)
-    assert {p.name for p in (tmp_path / "hf").glob("*.py")} == {"model_minimind.py", "kernels.py", "hf.py"}
+    files = {"model_minimind.py", "kernels.py", "cpu_attention.py", "hf.py"}
+    assert {p.name for p in (tmp_path / "hf").glob("*.py")} == files
     here = load_for_inference(load_from=str(tmp_path / "hf"), device="cpu", dtype="float32").model
     assert type(here) is type(ours)  # 装了本项目时用自己的类，不执行目录里的代码
     torch.save(ids, tmp_path / "ids.pt")
@@ -129,7 +130,7 @@ def test_要本项目的结构就带着模型文件_没装本项目也能打开(
         check=True, cwd=tmp_path / "别处", timeout=300, env=environment,
     )  # fmt: skip
     copied = {p.name for p in (tmp_path / "home" / "modules" / "transformers_modules").rglob("*.py")}
-    assert {"model_minimind.py", "kernels.py", "hf.py"} <= copied
+    assert files <= copied
     logits, text = torch.load(tmp_path / "out.pt")
     with torch.no_grad():
         expected = ours(ids).logits

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from minimind.model import MiniMindConfig, MiniMindForCausalLM, kernels
-from minimind.model.kernels import _SegmentAttentionCPU, attention
+from minimind.model import MiniMindConfig, MiniMindForCausalLM, cpu_attention, kernels
+from minimind.model.cpu_attention import SegmentAttention
+from minimind.model.kernels import attention
 from minimind.model.model_minimind import plain_attention
 
 
@@ -58,7 +59,7 @@ def test_分块注意力的值与梯度等于_SDPA(lengths, heads, dim):
     )
     edges = torch.tensor([0] + lengths).cumsum(0).tolist()
     segments = list(pairwise(edges))
-    ours = _SegmentAttentionCPU.apply(q, k, v, segments)
+    ours = SegmentAttention.apply(q, k, v, segments)
     parts = [
         F.scaled_dot_product_attention(
             *(t[a:b].transpose(0, 1).unsqueeze(0) for t in (q, k, v)), is_causal=True, enable_gqa=True
@@ -127,13 +128,13 @@ def test_半精度_只管几段时_别的行不碍事(dtype, shape):
 
 def test_半精度_段的长短怎样变_乘法的形状只有几种(monkeypatch):
     """oneDNN 给每种形状现编一个内核：四十批各不相同的长短，形状要数得清。"""
-    shapes, plain = set(), _SegmentAttentionCPU._probability
+    shapes, plain = set(), cpu_attention._probability
 
     def noting(q, k, future):
         shapes.add((q.dtype, q.shape, k.shape))
         return plain(q, k, future)
 
-    monkeypatch.setattr(_SegmentAttentionCPU, "_probability", staticmethod(noting))
+    monkeypatch.setattr(cpu_attention, "_probability", noting)
     generator = torch.Generator().manual_seed(0)
     for _ in range(40):
         lengths = torch.randint(1, 200, (6,), generator=generator).tolist()
@@ -146,13 +147,13 @@ def test_半精度_段的长短怎样变_乘法的形状只有几种(monkeypatch
 
 
 def test_分块注意力通过数值梯度检查(monkeypatch):
-    monkeypatch.setattr(_SegmentAttentionCPU, "BLOCK", 3)
+    monkeypatch.setattr(cpu_attention, "BLOCK", 3)
     monkeypatch.setattr(torch.Tensor, "float", lambda t: t)  # 让内部保持双精度，数值微分才看得准
     monkeypatch.setattr(
         torch, "_softmax_backward_data", lambda g, p, dim, dtype: p * (g - (g * p).sum(dim, keepdim=True))
     )
     q, k, v = (torch.randn(9, n, 4, dtype=torch.float64, requires_grad=True) for n in (4, 2, 2))
-    assert torch.autograd.gradcheck(lambda *t: _SegmentAttentionCPU.apply(*t, [(0, 2), (2, 9)]), (q, k, v))
+    assert torch.autograd.gradcheck(lambda *t: SegmentAttention.apply(*t, [(0, 2), (2, 9)]), (q, k, v))
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -251,7 +252,7 @@ def test_变长内核分支用替身也不泄漏(monkeypatch, options):
         assert given.keys() <= options and longest_q == longest_k == 150
         assert given.get("window_size", (-1, 0)) == (-1, 0) and given.get("is_causal", True)
         assert given.get("enable_gqa") or k.shape[1] == q.shape[1]
-        return _SegmentAttentionCPU.apply(q, k, v, list(pairwise(edges_q.tolist())))
+        return SegmentAttention.apply(q, k, v, list(pairwise(edges_q.tolist())))
 
     monkeypatch.setattr(kernels, "varlen_attn", stand_in)
     monkeypatch.setattr(kernels, "_VARLEN_OPTIONS", options)

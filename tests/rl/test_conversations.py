@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from minimind.dataset.collate import IGNORE
 from minimind.inference.generate import context_length
-from minimind.model import MiniMindConfig, MiniMindForCausalLM
 from minimind.objectives.logprobs import target_logits
 from minimind.rl.conversations import (
     ConversationRollout,
@@ -42,25 +41,6 @@ WILD = [
     "\x00",
     "'\"{}",
 ]
-
-
-@pytest.fixture(scope="module", params=["v2", "v3", "moe"])
-def model(request):
-    torch.manual_seed(0)
-    config = MiniMindConfig(
-        arch="v3" if request.param == "v3" else "v2",
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=len(TOKENIZER),
-        use_moe=request.param == "moe",
-        initializer_range=0.3,
-    )
-    model = MiniMindForCausalLM(config)
-    with torch.no_grad():  # 结束符与调用标签常被抽到，几回合才走得起来
-        model.lm_head.weight[EOS] *= 5
-    return model.eval()
 
 
 class AlwaysCalls:

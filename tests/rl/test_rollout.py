@@ -6,31 +6,6 @@ import torch
 from minimind.model import MiniMindConfig, MiniMindForCausalLM
 from minimind.objectives.logprobs import selected_logprobs, target_logits
 from minimind.rl.rollout import LocalRollout, response_batch
-from minimind.tokenizer import load_tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer()
-
-
-@pytest.fixture(scope="module", params=["v2", "v3", "moe"])
-def model(request, tokenizer):
-    torch.manual_seed(0)
-    config = MiniMindConfig(
-        arch="v3" if request.param == "v3" else "v2",
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=len(tokenizer),
-        use_moe=request.param == "moe",
-        initializer_range=0.3,
-    )
-    model = MiniMindForCausalLM(config)
-    with torch.no_grad():  # 让结束符常被抽到，长短才会参差
-        model.lm_head.weight[tokenizer.eos_token_id] *= 5
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +16,7 @@ def prompts(tokenizer):
 
 
 def sampler(model, tokenizer, **options):
-    return LocalRollout(model, tokenizer, **{"max_new_tokens": 24, "temperature": 0.8, **options})
+    return LocalRollout(model.train(), tokenizer, **{"max_new_tokens": 24, "temperature": 0.8, **options})
 
 
 def test_次序与形状(model, tokenizer, prompts):

@@ -12,7 +12,6 @@ from minimind.errors import UserError
 from minimind.model import MiniMindConfig, MiniMindForCausalLM
 from minimind.rl.remote import RemoteRollout
 from minimind.rl.rollout import response_batch
-from minimind.tokenizer import load_tokenizer
 
 EOS = 2
 
@@ -66,11 +65,6 @@ def stand():
     for one in made:
         one.server.shutdown()
         one.server.server_close()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer()
 
 
 def completions(body):

@@ -11,7 +11,7 @@ import torch
 from minimind import selftest
 from minimind.inference.cuda_graph import GraphedDecode
 from minimind.inference.engine import Engine
-from minimind.model import kernels, model_minimind
+from minimind.model import cpu_attention, model_minimind
 from minimind.runtime import checkpoint, device
 from minimind.selftest import decoding, numerics, pair, toys, training
 from minimind.selftest.rows import FAILED, PASSED, run_check
@@ -68,7 +68,7 @@ def zero_segment_gradient(patch):
     def backward(ctx, grad):
         return (*(torch.zeros_like(t) for t in ctx.saved_tensors), None)
 
-    patch.setattr(kernels._SegmentAttentionCPU, "backward", staticmethod(backward))
+    patch.setattr(cpu_attention.SegmentAttention, "backward", staticmethod(backward))
 
 
 def mask_ignored(patch):
