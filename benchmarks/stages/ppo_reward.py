@@ -14,7 +14,7 @@ FIGURE = {
     **_reward.FIGURE,
 }
 STEPS = 28
-SETTINGS = {"optimizer": "adamw", "learning_rate": 2e-4, "kl_coef": 0.06, "reward": "auto:1.5,model:2"}
+SETTINGS = {"optimizer": "adamw", "learning_rate": 2e-4, "kl_coef": 0.05, "reward": "auto:1.5,model:2"}
 before = _reward.before
 
 
