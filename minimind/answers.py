@@ -75,7 +75,7 @@ def well_formed(response: str) -> bool:
 def numbers_in(text: str) -> list[float]:
     """文字里出现的数，按顺序。半角千分位逗号属于数，全角逗号总是分隔。"""
     text = THOUSANDS.sub("", text)
-    return [float(n) for n in NUMBER.findall(unicodedata.normalize("NFKC", text))]
+    return [float(n) for n in NUMBER.findall(unicodedata.normalize("NFKC", text).replace("−", "-"))]
 
 
 def last_number(text: str, fractions: bool = True) -> float | None:

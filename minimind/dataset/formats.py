@@ -65,9 +65,13 @@ def is_alpaca(record: dict[str, Any]) -> bool:
 
 def speaker(turn: dict[str, Any]) -> str | None:
     """一个回合是谁说的，两种写法都认；认不出返回 None。"""
-    name = turn.get("role", turn.get("from"))
-    role = SPEAKERS.get(name.lower()) if type(name) is str else None
+    role = _role(turn.get("role", turn.get("from")))
     return "assistant" if role == "call" else role
+
+
+def _role(name: Any) -> str | None:
+    """说话人的叫法 → 角色；认不出返回 None。"""
+    return SPEAKERS.get(name.lower()) if type(name) is str else None
 
 
 def in_their_words(error: DataError, record: dict[str, Any]) -> DataError:
@@ -94,7 +98,8 @@ def _turn(turn: Any, path: str) -> Any:
         return turn
     turn = dict(turn)
     for theirs, ours in (("from", "role"), ("value", "content")):
-        if theirs in turn and ours in turn:
+        same = theirs == "from" and _role(turn.get(theirs)) == _role(turn.get(ours)) is not None
+        if theirs in turn and ours in turn and not same:
             conflict(f"{path}.{theirs}", ours, turn[theirs], turn[ours])
         if theirs in turn:
             turn[ours] = turn.pop(theirs)
@@ -106,7 +111,7 @@ def _turn(turn: Any, path: str) -> Any:
                 fix=f"补上 {theirs}",
             )
     who, said = turn["role"], turn["content"]
-    role = SPEAKERS.get(who.lower()) if type(who) is str else None
+    role = _role(who)
     if role is None:
         raise DataError(
             f"不认识的说话人 {short(who)}",

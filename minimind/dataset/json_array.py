@@ -32,6 +32,10 @@ def array_items(stream: io.BufferedReader) -> Iterator[bytes]:
                     f"数组的这一项之前是 {jsonl.short(found)}", expected="各项用逗号隔开", fix="补上逗号"
                 )
             text.skip(",")
+            if text.char() == "]":
+                raise DataError(
+                    "数组的最后一项之后多了一个逗号", expected="各项之间才有逗号", fix="删掉 ] 之前的逗号"
+                )
     text.skip("]")
     if rest := text.char():
         raise DataError(

@@ -30,6 +30,9 @@ _FOREIGN = [
     (b"\xfe\xff", "UTF-16 编码的文本", "iconv -f UTF-16 -t UTF-8 原文件 > 新文件.jsonl"),
     (b"\x1f\x8b", "gzip 压缩文件", "gunzip 原文件"),
     (b"PK\x03\x04", "zip 压缩文件", "unzip 原文件"),
+    (b"BZh", "bzip2 压缩文件", "bunzip2 原文件"),
+    (b"\xfd7zXZ\x00", "xz 压缩文件", "xz -d 原文件"),
+    (b"7z\xbc\xaf\x27\x1c", "7z 压缩文件", "7z x 原文件"),
     (b"\x28\xb5\x2f\xfd", "zstd 压缩文件", "zstd -d 原文件"),
     (
         b"PAR1",

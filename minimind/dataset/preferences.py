@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from minimind.console import say
 from minimind.dataset.base import CachedDataset, choose, lost_words
 from minimind.dataset.collate import IGNORE, collate_dpo, collate_kto
-from minimind.dataset.schema import detect_kind
+from minimind.dataset.schema import guess_kind
 from minimind.dataset.spec import parse_spec
 
 
@@ -123,7 +124,7 @@ class KTODataset(DPODataset):
     """
 
     def __init__(self, data_path: str | Path, *args, **kwargs):
-        self.paired = detect_kind(parse_spec(data_path, "--data_path")[0].files[0]) != "kto"
+        self.paired = guess_kind(parse_spec(data_path, "--data_path")[0].files[0]) == "dpo"
         if self.paired:
             super().__init__(data_path, *args, **kwargs)
             self.docs = np.concatenate([2 * self.pairs, 2 * self.pairs + 1])
@@ -132,6 +133,7 @@ class KTODataset(DPODataset):
             self.kind = "kto"
             CachedDataset.__init__(self, data_path, *args, **kwargs)
             self._choose_rows()
+            self._tell_one_sided()
         self.others = mismatched(self.cache.split_hash[self.docs])
 
     def _choose_rows(self) -> None:
@@ -150,6 +152,18 @@ class KTODataset(DPODataset):
             "truncated_share": float((cut > 0).mean()) if len(cut) else 0.0,
             "dropped": len(rows) - len(usable),
         } | ({"shares": shares} if shares else {})
+
+    def _tell_one_sided(self) -> None:
+        """只有好的或只有坏的：照样训练，但没有另一边可比，多半是标签列弄错了。"""
+        if self.split == "val" or not len(self.docs):
+            return
+        first = bool(self.cache.record(int(self.docs[0]))["label"])
+        if all(bool(self.cache.record(int(doc))["label"]) == first for doc in self.docs[1:]):
+            have, lack = ("好", "坏") if first else ("坏", "好")
+            say(
+                f"留意：{self.cache.name} 的 {len(self.docs):,} 条全是{have}的（label 都是 {'true' if first else 'false'}），"
+                f"一条{lack}的也没有，没有另一边可比。检查 label 是不是弄错了。"
+            )
 
     @property
     def fingerprint(self) -> str:

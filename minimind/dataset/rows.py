@@ -58,7 +58,7 @@ class Rows:
                 f"输出文件叫 {out.name}",
                 where="输出",
                 expected="以 .jsonl 结尾的名字",
-                fix=f"写成 {out.stem}.jsonl",
+                fix=f"写成 {out.name.split('.')[0] or 'out'}.jsonl",
             )
         files = [file for part in parts for file in part.files]
         if out.resolve() in {file.resolve() for file in files}:

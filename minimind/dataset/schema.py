@@ -17,6 +17,7 @@ JSON）；几 GB 的文件差出几分钟，而且它的报错说不出“怎么
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -198,7 +199,8 @@ def _field(record: dict[str, Any], name: str, kind: str) -> Any:
     if "messages" in record and kind in ("sft", "rl"):
         fix = "这是 OpenAI 的格式：把 messages 改名为 conversations"
     elif other and other != kind and {other, kind} != {"sft", "rl"}:
-        fix = f"这像是 {other} 数据，换用对应的训练命令；{kind} 数据每行形如 {_EXAMPLES[kind]}"
+        command = "用 minimind dpo --loss_type kto" if other == "kto" else "换用对应的训练命令"
+        fix = f"这像是 {other} 数据，{command}；{kind} 数据每行形如 {_EXAMPLES[kind]}"
     elif near := difflib.get_close_matches(name, keys, 1, 0.6):
         fix = f"把 {near[0]} 改名为 {name}"
     raise DataError(f"缺少字段，只有 {short(keys)}", field=name, expected=f"字段 {name}", fix=fix)
@@ -208,8 +210,8 @@ def _guess_kind(record: dict[str, Any]) -> str | None:
     """由字段猜种类；猜不出返回 None。"""
     if "chosen" in record or "rejected" in record:
         return "dpo"
-    labelled = type(record.get("label")) is bool and ("conversations" in record or "messages" in record)
-    if labelled or ("prompt" in record and "completion" in record):
+    talk = "conversations" in record or "messages" in record or is_alpaca(record)
+    if (type(record.get("label")) is bool and talk) or ("prompt" in record and "completion" in record):
         return "kto"
     if is_alpaca(record):
         answer = record.get("output")
@@ -227,15 +229,10 @@ def _guess_kind(record: dict[str, Any]) -> str | None:
     return "pretrain" if "text" in record else None
 
 
-def detect_kind(path: str | Path) -> str:
-    """看文件（任一种外壳）开头的记录猜种类；有参考答案的强化学习数据与 sft 分不清，算作 sft。
-
-    Raises:
-        UserError: 开头的几十行都猜不出。
-    """
-    path = resolve_path(path)
+def guess_kind(path: str | Path) -> str | None:
+    """看文件（任一种外壳）开头的记录猜种类；猜不出返回 None。"""
     size = 0
-    for raw in raw_lines(path):
+    for raw in raw_lines(resolve_path(path)):
         try:
             record = parse_line(raw)
         except DataError:
@@ -244,6 +241,20 @@ def detect_kind(path: str | Path) -> str:
             return kind
         if (size := size + len(raw)) > GUESS_BYTES:
             break
+    return None
+
+
+def detect_kind(path: str | Path) -> str:
+    """:func:`guess_kind`；有参考答案的强化学习数据与 sft 分不清，算作 sft。
+
+    Raises:
+        UserError: 一条记录也没有，或开头的都猜不出。
+    """
+    if kind := guess_kind(path):
+        return kind
+    path = resolve_path(path)
+    if all(not raw.strip() for raw in itertools.islice(raw_lines(path), 1000)):
+        raise UserError(f"{path} 里没有一条记录", expected="每行一个 JSON 对象", fix="换一个文件")
     raise UserError(
         "看不出是哪种数据",
         where=str(path),

@@ -41,6 +41,7 @@ _MAGIC = (
     (b"PAR1", "parquet"),
     (b"ARROW1", "arrow"),
     (b"\xff\xff\xff\xff", "arrow"),  # IPC 流的续行标记
+    *((bytes((k, 0x2A, 0x4D, 0x18)), "zstd") for k in range(0x50, 0x60)),  # 以可跳过的帧开头，pzstd 写的就是
 )
 _NAMES = {"gzip": "gzip 压缩文件", "zstd": "zstd 压缩文件"}
 _ARRAY = re.compile(rb"\s*\[\s*(?:[{\]]|$)")

@@ -27,6 +27,9 @@ from minimind.paths import LISTED, file_problem, resolve_path
 SUM_TOLERANCE = Fraction(1, 500)
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|[-+]?(nan|inf|infinity)", re.IGNORECASE)
 _MAGIC = re.compile(r"[*?\[]")
+# 中文输入法里顺手打出的，与误当分隔的分号
+_FULL_WIDTH = re.compile("[，：、；;]")
+_HALF_WIDTH = str.maketrans({"，": ",", "：": ":", "、": ",", "；": ",", ";": ","})
 
 
 _told: set[Path] = set()  # 本进程里已经说过用了哪些文件的文件夹
@@ -144,6 +147,21 @@ def _files(name: str, flag: str) -> tuple[Path, ...]:
             where=f"{flag} {path}",
             expected="至少一个数据文件",
             fix="检查路径；子文件夹里的用 **，例如 data/**/*.jsonl",
+        )
+    wrong = None if _exists(name) else _FULL_WIDTH.search(name)
+    if wrong and any(_exists(piece.strip()) for piece in re.split(f"{_FULL_WIDTH.pattern}|[,:]", name)):
+        raise UserError(
+            f"没有叫这个名字的文件，里面有 {wrong[0]!r}",
+            where=f"{flag} {name}",
+            expected="文件:权重,文件:权重，逗号与冒号用半角",
+            fix=f"写成 {name.translate(_HALF_WIDTH)}",
+        )
+    if not _exists(name) and (share := re.fullmatch(r"(.+):(\d+)/(\d+)", name)) and _exists(share[1]):
+        raise UserError(
+            f"权重写成了分数 {share[2]}/{share[3]}",
+            where=f"{flag} {name}",
+            expected="小数",
+            fix=f"写成 {share[1]}:{int(share[2]) / (int(share[3]) or 1):.4g}",
         )
     if not flag.startswith("--"):
         from minimind.dataset.jsonl import check_exists

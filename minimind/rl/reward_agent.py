@@ -62,14 +62,25 @@ def expected_values(record: dict[str, Any]) -> list[Any]:
 
 
 def check_expected(*datasets: Any) -> None:
-    """每道题的 ``gt`` 都是能在回答里找的值；``None`` 的数据集跳过。别的（对象、null、空串）永远找不到，这道题就总是 0 分。
+    """每道题的 ``gt`` 都是能在回答里找的值，``calls`` 是次数；``None`` 的数据集跳过。
+
+    别的值（对象、null、空串、只有标点）永远找不到，这道题就总是 0 分。
 
     Raises:
         UserError: 哪一行的哪个值。
     """
     for item in (item for dataset in datasets if dataset is not None for item in dataset):
+        calls = item["record"].get("calls")
+        if calls is not None and (type(calls) is not int or calls < 0):
+            raise UserError(
+                f"是 {short(calls)}",
+                where=f"{item['source']}:{item['line']} 字段 calls",
+                expected="应有几次调用，0 以上的整数；不写就按 gt 的个数",
+                fix="改成整数，或去掉它",
+            )
         for value in expected_values(item["record"]):
-            if type(value) not in (str, int, float) or not str(value).strip():
+            finite = type(value) in (str, int) or (type(value) is float and math.isfinite(value))
+            if not finite or not normalize(str(value)):
                 raise UserError(
                     f"有一个值是 {short(value)}",
                     where=f"{item['source']}:{item['line']} 字段 gt",
@@ -81,7 +92,7 @@ def check_expected(*datasets: Any) -> None:
 def expected_calls(record: dict[str, Any]) -> int:
     """应有几次调用：微世界的题写着，公开数据一个值一次。"""
     calls = record.get("calls")
-    return calls if isinstance(calls, int) else len(expected_values(record))
+    return calls if calls is not None else len(expected_values(record))
 
 
 def share_found(text: str, wanted: Sequence[Any]) -> float:

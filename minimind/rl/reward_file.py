@@ -68,12 +68,21 @@ def load_function(file: str, name: str) -> Callable[[Sample], Any]:
 def import_file(path: Path, where: str) -> Any:
     """执行使用者的 ``.py`` 文件，得到模块；``where`` 是哪个参数让它载入的，报错用。"""
     spec = importlib.util.spec_from_file_location(f"minimind_user_{path.stem}", path)
+    if spec is None:  # 后缀不是 Python 的
+        raise UserError(
+            "不是 Python 文件", where=f"{where}（{path}）", expected="一个 .py 文件", fix="检查路径"
+        )
     module = importlib.util.module_from_spec(spec)
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))
+    sys.modules[module.__name__] = module  # 平常的 import 也是这样；dataclass、pickle 按模块名找回定义处
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # 语法错误、缺库、顶层语句出错
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # 语法错误、缺库、顶层语句出错；脚本顶层的 sys.exit() 也不该结束训练
+        del sys.modules[module.__name__]
         line = error.lineno if isinstance(error, SyntaxError) else None
         at = f"{path}:{line}" if line else _last_line_in(path, error)
         raise UserError(

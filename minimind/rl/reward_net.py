@@ -15,8 +15,9 @@ from minimind.dataset.collate import IGNORE, collate_rows, model_inputs, to_devi
 from minimind.errors import UserError
 from minimind.model import MiniMindLM
 from minimind.model.kernels import autocast_off
+from minimind.runtime.checkpoint import read_sidecar, sidecar_path
 from minimind.runtime.weights import REWARD, check_tokenizer, fill, read_weights
-from minimind.tokenizer import encode_chat_batch, load_tokenizer
+from minimind.tokenizer import encode_chat_batch, load_tokenizer, tokenizer_fingerprint
 
 
 class RewardNet(nn.Module):
@@ -61,17 +62,32 @@ def open_reward_net(path: Path, where: str, tokenizer_path: str | None = None) -
     """
     from minimind.model import MiniMindForCausalLM
 
-    file = read_weights(path)
-    if file.sidecar.get("recipe") != REWARD:
-        made_by = file.sidecar.get("recipe")
-        kind = f"是 {made_by} 训练的语言模型" if made_by else "没有旁注"
+    sidecar = read_sidecar(path) or {}
+    if sidecar.get("recipe") != REWARD:  # 没有旁注的也到此为止：从形状看不出它是怎么打分的
+        made_by, fix = (
+            sidecar.get("recipe"),
+            "先运行 python trainer/train_reward.py，再用它写出的 out/reward_….pth",
+        )
+        if made_by:
+            kind = f"是 {made_by} 训练的语言模型，没有打分头"
+        else:
+            kind = f"没有旁注 {sidecar_path(path).name}，认不出是奖励模型"
+            fix = f"把训练时写在它旁边的 JSON 一起拿来；没有了就{fix}"
         raise UserError(
-            f"是文件，不是文件夹，而这份权重{kind}，没有打分头",
+            f"是文件，不是文件夹，而这份权重{kind}",
             where=where,
             expected="minimind reward 训练的权重（旁边有它的 JSON），或奖励模型的文件夹",
-            fix="先运行 python trainer/train_reward.py，再用它写出的 out/reward_….pth",
+            fix=fix,
         )
-    tokenizer = load_tokenizer(tokenizer_path)
+    file, tokenizer = read_weights(path), load_tokenizer(tokenizer_path)
+    trained = sidecar.get("tokenizer_hash")
+    if trained and trained != tokenizer_fingerprint(tokenizer):
+        raise UserError(
+            "这个奖励模型是用另一个分词器训练的，与要练的模型的不同",
+            where=where,
+            expected="与要练的模型同一个分词器",
+            fix="从要练的这一家的权重另训练一个：python trainer/train_reward.py --from_weight …",
+        )
     check_tokenizer(path, file.sidecar, file.config, tokenizer)
     file.config.pad_token_id = tokenizer.pad_token_id
     net = RewardNet(MiniMindForCausalLM(file.config))

@@ -152,15 +152,20 @@ def check_writable(folder: Path, flag: str) -> None:
 
 
 def check_target(path: Path, force: bool) -> None:
-    """要写的是一个文件，还没有，或者给了 ``force``（命令行的 ``--force``）。
+    """要写的是一个文件，还没有，或者给了 ``force``（命令行的 ``--force``）；它的文件夹建得出来。
 
     Raises:
-        UserError: 那里是目录，或已有文件而没有 ``force``。
+        UserError: 那里是目录，或已有文件而没有 ``force``；上面的哪一层是文件，或没有写的权限。
     """
     if path.is_dir():
         raise UserError("要写的是文件，这里是一个目录", where=str(path), fix="写出文件名")
     if path.exists() and not force:
         raise UserError("文件已存在", where=str(path), fix="换一个名字，或加 --force 覆盖")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise UserError(f"{above} 是文件，不是文件夹", where=str(path), fix="换一个位置")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"没有在 {above} 里写的权限", where=str(path), fix="换一个可写的位置")
 
 
 def remove_stale(path: Path) -> None:

@@ -63,11 +63,18 @@ class Tool:
         if unknown := [name for name in values if name not in self.properties]:
             raise ToolError(f"没有参数 {'、'.join(unknown)[:100]}，只有 {'、'.join(self.properties)}")
         for name, value in values.items():
-            wanted = self.properties[name].get("type", "string")
-            if not isinstance(value, _TYPES[wanted]) or (isinstance(value, bool) and wanted != "boolean"):
-                raise ToolError(f"参数 {name} 应当是 {wanted}")
-            if value not in (allowed := self.properties[name].get("enum", [value])):
-                raise ToolError(f"参数 {name} 只能是 {'、'.join(map(str, allowed))[:200]}")
+            _check_value(value, self.properties[name], f"参数 {name} ")
+
+
+def _check_value(value: Any, schema: dict[str, Any], who: str) -> None:
+    wanted = schema.get("type", "string")
+    if not isinstance(value, _TYPES[wanted]) or (isinstance(value, bool) and wanted != "boolean"):
+        raise ToolError(f"{who}应当是 {wanted}")
+    if value not in (allowed := schema.get("enum", [value])):
+        raise ToolError(f"{who}只能是 {'、'.join(map(str, allowed))[:200]}")
+    if wanted == "array" and "items" in schema:
+        for one in value:
+            _check_value(one, schema["items"], f"{who}的每一项")
 
 
 class Toolbox:

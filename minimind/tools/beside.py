@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from minimind.tokenizer.render import dump_json
 from minimind.tools.base import Tool, ToolError
 from minimind.tools.from_file import read_tools
 
@@ -30,13 +30,22 @@ def _serve(file: str, pipe: Any) -> None:
         try:
             result = functions[name](**values)
             result = result if isinstance(result, dict) else {"result": result}
-            dump_json(result)  # 写不成 JSON 的在这里就报
+            # 写不成 JSON 的（nan 也是）在这里就报；传的是文字，使用者自己的类在那边不必认得
+            text = json.dumps(result, ensure_ascii=False, allow_nan=False)
         except ToolError as error:
-            pipe.send(("error", str(error)))
+            pipe.send(("error", _words(error)))
         except BaseException as error:  # 使用者的函数什么都可能抛，SystemExit 也不该带走这个进程
-            pipe.send(("error", f"工具出错了（{type(error).__name__}：{str(error)[:200]}）"))
+            pipe.send(("error", f"工具出错了（{type(error).__name__}：{_words(error)[:200]}）"))
         else:
-            pipe.send(("result", result))
+            pipe.send(("result", text))
+
+
+def _words(error: BaseException) -> str:
+    """异常的那句话；使用者的异常类连 ``str()`` 都可能抛。"""
+    try:
+        return str(error)
+    except Exception:
+        return "说不出原因"
 
 
 class ToolProcess:
@@ -58,9 +67,9 @@ class ToolProcess:
         Raises:
             ToolError: 工具抛了异常、超时，或进程没了。
         """
-        if self.process is None or not self.process.is_alive():
-            self._start()
         try:
+            if self.process is None or not self.process.is_alive():
+                self._start()
             self.pipe.send((name, values))
             if not self.pipe.poll(self.timeout):
                 self.close()
@@ -71,7 +80,7 @@ class ToolProcess:
             raise ToolError("工具让它的进程退出了") from None
         if kind == "error":
             raise ToolError(content)
-        return content
+        return json.loads(content)
 
     def _start(self) -> None:
         self.close()

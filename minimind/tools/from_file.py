@@ -7,7 +7,8 @@
             code: 股票代码。
         '''
 
-文件里每个不以 ``_`` 开头、就在这里定义的函数是一个工具；默认值的参数可以不给。函数在另一个进程里执行
+文件里每个不以 ``_`` 开头、就在这里定义的函数是一个工具（名字就是文件里的名字，套着 ``lru_cache`` 之类的装饰器也算）；
+有默认值的参数可以不给。函数在另一个进程里执行
 （:mod:`minimind.tools.beside`）。
 """
 
@@ -41,21 +42,35 @@ def read_tools(file: str) -> list[Tool]:
     if not path.is_file():
         raise UserError("没有这个文件", where=f"{where}（{path}）", expected="一个 .py 文件", fix="检查路径")
     module = import_file(path, where)
-    functions = [
-        value
+    functions = {
+        name: value
         for name, value in vars(module).items()
-        if inspect.isfunction(value) and value.__module__ == module.__name__ and name[0] != "_"
-    ]
+        if inspect.isfunction(inspect.unwrap(value) if callable(value) else value)
+        and value.__module__ == module.__name__
+        and name[0] != "_"
+    }
     if not functions:
         raise UserError(
             "文件里没有函数", where=where, fix="写 def 工具名(参数: str) -> dict，带一句文档字符串"
         )
-    return [tool_of(function, path, where) for function in functions]
+    return [tool_of(function, path, where, name) for name, function in functions.items()]
 
 
-def tool_of(function: Callable, path: Path, where: str) -> Tool:
-    """一个函数 → 一个工具。"""
-    at = f"{where}（{path.name}:{function.__code__.co_firstlineno} {function.__name__}）"
+def tool_of(function: Callable, path: Path, where: str, name: str) -> Tool:
+    """一个函数 → 一个叫 ``name`` 的工具。"""
+    plain = inspect.unwrap(function)
+    at = f"{where}（{path.name}:{plain.__code__.co_firstlineno} {name}）"
+    if (
+        inspect.iscoroutinefunction(plain)
+        or inspect.isgeneratorfunction(plain)
+        or inspect.isasyncgenfunction(plain)
+    ):
+        raise UserError(
+            "调用它得到的是协程或生成器，不是结果",
+            where=at,
+            expected="普通的函数，用 return 给出结果",
+            fix="去掉 async 或 yield；要等的事在函数里用 asyncio.run(…)",
+        )
     text = inspect.getdoc(function)
     if not text:
         raise UserError("没有文档字符串", where=at, fix="写一句它做什么：这就是给模型看的说明")
@@ -64,18 +79,16 @@ def tool_of(function: Callable, path: Path, where: str) -> Tool:
     except Exception as error:  # 标注是任意的表达式，求值时什么都可能抛
         raise UserError(f"读不出类型标注（{type(error).__name__}：{error}）", where=at) from error
     notes, properties, optional = _notes(text), {}, []
-    for name, parameter in inspect.signature(function).parameters.items():
+    for key, parameter in inspect.signature(function).parameters.items():
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             raise UserError(f"参数 {parameter} 不能由模型给出", where=at, expected="有名字的参数")
-        if name not in hints:
-            raise UserError(f"参数 {name} 没有类型标注", where=at, expected=EXPECTED, fix=f"写成 {name}: str")
-        schema, may_omit = _schema(hints[name], name, at)
-        properties[name] = schema | ({"description": notes[name]} if name in notes else {})
+        if key not in hints:
+            raise UserError(f"参数 {key} 没有类型标注", where=at, expected=EXPECTED, fix=f"写成 {key}: str")
+        schema, may_omit = _schema(hints[key], key, at)
+        properties[key] = schema | ({"description": notes[key]} if key in notes else {})
         if may_omit or parameter.default is not parameter.empty:
-            optional.append(name)
-    return Tool(
-        function.__name__, text.split("\n\n")[0].replace("\n", " "), properties, function, tuple(optional)
-    )
+            optional.append(key)
+    return Tool(name, text.split("\n\n")[0].replace("\n", " "), properties, function, tuple(optional))
 
 
 def _schema(hint: Any, name: str, at: str) -> tuple[dict[str, Any], bool]:
@@ -85,15 +98,23 @@ def _schema(hint: Any, name: str, at: str) -> tuple[dict[str, Any], bool]:
         return _schema(next(one for one in inner if one is not type(None)), name, at)[0], True
     if origin is typing.Literal and len({type(value) for value in inner}) == 1 and type(inner[0]) in _SIMPLE:
         return {"type": _SIMPLE[type(inner[0])], "enum": list(inner)}, False
-    if origin is list and inner and inner[0] in _SIMPLE:
-        return {"type": "array", "items": {"type": _SIMPLE[inner[0]]}}, False
+    if origin is list and inner and inner[0] is not Any:
+        return {"type": "array", "items": _schema(inner[0], name, at)[0]}, False
     if (origin or hint) in _SIMPLE:
         return {"type": _SIMPLE[origin or hint]}, False
     raise UserError(f"参数 {name} 的类型是 {hint}", where=at, expected=EXPECTED, fix="换成其中之一")
 
 
 def _notes(text: str) -> dict[str, str]:
-    """文档字符串的 ``Args:`` 一节：参数名 → 一句说明。"""
+    """文档字符串的 ``Args:`` 一节：参数名 → 一句说明；缩得更深的行接在上一行后面。"""
     section = re.search(r"^(?:Args|参数)[:：]\n((?:[ \t]+.*\n?|\n)+)", text, re.M)
-    found = re.findall(r"^[ \t]+(\w+)(?: \([^)]*\))?[:：][ \t]*(.+)$", section[1], re.M) if section else []
-    return dict(found)
+    notes: dict[str, str] = {}
+    last = ""
+    for line in inspect.cleandoc("\n" + section[1]).splitlines() if section else []:
+        indent = len(line) - len(line.lstrip())
+        found = re.match(r"(\w+)(?: \([^)]*\))?[:：][ \t]*(.*)$", line)
+        if found:
+            last, notes[found[1]] = found[1], found[2]
+        elif last and indent and line.strip():
+            notes[last] = f"{notes[last]} {line.strip()}".strip()
+    return {name: note for name, note in notes.items() if note}

@@ -40,7 +40,7 @@ class Toolset:
 
     def names(self, record: dict[str, Any]) -> list[str]:
         """这道题列着的工具名。"""
-        return [str((tool.get("function") or tool).get("name")) for tool in self.listed(record)]
+        return [str((tool.get("function") or tool).get("name") or "") for tool in self.listed(record)]
 
     def for_record(self, record: dict[str, Any]) -> Toolbox:
         """这道题的工具箱：只有它列着的。"""
@@ -55,6 +55,13 @@ class Toolset:
         """
         for item in (item for dataset in datasets if dataset is not None for item in dataset):
             known = self._known(item["record"])
+            if "" in self.names(item["record"]):
+                raise UserError(
+                    "列着的一个工具没有名字",
+                    where=f"{item['source']}:{item['line']} 字段 tools",
+                    expected='{"type": "function", "function": {"name": …, "parameters": …}}',
+                    fix="补上 name，或去掉它",
+                )
             if missing := [name for name in self.names(item["record"]) if name not in known]:
                 raise UserError(
                     f"列着工具 {'、'.join(missing)[:100]}，没有人会执行它",

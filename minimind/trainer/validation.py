@@ -101,7 +101,8 @@ def validate(
     parts = gather_objects(extras)  # 行数少时有的进程一行也没分到，没有这些项
     for name in dict.fromkeys(name for part in parts for name in part):
         total, number = map(sum, zip(*(part[name] for part in parts if name in part)))
-        result[f"val_{name}"] = total / max(number, 1.0)
+        if number:  # 一条也没有的（KTO 的验证集只有好的）不是 0，是没有
+            result[f"val_{name}"] = total / max(number, 1.0)
     return result
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from data_helpers import SHELLS, chat, lines_of, write_shell
 
 from minimind.cli import main
 from minimind.dataset import mix as mix_module
-from minimind.dataset.dedup import shingles
+from minimind.dataset.dedup import Near, shingles
 
 
 def run(capsys, *argv) -> tuple[int, str]:
@@ -52,14 +53,23 @@ def test_convert几个文件接起来_坏行报错或跳过(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("out", "words"),
-    [("a.jsonl", "输出就是输入之一"), ("out.parquet", "以 .jsonl 结尾"), ("夹.jsonl", "是一个目录")],
+    [
+        ("a.jsonl", "输出就是输入之一"),
+        ("out.parquet", "写成 out.jsonl"),
+        ("out.jsonl.gz", "写成 out.jsonl"),
+        ("夹.jsonl", "是一个目录"),
+        ("a.jsonl/夹/out.jsonl", "a.jsonl 是文件，不是文件夹"),
+    ],
 )
-def test_convert输出不对就不动手(out, words, tmp_path, capsys):
+def test_输出不对就不动手(out, words, tmp_path, capsys):
     source = write_shell(tmp_path / "a.jsonl", [chat("问", "答")])
     (tmp_path / "夹.jsonl").mkdir()
     before = source.read_bytes()
-    code, said = run(capsys, "convert", source, tmp_path / out, "--force")
-    assert code == 2 and words in said and source.read_bytes() == before
+    for command in ("convert", "mix", "dedup"):
+        code, said = run(capsys, command, source, tmp_path / out, "--force")
+        assert code == 2 and words in said and source.read_bytes() == before
+    code, said = run(capsys, "dedup", source, tmp_path / "o.jsonl", "--removed", source / "r.jsonl")
+    assert code == 2 and "是文件，不是文件夹" in said and not (tmp_path / "o.jsonl").exists()
 
 
 def test_不是同一种数据不能合在一起(tmp_path, capsys):
@@ -262,3 +272,55 @@ def test_check的图要以png结尾(tmp_path, capsys):
     path = write_shell(tmp_path / "a.jsonl", [{"text": "好"}])
     code, said = run(capsys, "check", path, "--histogram", tmp_path / "a.jpg")
     assert code == 2 and "--histogram" in said and ".png" in said
+
+
+def ask(text: str, **more) -> dict:
+    turns = [{"role": "user", "content": text}, {"role": "assistant", "content": ""}]
+    return {"conversations": turns, **more}
+
+
+def test_dedup文字相同而答案资料好坏不同的都留下(tmp_path, capsys):
+    pytest.importorskip("datasketch")
+    question, path, out = (
+        "张宁的笔名是什么？请查一查资料再回答我。",
+        tmp_path / "a.jsonl",
+        tmp_path / "b.jsonl",
+    )
+    rows = [
+        ask(question, gt=["月土"], lookup={"张宁": {"笔名": "月土"}}),
+        ask(question, gt=["布树"], lookup={"张宁": {"笔名": "布树"}}),
+        ask(question, gt=["布树"], lookup={"张宁": {"笔名": "布树"}}, id=7),  # 只有编号不同：重复
+        ask(f"{question}？", gt=["布树"], lookup={"张宁": {"笔名": "布树"}}),  # 多一个问号：近似重复
+    ]
+    path.write_bytes(lines_of(rows))
+    code, said = run(capsys, "dedup", path, out)
+    assert code == 0 and "完全重复 1 条" in said and "1 条（25.0%）；留下 2 条" in said
+    assert [row["gt"] for row in read(out)] == [["月土"], ["布树"]]
+    answer = {"prompt": "今天天气怎么样啊朋友", "completion": "今天天气不错适合出门走走"}
+    path.write_bytes(lines_of([{**answer, "label": label} for label in (True, False, True)]))
+    code, said = run(capsys, "dedup", path, out, "--force")
+    assert code == 0 and [row["label"] for row in read(out)] == [True, False]
+
+
+@pytest.mark.parametrize(("near", "kept"), [("1", 2), ("0.99", 2), ("0.5", 1)])
+def test_dedup门槛高到一也行(near, kept, tmp_path, capsys):
+    pytest.importorskip("datasketch")
+    base = "云川的春天来得早，三月初桃花就开了，河边的柳树也绿了，孩子们在堤上放风筝。"
+    rows = [{"text": base}, {"text": base.replace("三月", "二月")}, {"text": f"{base} "}]
+    (tmp_path / "a.jsonl").write_bytes(lines_of(rows))
+    code, said = run(capsys, "dedup", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--near", near)
+    assert code == 0 and len(read(tmp_path / "b.jsonl")) == kept, said
+
+
+def test_dedup相似度够的几乎都找得到():
+    """片段相似度 0.86 的两百对：候选找得不全的话，其中四分之一会漏掉。"""
+    pytest.importorskip("datasketch")
+    rng, near, found = random.Random(0), Near(0.8), 0
+    for i in range(200):
+        text = "".join(rng.choices("天地玄黄宇宙洪荒日月盈昃辰宿列张寒来暑往", k=66))
+        other = text[:61] + "".join(rng.choices("秋收冬藏", k=5))
+        ours, theirs = shingles(text), shingles(other)
+        assert 0.83 < len(ours & theirs) / len(ours | theirs) < 0.88
+        near.keep(i, near.find(text)[2])
+        found += i in near.index.query(near.find(other)[2])
+    assert found >= 196

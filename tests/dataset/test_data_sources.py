@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import sys
 
 import numpy as np
@@ -105,6 +107,8 @@ def test_几段相接的压缩文件都读完(tmp_path):
         (gzip.compress(b"{}"), "这是gzip 压缩文件.*gunzip"),  # 只解一层
         (b"\x28\xb5\x2f\xfd...", "这是zstd 压缩文件.*zstd -d"),
         (b"PAR1...", "这是parquet 文件"),
+        (bz2.compress(b"x"), "bzip2 压缩文件"),
+        (lzma.compress(b"x"), "xz 压缩文件"),
         ("文".encode("utf-16"), "UTF-16"),
         (b"\0" * 64, "二进制文件"),
         (b"", "是空的"),
@@ -133,7 +137,8 @@ def test_压缩文件里过长的行报行号(tmp_path, monkeypatch):
         ('[{"text": "甲"}, {"text": 乙}]', 2, "不是合法的 JSON"),
         ('[{"text": "甲"}, {"text": "乙"}', 3, "没有结束"),
         ('[{"text": "甲"}]\n[{"text": "乙"}]', 2, "结束之后还有"),
-        ('[{"text": "甲"},]', 2, "不是合法的 JSON"),
+        ('[{"text": "甲"},]', 2, "多了一个逗号"),
+        ('[{"text": "甲"},\n \n]', 2, "多了一个逗号"),
     ],
 )
 def test_写坏的JSON数组说出第几项(text, line, words, tmp_path):
@@ -212,3 +217,75 @@ def test_旧缓存里的坏行_认得的写法变多之后重新来过(tmp_path,
     (cache.folder / "meta.json").write_text(json.dumps(meta), "utf-8")
     assert len(build_cache(path, "sft", tokenizer)) == 2
     assert len(SFTDataset(path, tokenizer, 64).packing.doc) == 2
+
+
+def _table(kind: str, path, table) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if kind == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_列式文件里同名的列_不悄悄只留后一个(kind, tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    turn = pa.StructArray.from_arrays(
+        [pa.array(["user"]), pa.array(["问"]), pa.array(["又问"])], names=["role", "content", "content"]
+    )
+    tables = {
+        "text": pa.Table.from_arrays([pa.array(["甲"]), pa.array(["乙"])], names=["text", "text"]),
+        "conversations[].content": pa.table(
+            {"conversations": pa.ListArray.from_arrays(pa.array([0, 1]), turn)}
+        ),
+    }
+    for field, table in tables.items():
+        path = tmp_path / f"a.{kind}"
+        _table(kind, path, table)
+        with pytest.raises(DataError, match="2 列都叫这个名字") as caught:
+            list(raw_lines(path))
+        assert (caught.value.file, caught.value.field) == (str(path), field)
+
+
+def test_列式文件里map的同名的键_说出是哪一行(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    rows = [[("text", "甲")], [("text", "乙"), ("text", "丙")]]
+    _table(
+        "parquet", tmp_path / "a.parquet", pa.table({"m": pa.array(rows, pa.map_(pa.string(), pa.string()))})
+    )
+    with pytest.raises(DataError, match="写了两次") as caught:
+        list(raw_lines(tmp_path / "a.parquet"))
+    assert (caught.value.line, caught.value.field) == (2, "text")
+
+
+def test_列式文件里不是文字的字节_不当作正文(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    path = tmp_path / "a.parquet"
+    _table("parquet", path, pa.table({"text": pa.array(["甲".encode(), b"\xff\xfe"])}))
+    first, second = raw_lines(path)
+    assert read_record(first, "pretrain") == {"text": "甲"}
+    with pytest.raises(DataError, match=r"不是 UTF-8 的字节.*ff fe"):
+        read_record(second, "pretrain")
+    # 用不着的一列里有字节（向量、图的散列）不碍事
+    _table("parquet", path, pa.table({"text": ["甲"], "hash": pa.array([b"\xff"])}))
+    assert read_record(next(iter(raw_lines(path))), "pretrain")["text"] == "甲"
+
+
+def test_以可跳过的帧开头的zstd也读得了(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    body = zstandard.compress(lines_of(TEXTS))
+    frame = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"abcd"
+    for name, data in {"head.zst": frame + body, "tail.zst": body + frame}.items():
+        (tmp_path / name).write_bytes(data)
+        assert [record for _, record in read_records(tmp_path / name)] == TEXTS
+
+
+@pytest.mark.parametrize("text", ["\n\n \n", "[]", " [\n] "])
+def test_一条记录也没有的_说没有记录_不说认不出种类(text, tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(text, "utf-8")
+    with pytest.raises(UserError, match="没有一条记录"):
+        detect_kind(path)

@@ -7,7 +7,7 @@ import json
 import pytest
 from data_helpers import chat
 
-from minimind.dataset import DPODataset, SFTDataset
+from minimind.dataset import DPODataset, KTODataset, SFTDataset
 from minimind.dataset.formats import ALPACA, PREFERENCE, SHAREGPT
 from minimind.dataset.jsonl import DataError
 from minimind.dataset.schema import detect_kind, read_record
@@ -174,3 +174,52 @@ def test_偏好数据训练得了(write_jsonl, tokenizer):
     )
     for i in range(5):
         assert all((ours[i][key] == theirs[i][key]).all() for key in ours[i])
+
+
+def test_ShareGPT与标准写法说的是同一个角色_不算矛盾():
+    turns = [
+        {"from": "human", "role": "user", "value": "问"},
+        {"from": "gpt", "value": "答", "role": "assistant"},
+    ]
+    assert read({"conversations": turns})[0] == chat("问", "答")
+    turns[0]["role"] = "assistant"
+    with pytest.raises(DataError, match=r"conversations\[0\]\.from.*不同"):
+        read({"conversations": turns})
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [
+            {"instruction": "问", "output": "答", "label": True},
+            {"instruction": "问二", "output": "答", "label": False},
+        ],
+        [
+            {"conversations": chat("问", "答")["conversations"], "label": 1},
+            {"conversations": chat("问二", "答")["conversations"], "label": 0},
+        ],
+        [
+            {"messages": chat("问", "答")["conversations"], "label": 1},
+            {"prompt": "问二", "completion": "答", "label": 0},
+        ],
+    ],
+)
+def test_KTO认得标了好坏的各种写法(rows, write_jsonl, tokenizer):
+    data = KTODataset(write_jsonl(rows), tokenizer, 64)
+    assert not data.paired and [bool(data[i]["desirable"]) for i in range(2)] == [True, False]
+
+
+def test_KTO的数据不对时_说的是KTO缺什么(write_jsonl, tokenizer):
+    with pytest.raises(DataError, match="字段 conversations"):
+        KTODataset(write_jsonl([{"foo": "x"}]), tokenizer, 64)
+    with pytest.raises(DataError, match="--loss_type kto"):
+        DPODataset(write_jsonl([{"prompt": "问", "completion": "答", "label": True}]), tokenizer, 64)
+
+
+@pytest.mark.parametrize(("label", "words"), [(True, "3 条全是好的"), (False, "3 条全是坏的")])
+def test_KTO只有一边时说一声(label, words, write_jsonl, tokenizer, capsys):
+    rows = [{"prompt": f"问{i}", "completion": "答", "label": label} for i in range(3)]
+    KTODataset(write_jsonl(rows), tokenizer, 64)
+    assert words in capsys.readouterr().err
+    KTODataset(write_jsonl([*rows, {**rows[0], "label": not label}]), tokenizer, 64)
+    assert "全是" not in capsys.readouterr().err

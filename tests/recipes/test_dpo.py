@@ -308,6 +308,14 @@ def test_kto_成对与不成对的数据都学得会(home, paired):
     assert lines[-1]["reward_chosen"] > 0 > lines[-1]["reward_rejected"]
 
 
+def test_kto_验证集只有一边时_另一边没有数_不写成零(home, capsys):
+    write_jsonl(home / "val.jsonl", [row for row in unpaired_rows() if row["label"]])
+    result = train(loss_type="kto", val_path="val.jsonl", max_steps=1)
+    line = next(line for line in log_of(result) if "val_loss" in line)
+    assert "val_reward_chosen" in line and "val_reward_rejected" not in line
+    assert f"留意：val.jsonl 的 {len(NAMES)} 条全是好的" in capsys.readouterr().err
+
+
 def test_kto_批怎么切都不改变结果(home):
     """z0 由这一步的全部微批次一起算：每批 8 条与 4 × 2 条，权重相同。全是好的，别人的回答也跟着涨，z0 才不是零。"""
     write_jsonl(home / "dpo.jsonl", [row for row in unpaired_rows() if row["label"]])

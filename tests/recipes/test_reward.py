@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -173,3 +174,16 @@ def test_拿奖励模型去对话或当起点_说清它只会打分(trained):
 def test_样例只能是个数(tmp_path):
     with pytest.raises(UserError, match=r"--sample_prompts.*奖励模型不作答"):
         reward.RewardModelArguments(sample_prompts="prompts.txt")
+
+
+def test_没有旁注的与另一个分词器训练的_说的是奖励模型要怎样(trained, tmp_path):
+    source = trained[1].weights
+    alone = tmp_path / source.name
+    shutil.copy(source, alone)
+    with pytest.raises(UserError, match=rf"没有旁注 {alone.stem}\.json.*一起拿来"):
+        load_reward_model(alone, "cpu")
+    sidecar = json.loads(source.with_suffix(".json").read_text("utf-8")) | {"tokenizer_hash": "另一个"}
+    alone.with_suffix(".json").write_text(json.dumps(sidecar), "utf-8")
+    with pytest.raises(UserError, match="与要练的模型的不同") as caught:
+        load_reward_model(alone, "cpu")
+    assert "--tokenizer_path" not in str(caught.value)

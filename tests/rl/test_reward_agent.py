@@ -10,7 +10,15 @@ from minimind.errors import UserError
 from minimind.inference.reply import Reply
 from minimind.inference.tool_calls import ToolCall
 from minimind.rl.conversations import ANSWERED, OUT_OF_LENGTH, OUT_OF_TURNS, Opening, Trajectory
-from minimind.rl.reward_agent import LOWEST, agent, expected_calls, expected_values, outcome, share_found
+from minimind.rl.reward_agent import (
+    LOWEST,
+    agent,
+    check_expected,
+    expected_calls,
+    expected_values,
+    outcome,
+    share_found,
+)
 from minimind.rl.reward_rules import Sample
 from minimind.rl.rewards import build_rewards
 from minimind.tools import EXAMPLE_TOOLS, Toolbox
@@ -102,3 +110,25 @@ def test_使用者的奖励函数拿得到整段对话(tmp_path):
     )
     result = build_rewards(f"{tmp_path / 'r.py'}:score")([sample(calls=(GOOD, GOOD))])
     assert result.total.tolist() == [2.0]
+
+
+def test_回答里的负号写成数学符号_不当作正数():
+    assert share_found("等于−5。", ["-5"]) == 1 and share_found("等于−5。", ["5"]) == 0
+    assert share_found("60−25=35", ["25"]) == 1  # 前面是数字的是减号
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"gt": ["。"]}, "字段 gt"),
+        ({"gt": [float("nan")]}, "字段 gt"),
+        ({"gt": [True]}, "字段 gt"),
+        ({"gt": ["1"], "calls": "2"}, "字段 calls"),
+        ({"gt": ["1"], "calls": -1}, "字段 calls"),
+        ({"gt": ["1"], "calls": True}, "字段 calls"),
+    ],
+)
+def test_永远找不到的gt与不是次数的calls_开训之前就说(record, words):
+    check_expected([{"source": "a.jsonl", "line": 1, "record": {"gt": ["1", 2, 2.5], "calls": 0}}], None)
+    with pytest.raises(UserError, match=rf"a\.jsonl:3 {words}"):
+        check_expected([{"source": "a.jsonl", "line": 3, "record": record}])

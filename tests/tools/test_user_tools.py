@@ -8,6 +8,7 @@ import pytest
 
 from minimind.errors import UserError
 from minimind.inference.tool_calls import ToolCall
+from minimind.rl.reward_file import load_function
 from minimind.tools.base import Toolbox, ToolError
 from minimind.tools.beside import ToolProcess, tools_beside
 from minimind.tools.from_file import read_tools
@@ -186,6 +187,10 @@ def test_跑不完的与让进程退出的_结束它再起一个(file):
         ("def f(x: 'Missing'):\n    '说明'\n", "读不出类型标注"),
         ("def f(*names: str):\n    '说明'\n", "不能由模型给出"),
         ("X = 1\n", "文件里没有函数"),
+        ("async def f(x: str):\n    '说明'\n", "f.*协程或生成器"),
+        ("def f(x: str):\n    '说明'\n    yield x\n", "f.*协程或生成器"),
+        ("def f(x: list[tuple]):\n    '说明'\n", "参数 x 的类型是 <class 'tuple'>"),
+        ("import sys\nsys.exit(3)\n", "文件导入失败（SystemExit：3）"),
         ("def f(:\n", "文件导入失败"),
     ],
 )
@@ -199,6 +204,15 @@ def test_写得不对的文件_说清哪个函数的哪个参数(tmp_path, text,
 def test_没有这个文件(tmp_path):
     with pytest.raises(UserError, match="没有这个文件"):
         Toolset(str(tmp_path / "none.py"))
+
+
+def test_不是Python文件(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("{}\n", "utf-8")
+    for load in (lambda: Toolset(str(path)), lambda: load_function(str(path), "f")):
+        with pytest.raises(UserError, match=r"不是 Python 文件.*\.py") as caught:
+            load()
+        assert str(path) in caught.value.where
 
 
 def row(tools=None, **more):
@@ -239,3 +253,135 @@ def test_查资料的工具只有这道题自己的几条():
     assert run(box, "search", query=" 甲") == {"年龄": "3"}
     assert run(box, "search", query="乙") == {"error": "要用编号查"}
     assert run(box, "search", query="丙") == {"error": "没有 丙"}
+
+
+ODD = """
+from __future__ import annotations
+import enum, functools
+from collections import namedtuple
+from dataclasses import dataclass
+from typing import Literal, Optional
+
+
+@dataclass
+class Page:
+    title: str
+
+
+class Level(enum.IntEnum):
+    HIGH = 3
+
+
+Pair = namedtuple("Pair", "a b")
+
+
+class Strange(Exception):
+    def __str__(self):
+        raise ValueError
+
+
+def _loud(function):
+    def inner(x: int) -> int:
+        '套了一层'
+        return function(x)
+    return inner
+
+
+@functools.lru_cache
+def cached(x: int) -> int:
+    '记住结果'
+    return x + 1
+
+
+@_loud
+def first(x: int) -> int:
+    '一'
+    return x
+
+
+@_loud
+def second(x: int) -> int:
+    '二'
+    return -x
+
+
+def grid(rows: list[list[int]], marks: Optional[list[Literal["甲", "乙"]]] = None) -> dict:
+    '''格子。
+
+    Args:
+        rows: 各行，
+            每行一串整数。
+
+        marks (list): 记号
+    '''
+    return {"level": Level.HIGH, "pair": Pair(1, 2), "title": Page("题").title}
+
+
+def wild(kind: str):
+    '怪东西'
+    if kind == "nan":
+        return float("nan")
+    if kind == "local":
+        class Local(dict):
+            pass
+        return Local(a=1)
+    raise Strange
+"""
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tools") / "odd.py"
+    path.write_text(ODD, "utf-8")
+    return str(path)
+
+
+def test_装饰过的函数也是工具_名字是文件里的名字(odd):
+    tools = {tool.name: tool for tool in read_tools(odd)}
+    assert list(tools) == ["cached", "first", "second", "grid", "wild"]
+    assert tools["cached"].properties == {"x": {"type": "integer"}}
+    assert tools["grid"].properties == {
+        "rows": {
+            "type": "array",
+            "items": {"type": "array", "items": {"type": "integer"}},
+            "description": "各行， 每行一串整数。",
+        },
+        "marks": {"type": "array", "items": {"type": "string", "enum": ["甲", "乙"]}, "description": "记号"},
+    }
+
+
+def test_返回自己的类也收得到_写不成JSON的是一句错误(odd):
+    box = Toolbox(tools_beside(odd, 30.0))
+    assert run(box, "cached", x=1) == {"result": 2}
+    assert [run(box, name, x=1)["result"] for name in ("first", "second")] == [1, -1]
+    assert run(box, "grid", rows=[[1]]) == {"level": 3, "pair": [1, 2], "title": "题"}
+    assert run(box, "wild", kind="local") == {"a": 1}
+    assert "ValueError" in run(box, "wild", kind="nan")["error"]
+    assert "Strange" in run(box, "wild", kind="")["error"]
+    for values, words in (
+        ({"rows": [["一"]]}, "参数 rows 的每一项的每一项应当是 integer"),
+        ({"rows": [1]}, "参数 rows 的每一项应当是 array"),
+        ({"rows": [[True]]}, "应当是 integer"),
+        ({"rows": [], "marks": ["丙"]}, "只能是 甲、乙"),
+    ):
+        call = ToolCall("grid", json.dumps(values), "")
+        assert words in box.problem(call) and words in json.loads(box.run(call))["error"]
+
+
+def test_载入时就退出的进程_也是一句错误(tmp_path):
+    path = tmp_path / "child.py"
+    path.write_text(
+        "import multiprocessing, os\n"
+        "if multiprocessing.parent_process():\n    os._exit(1)\n"
+        "def f(x: int):\n    '说明'\n    return x\n",
+        "utf-8",
+    )
+    process = ToolProcess(str(path), 30.0)
+    with pytest.raises(ToolError, match="进程退出了"):
+        process("f", x=1)
+    assert process.process is None
+
+
+def test_列着的工具没有名字_指出哪一行():
+    with pytest.raises(UserError, match=r"a\.jsonl:5 字段 tools：.*没有名字"):
+        Toolset().check([item(5, row([{"type": "function", "function": {"description": "x"}}]))])
