@@ -102,13 +102,17 @@ def is_piped() -> bool:
     return sys.stdin is None or (hasattr(sys.stdin, "buffer") and not sys.stdin.isatty())
 
 
-def piped_prompts() -> Iterator[str]:
+def piped_prompts(at: dict[str, int]) -> Iterator[str]:
     """管道里的问题，一行一问，来一行答一行；空行略过，开头的 BOM 与行尾的回车不算。
+
+    Args:
+        at: 读到第几行记在 ``at["line"]``，报错时说得出。
 
     Raises:
         UserError: 有一行不是 UTF-8；前面的已经答过。
     """
     for number, raw in enumerate(sys.stdin.buffer if sys.stdin else (), 1):
+        at["line"] = number
         try:
             line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:
@@ -207,9 +211,9 @@ def pick_tools(args: ChatArguments):
 def run(session, args: ChatArguments) -> None:
     """按 ``--prompt``、``--mode``、管道或菜单的选择进行对话。"""
     common = {"show_speed": bool(args.show_speed)}
-    mode, piped = args.mode, None
+    mode, piped, at = args.mode, None, {}
     if args.prompt is None and mode != "auto" and is_piped():
-        lines = piped_prompts()
+        lines = piped_prompts(at)
         first = next(lines, None)
         if mode is None and (first is None or first.strip() in ("0", "1")):  # 旧脚本这样回答菜单；空的同从前
             mode = "manual" if first and first.strip() == "1" else "auto"
@@ -219,7 +223,11 @@ def run(session, args: ChatArguments) -> None:
     if args.prompt is not None:
         talk(session, [args.prompt], echo=False, forgiving=False, **common)
     elif piped is not None:
-        talk(session, piped, echo=True, forgiving=False, **common)
+        try:
+            talk(session, piped, echo=True, forgiving=False, **common)
+        except UserError as error:
+            place = error.where or f"标准输入第 {at['line']} 行"
+            raise UserError(error.what, where=place, expected=error.expected, fix=error.fix) from error
     elif (mode or ask_mode()) == "auto":
         prompts = TOOL_PROMPTS if args.tools else PLAIN_PROMPTS if session.plain else CHAT_PROMPTS
         talk(session, prompts, echo=True, forgiving=False, **common)

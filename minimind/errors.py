@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import select
@@ -44,13 +45,14 @@ def guard(main: Callable[..., int | None]) -> Callable[..., int]:
     """包住命令行入口：:class:`UserError` 打印成一句话并返回 2；Ctrl-C 返回 130，SIGTERM 143，SIGHUP 129。
 
     环境里另有一份 ``minimind`` 时先说一句。``main`` 自己用 ``sys.exit`` 给出的退出码（例如 SIGTERM 存盘后的 143）原样保留。
-    读我们输出的程序先走了（``minimind --help | head``），安静地返回 141，与别的命令行程序一样。
+    读我们输出的程序先走了（``minimind --help | head``），安静地返回 141，与别的命令行程序一样；输出写进的磁盘满了，也是一句话。
     """
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs) -> int:
         from minimind.distribution import warn_other_minimind  # 只有入口要查
 
+        _never_unwritable()
         warn_other_minimind()
         with signals.watching() as watch:
             try:
@@ -69,8 +71,14 @@ def guard(main: Callable[..., int | None]) -> Callable[..., int]:
     return _quiet_on_closed_pipe(wrapped)
 
 
+def _never_unwritable() -> None:
+    """标准输出的编码写不出的字（GBK 的控制台遇上表情符号，非 UTF-8 的文件名）写成转义，与 stderr 一样，不中途报错。"""
+    if getattr(sys.stdout, "errors", None) == "strict" and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def _quiet_on_closed_pipe(main: Callable[..., int]) -> Callable[..., int]:
-    """输出的读者走了就返回 141；在这里就把缓冲写出去，免得留到解释器退出时才报错。"""
+    """输出的读者走了就返回 141，写进的磁盘满了返回 2；在这里就把缓冲写出去，免得留到解释器退出时才报错。"""
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs) -> int:
@@ -84,11 +92,37 @@ def _quiet_on_closed_pipe(main: Callable[..., int]) -> Callable[..., int]:
             closed = [stream for stream in (sys.stdout, sys.stderr) if stream and _reader_left(stream)]
             if not closed:  # 断的是别的管道，例如采样服务的连接
                 raise
-            for stream in closed:  # 没写出去的丢掉
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            _discard(closed)
             return PIPE_CLOSED
+        except OSError as error:
+            if not _stdout_full(error):
+                raise
+            _discard([sys.stdout])
+            fix = "腾出磁盘空间，或换一个地方写"
+            full = UserError(f"写不出去（{error.strerror}）", where="标准输出", fix=fix)
+            print(f"错误：{full}", file=sys.stderr)
+            return full.exit_code
 
     return wrapped
+
+
+def _discard(streams: list[TextIO]) -> None:
+    """没写出去的丢掉。"""
+    for stream in streams:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _stdout_full(error: OSError) -> bool:
+    """磁盘满了，满的正是标准输出写进的那个：再写一个字节还是写不出。"""
+    if error.errno not in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)) or sys.stdout is None:
+        return False
+    try:
+        os.write(sys.stdout.fileno(), b"\n")
+    except OSError as again:
+        return again.errno == error.errno
+    except ValueError:  # 已经关了，或是测试里的替身
+        return False
+    return False
 
 
 def _reader_left(stream: TextIO) -> bool:

@@ -110,6 +110,10 @@ def save_figure(figure, style: dict, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     for text in figure.findobj(Text):  # 图例与刻度上的字建立时还没有这个样式，会画成方框
         text.set_fontfamily(style["font.family"])
+    for axis in figure.axes:  # 训练的名字里可以有 $，不是公式；刻度上的 10² 才是
+        legend = axis.get_legend()
+        for text in (axis.title, *(legend.get_texts() if legend else ())):
+            text.set_parse_math(False)
     with matplotlib.rc_context(style):
         figure.savefig(path)
     return path

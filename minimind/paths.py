@@ -32,6 +32,11 @@ def resolve_path(path: str | Path) -> Path:
     return base_dir() / path
 
 
+def printable(name: str) -> str:
+    """文件名里不成 UTF-8 的字节换成 �，好写进 JSON、报告与图。"""
+    return os.fsencode(name).decode("utf-8", "replace")
+
+
 # 文件夹里的文件至多列出几个
 LISTED = 8
 

@@ -319,3 +319,42 @@ def test_读答案的走了_安静地结束(root_dir, save_dir):
         env={**os.environ, "PYTHONPATH": str(root_dir), "PYTHONIOENCODING": "utf-8"},
     )
     assert done.stdout == "你：你好\n141\n" and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "ascii", "latin-1"])
+def test_标准输出的编码写不出的字_写成转义_不中途报错(root_dir, save_dir, encoding):
+    """中文的 Windows 上把输出存进文件就是 GBK：问题、回答里的表情符号与 � 都写不出。"""
+    done = subprocess.run(
+        [sys.executable, "-m", "minimind", "chat", "--save_dir", save_dir, "--max_new_tokens", "2"],
+        input="😀是什么\n再见\n".encode(),
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": str(root_dir)},
+    )
+    assert done.returncode == 0 and b"Traceback" not in done.stderr
+    out = done.stdout.decode(encoding)
+    assert (
+        "\\U0001f600" in out and out.count("答：".encode(encoding, "backslashreplace").decode(encoding)) == 2
+    )
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="没有 /dev/full")
+@pytest.mark.parametrize("words", [["--help"], ["chat"]])
+def test_标准输出写进的磁盘满了_是一句话(root_dir, save_dir, words):
+    options = ["--save_dir", save_dir, "--max_new_tokens", "2"] if words == ["chat"] else []
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "minimind", *words, *options],
+            input="你好\n".encode(),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONIOENCODING": "utf-8", "PYTHONPATH": str(root_dir)},
+        )
+    error = done.stderr.decode()
+    assert done.returncode == 2 and "错误：标准输出：写不出去" in error and "Traceback" not in error
+
+
+def test_管道里太长的一问_说出第几行_前面的已经答了(pipe):
+    done = pipe(("你好\n\n" + "长" * 40_000 + "\n再见\n").encode())
+    error = done.stderr.decode()
+    assert done.returncode == 2 and "错误：标准输入第 3 行：提示有" in error
+    assert asked(done)[0] == "你好" and "再见" not in asked(done)

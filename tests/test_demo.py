@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from minimind import demo
+from minimind.arguments import parse_args
 from minimind.demo import pace
 from minimind.demo.arguments import DemoArguments
 from minimind.demo.base import pretrain_arguments
@@ -196,6 +198,49 @@ def test_坏了一段_别的照走_报告说清(finished, monkeypatch, tmp_path,
     said = capsys.readouterr().err
     assert f"minimind demo --stages lora --out_dir {out}" in said
     assert "RuntimeError" in (folder / "out/demo/logs/lora.error.txt").read_text(encoding="utf-8")
+
+
+def test_只补几段的命令_带着这一次的尺寸与目录():
+    args = DemoArguments(preset="small", out_dir="我的 演示", report_dir="报告", seed=7, fast=1)
+    again = demo.again_command(args, ["lora", "dpo"])
+    assert again == (
+        "minimind demo --stages lora,dpo --out_dir '我的 演示' --seed 7 --report_dir '报告' --preset small --fast 1"
+    )
+    parsed = parse_args(DemoArguments, shlex.split(again)[2:])
+    assert replace(parsed, stages="all") == args
+    assert demo.again_command(DemoArguments(), ["spo"]) == "minimind demo --stages spo --out_dir out/demo"
+
+
+@pytest.mark.parametrize("leaving", [KeyboardInterrupt, SystemExit])
+def test_中途停下_说出接着走的命令(monkeypatch, tmp_path, capsys, leaving):
+    """训练自己说的“加 --from_resume 1”在演示里用不上。"""
+
+    def stop(road, name, stage):
+        if name == "dpo":
+            raise leaving(130)
+
+    clock = pace.Timetable({"lora": 1.0, "dpo": 1.0, "spo": 1.0}, 1.0)
+    road = SimpleNamespace(report=Report("x"), write_report=lambda: None, pace=1.0)
+    monkeypatch.setattr(demo, "open_road", lambda args: road)
+    monkeypatch.setattr(demo, "plan", lambda *_: clock)
+    monkeypatch.setattr(demo, "on_time", lambda road, stages, clock: stages.items())
+    monkeypatch.setattr(demo, "walk", stop)
+    args = DemoArguments(stages="lora,dpo,spo", out_dir=str(tmp_path / "甲"), report_dir=str(tmp_path / "乙"))
+    with pytest.raises(leaving):
+        demo.run(args)
+    said = capsys.readouterr().err
+    assert "停在“DPO”" in said and "--stages dpo,spo" in said and "乙" in said
+
+
+@pytest.mark.parametrize("flag", ["--out_dir", "--report_dir"])
+def test_目录写不了_动手之前就说(tmp_path, monkeypatch, capsys, flag):
+    """报告要到第一段走完才写：那时才知道写不了，十几分钟就白走了。"""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "文件").touch()
+    monkeypatch.setattr(demo, "open_road", lambda args: pytest.fail("已经动手了"))
+    assert demo.main(["--fast", flag, "文件"]) == 2
+    error = capsys.readouterr().err
+    assert f"错误：{flag}" in error and "可写的目录" in error
 
 
 def test_起点没走完_后面的不用旧权重充数(finished, monkeypatch, tmp_path):

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 import traceback
@@ -16,11 +17,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minimind.arguments import parse_args
+from minimind.arguments import declared, parse_args
 from minimind.console import console, format_duration, say
 from minimind.demo.arguments import ROW_LENGTH, DemoArguments
 from minimind.demo.explain import explain_last, show_explanations
-from minimind.demo.pace import Timetable, fit_pace, probe_speed
+from minimind.demo.pace import LEAST, Timetable, fit_pace, probe_speed
 from minimind.errors import UserError, guard
 from minimind.paths import resolve_path
 
@@ -106,6 +107,8 @@ def plan(road: Road, stages: dict[str, Lesson], start: float) -> Timetable:
             f"走满要 {format_duration(whole)}；按 --minutes {road.args.minutes:g}，"
             "各段少走几步，先省预训练与微调之后的（--minutes 0 走满）。"
         )
+        if clock.expected > 60 * road.args.minutes:
+            say(f"最少走{LEAST * 10:g}成也要 {format_duration(clock.expected)}，超过 --minutes 了。")
     return clock
 
 
@@ -190,15 +193,23 @@ def run(args: DemoArguments) -> Path:
         UserError: 有阶段没走完；别的阶段的结果已在报告里。
     """
     from minimind.demo.stages import STAGES
+    from minimind.runtime.files import check_writable
 
     start = time.perf_counter()
+    for name in ("out_dir", "report_dir"):  # 十几分钟之后才写的，现在就看写不写得了
+        check_writable(resolve_path(getattr(args, name)), f"--{name}")
     stages = {name: STAGES[name] for name in args.chosen_stages()}
     road = open_road(args)
     clock = plan(road, stages, start)
     facts, failed = road.report.facts, road.report.failures
     for name, stage in on_time(road, stages, clock):
         clock.begin(name, f"{stage.title}：{stage.doing}")
-        problem = walk(road, name, stage)
+        try:
+            problem = walk(road, name, stage)
+        except (KeyboardInterrupt, SystemExit):
+            rest = list(stages)[list(stages).index(name) :]
+            say(f"\n停在“{stage.title}”。接着走（这一段从头）：{again_command(args, rest)}")
+            raise
         clock.end(name)
         if problem:
             failed[stage.title] = problem
@@ -217,21 +228,40 @@ def run(args: DemoArguments) -> Path:
     if args.explain:
         show_explanations([asdict(metric) for metric in road.report.metrics])
     else:
-        say("这些数是什么意思：minimind demo --explain last（报告里也有）")
+        where = (
+            ""
+            if args.report_dir == DemoArguments.report_dir
+            else f" --report_dir {shlex.quote(args.report_dir)}"
+        )
+        say(f"这些数是什么意思：minimind demo --explain last{where}（报告里也有）")
     say(f"报告：{path}")
     if failed:
-        again = ",".join(name for name, stage in stages.items() if stage.title in failed)
+        again = again_command(args, [name for name, stage in stages.items() if stage.title in failed])
         raise UserError(
             f"{'、'.join(failed)}没有走完，其余的结果在 {path}",
             where="；".join(f"{title}：{problem}" for title, problem in failed.items()),
-            fix=f"解决之后只补这几段：minimind demo --stages {again} --out_dir {args.out_dir}",
+            fix=f"解决之后只补这几段：{again}",
         )
     return path
 
 
+def again_command(args: DemoArguments, names: list[str]) -> str:
+    """只补这几段的命令：别的参数照这一次的写，换了尺寸、设备、种子就接不上了。"""
+    words = ["minimind", "demo", "--stages", ",".join(names), "--out_dir", args.out_dir]
+    implied = (
+        "stages",
+        "out_dir",
+        *(("scale", "max_steps", "batch_size", "items_per_task") if args.fast else ()),
+    )
+    for field in declared(DemoArguments):
+        if field.name not in implied and (value := getattr(args, field.name)) != field.default:
+            words += [f"--{field.name}", str(value)]
+    return shlex.join(words)
+
+
 def open_chat(args: DemoArguments) -> None:
     """在终端里接着对话；没有终端（管道、持续集成）就什么也不做。"""
-    say(f"再次对话：minimind chat --save_dir {args.out_dir} --temperature 0")
+    say(f"再次对话：minimind chat --save_dir {shlex.quote(args.out_dir)} --temperature 0")
     if not (args.chat and sys.stdin.isatty() and sys.stdout.isatty()):
         return
     from minimind import chat

@@ -18,6 +18,7 @@ from minimind.errors import UserError
 from minimind.inference.arguments import LoadArguments
 from minimind.paths import file_problem, resolve_path
 from minimind.ranges import MANY
+from minimind.runtime.files import check_writable, write_text
 
 T = TypeVar("T")
 # 95 % 置信区间的正态分位数
@@ -31,6 +32,11 @@ class EvalArguments(LoadArguments, group="评测"):
     limit: int = arg(0, "至多考多少题，按种子随机抽；0 表示全部", low=0, high=MANY)
     seed: int = arg(42, "抽题的随机种子", low=0, high=2**63 - 1)
     out_dir: str = arg("out/eval", "结果文件的目录，每次评测写一个 {权重}_{项目}.json", text="path")
+
+    def load(self, **changes: Any) -> Any:
+        """先看结果写不写得了，再打开模型：考完几千道题才知道就晚了。"""
+        check_writable(resolve_path(self.out_dir), "--out_dir")
+        return super().load(**changes)
 
 
 def data_file(
@@ -172,6 +178,6 @@ def save_result(
         "seconds": round(clock.seconds, 2),
         **result,
     }
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
     say(f"用时 {format_duration(clock.seconds)}，结果写进 {path}")
     return path

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind.errors import UserError
-from minimind.model import count_parameters
+from minimind.model import count_parameters, preset
 from minimind.paths import base_dir
 from minimind.plan import cards, measure, planning, quality
 from minimind.plan.arguments import PlanArguments
@@ -75,6 +75,7 @@ def arrange(
     kind = "microworld" if is_microworld(path) else "zh"
     ratio = data.squeezed_bits / quality.SQUEEZED[kind]
     found = quality.predict(kind, parameters, planning.worth(stages[0].tokens, data.tokens), ratio)
+    most = quality.untrained(preset(size).vocab_size, data.bytes_per_token)
     spent_on_all = sum(stage.seconds for stage in stages)
     if short:
         notes.append(
@@ -88,6 +89,11 @@ def arrange(
         )
     if sft is None and not args.sft_path:
         notes.append("给了 --data_path 而没有 --sft_path，只做预训练：得到的模型会续写，不会对话")
+    elif len(stages) == 1 and sft_data is not None and sft_steps(sft_data, batch) < planning.FEWEST_STEPS:
+        notes.append(
+            f"微调数据只有 {sft_data.tokens / 1e6:.3g} M 词元，看 {planning.SFT_EPOCHS} 遍也走不满 {planning.FEWEST_STEPS} 步，"
+            "只做预训练：得到的模型会续写，不会对话"
+        )
     elif len(stages) == 1:
         notes.append("时间不够再微调，只做预训练：得到的模型会续写，不会对话")
     needed = memory_gb(size, batch, place)
@@ -103,7 +109,7 @@ def arrange(
             f"{cards.UTILISATION[size]:.1%} 是假设（{cards.source_of(size)}），分词按本机的快慢"
         )
     budget = spent_on_all if short else seconds
-    return Plan(size, parameters, budget, batch, costs, needed, stages, found, measured, notes)
+    return Plan(size, parameters, budget, batch, costs, needed, stages, found.capped(most), measured, notes)
 
 
 def memory_gb(size: str, batch: Batch, place: Place) -> float:
@@ -160,12 +166,17 @@ def sft_stage(
         steps, rows = planning.steps_within(60 * args.minutes * planning.SFT_SHARE, costs, batch, count)
     except UserError:
         return None
-    most = int(planning.SFT_EPOCHS * data.tokens / batch.positions) // count * count
-    steps = min(steps, most)
+    steps = min(steps, sft_steps(data, batch))
     if steps < planning.FEWEST_STEPS:
         return None
     words = [*files(*sft), "--from_weight", "pretrain", *common]
     return make_stage("微调", "sft", words, steps, rows, count, batch, costs, data, args)
+
+
+def sft_steps(data: measure.DataSize, batch: Batch) -> int:
+    """微调数据看满 :data:`planning.SFT_EPOCHS` 遍走几步，取验证次数的整数倍。"""
+    count = planning.SFT_VALIDATIONS
+    return int(planning.SFT_EPOCHS * data.tokens / batch.positions) // count * count
 
 
 def is_microworld(path: Any) -> bool:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import re
 
 from minimind.errors import UserError
-from minimind.runtime.device import PEAK_TFLOPS
+from minimind.runtime.device import PEAK_TFLOPS, known_card
 
 # 各卡的显存，GB，厂商公布；一个名字有几种的取小的。峰值在 minimind.runtime.device.PEAK_TFLOPS
 CARD_GB = {
@@ -32,10 +33,14 @@ def find_card(name: str) -> str:
         UserError: 表里没有；附最接近的与全部名字。
     """
     wanted = _plain(name)
-    # 写的名字里含着表里的，取最长的：H100 PCIe 先于 H100
-    inside = [card for card in CARD_GB if _plain(card) in wanted]
-    if inside:
-        return max(inside, key=len)
+    if re.search(r"laptop|mobile|max-?q|笔记本|移动版", wanted):
+        raise UserError(
+            f"{name!r} 是笔记本上的，与台式的同名而算力、显存都小，没有它的数",
+            where="--device",
+            fix="在那台机器上运行 minimind plan，现场测",
+        )
+    if found := known_card(name):
+        return found
     unfinished = [card for card in CARD_GB if wanted and _plain(card).endswith(wanted)]
     if len(unfinished) == 1:  # 4090 → RTX 4090
         return unfinished[0]
@@ -47,6 +52,12 @@ def find_card(name: str) -> str:
         expected=f"auto、cpu、cuda:0、npu:0、mps，或一张卡的名字：{'、'.join(CARD_GB)}",
         fix=f"改成 '{near}'" if near else "在那台机器上运行 minimind plan，现场测",
     )
+
+
+def memory_of(name: str, card: str) -> float:
+    """显存，GB：名字里写了（``A100 80GB``）用写的，没有写用表里的。GH200 名字里的 480GB 是主机的内存，不算。"""
+    written = re.search(r"(?<![\w.])(\d{1,3})\s*g(?:i?b)?(?![a-z0-9])", name, re.IGNORECASE)
+    return float(written[1]) if written and int(written[1]) and card != "GH200" else CARD_GB[card]
 
 
 def peak_of(card: str) -> float:

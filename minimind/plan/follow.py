@@ -19,6 +19,7 @@ from minimind.console import format_duration, say
 from minimind.errors import UserError
 from minimind.plan.planning import FEWEST_STEPS, Batch, Costs, Leg, set_steps
 from minimind.report.logs import read_log
+from minimind.signals import taken_by
 
 CHECKS = (0.15, 0.4, 0.7)  # 走到这一段时间的这些份额时看一眼
 TOLERATED = 0.06  # 早晚不到这一段的这么多就不动
@@ -26,6 +27,20 @@ WORTH = 1.5  # 也要多过重新起步的这么多倍
 RECENT = 0.15  # 快慢看最近这么多份额的时间，至少 RECENT_SECONDS
 RECENT_SECONDS, POLL_SECONDS = 20.0, 0.5
 LEAVING_SECONDS = 120.0  # 收到退出信号后，等训练存完盘
+WEIGHTS = {"pretrain": "pretrain", "sft": "full_sft"}  # 命令 → 它写的权重的名字
+
+
+class StageStopped(SystemExit):
+    """一段因退出信号而停。
+
+    Args:
+        code: 它的退出码。
+        command: 接着走这一段的命令；这一段恰好走完了是空的。
+    """
+
+    def __init__(self, code: int, command: str = ""):
+        super().__init__(code)
+        self.command = command
 
 
 def corrected(
@@ -59,14 +74,55 @@ def recent_seconds(seconds: float) -> float:
     return max(RECENT * seconds, RECENT_SECONDS)
 
 
+class Leaving:
+    """跑着的时候退出信号由它接手（:class:`minimind.signals.Taker`）：记下来，转给训练；训练自己限时存盘，这里等它。"""
+
+    def __init__(self) -> None:
+        self.signum = 0
+
+    def signalled(self, signum: int) -> None:
+        self.signum = self.signum or signum
+
+    def overdue(self, signum: int) -> None:
+        """不催：训练放弃手上那一步、存完盘就走；再来一次信号才带着它立刻离开。"""
+
+
+def leave(process: subprocess.Popen, signum: int) -> None:
+    """把退出信号转给训练，等它存完盘；太久就结束它。它在自己的会话里，终端的 Ctrl-C 到不了，所以恰好一次。"""
+    if process.poll() is None and not (os.name == "nt" and signum == signal.SIGINT):  # 那里终端已经给过它了
+        process.send_signal(signum)
+    try:
+        process.wait(LEAVING_SECONDS)
+    except subprocess.TimeoutExpired:
+        say(f"{LEAVING_SECONDS:.0f} 秒还没有存完盘，结束了它。")
+        process.kill()
+        process.wait()
+
+
+def how_to_continue(stage: Leg, folder: Path, since: float) -> str:
+    """中途停下之后怎么接着走这一段：这一次存过盘就续训，还没有就从头。"""
+    archives = (folder / "checkpoints").glob(f"{WEIGHTS[stage.words[0]]}_[0-9]*_resume.pth")
+    saved = any(path.stat().st_mtime >= since for path in archives)
+    return stage.command + (" --from_resume 1" if saved else "")
+
+
 def follow(stage: Leg, seconds: float, folder: Path, costs: Costs, batch: Batch) -> Leg:
     """跑一段，看得见它的进度；返回实际走的。退出信号转给它，等它存完盘。
 
     Raises:
         UserError: 没有跑成。
-        SystemExit: 它因退出信号而停。
+        StageStopped: 它因退出信号而停。
     """
-    begin = time.monotonic()
+    leaving = Leaving()
+    with taken_by(leaving):
+        return follow_leaving(stage, seconds, folder, costs, batch, leaving)
+
+
+def follow_leaving(
+    stage: Leg, seconds: float, folder: Path, costs: Costs, batch: Batch, leaving: Leaving
+) -> Leg:
+    """:func:`follow` 的正文，``leaving`` 里有信号就停。"""
+    begin, since = time.monotonic(), time.time()
     # Windows 上没有“存盘再走”的信号，只能照原来的步数走
     checks = [share * seconds for share in CHECKS] if os.name != "nt" else []
     seen: list[tuple[float, int]] = []
@@ -74,6 +130,9 @@ def follow(stage: Leg, seconds: float, folder: Path, costs: Costs, batch: Batch)
     try:
         while process.poll() is None:
             time.sleep(POLL_SECONDS)
+            if leaving.signum:
+                leave(process, leaving.signum)
+                break
             now = time.monotonic()
             # 日志越来越长，只在快要看表的时候读
             if not checks or now - begin < checks[0] - recent_seconds(seconds):
@@ -97,15 +156,14 @@ def follow(stage: Leg, seconds: float, folder: Path, costs: Costs, batch: Batch)
             stage, seen = better, []
             resumed = replace(stage, words=[*stage.words, "--from_resume", "1"])
             process, started = start(resumed), time.time()
-    except BaseException as error:
-        # Ctrl-C 终端已经发给它了，再发一次它就不存盘了；SIGTERM 只发给了我们，转给它
-        if process.poll() is None and not isinstance(error, KeyboardInterrupt):
-            process.send_signal(signal.SIGTERM)
-        process.wait(LEAVING_SECONDS)
+    except BaseException:
+        leave(process, signal.SIGTERM)
         raise
     code = process.returncode
     if code in (128 + signal.SIGINT, 128 + signal.SIGTERM, 129):
-        raise SystemExit(code)
+        raise StageStopped(code, how_to_continue(stage, folder, since))
+    if leaving.signum and not code:  # 恰好走完了
+        raise StageStopped(128 + leaving.signum)
     if code:
         raise UserError(
             f"{stage.title}没有跑成（退出码 {code}，原因见上面）",
@@ -116,12 +174,14 @@ def follow(stage: Leg, seconds: float, folder: Path, costs: Costs, batch: Batch)
 
 
 def start(stage: Leg) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-m", "minimind", *stage.words], env=os.environ)
+    # 自己的会话：Ctrl-C 只到这里，由这里转给它一次（Windows 上照旧）
+    words = [sys.executable, "-m", "minimind", *stage.words]
+    return subprocess.Popen(words, env=os.environ, start_new_session=True)
 
 
 def log_of(folder: Path, stage: Leg) -> Path | None:
     """这一段的日志；还没有为 None。"""
-    weight = {"pretrain": "pretrain", "sft": "full_sft"}[stage.words[0]]
+    weight = WEIGHTS[stage.words[0]]
     found = sorted((folder / "logs").glob(f"{weight}_[0-9]*.jsonl"), key=lambda path: path.stat().st_mtime)
     return found[-1] if found else None
 

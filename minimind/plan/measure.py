@@ -20,8 +20,9 @@ import torch
 
 from minimind.dataset.building import INLINE_BYTES, MAX_WORKERS
 from minimind.dataset.cache import cached_tokens
+from minimind.dataset.jsonl import DataError
 from minimind.dataset.sources import raw_lines, shell_of
-from minimind.dataset.spec import parse_spec
+from minimind.dataset.spec import Part, parse_spec
 from minimind.errors import UserError
 from minimind.runtime.device import module_of
 from minimind.runtime.fair_share import CGROUP_ROOT, available_cpus
@@ -45,22 +46,67 @@ class DataSize:
     sample: Path
 
 
-def take_sample(spec: str, target: Path, flag: str) -> tuple[int, float]:
-    """把各文件开头的几行写进 ``target``（共约 1 MB），返回 ``(全部文件的字节数, 样本的字节数)``；压缩与列式的按解开后的算。"""
-    files = [path for part in parse_spec(spec, flag) for path in part.files]
-    total, written = 0, 0
+@dataclass(frozen=True)
+class Taken:
+    """一个文件取了多少：共几字节，取了几字节、几行。"""
+
+    path: Path
+    total: int
+    written: int
+    lines: int
+
+
+def take_from_files(parts: list[Part], target: Path) -> list[Taken]:
+    """把各文件开头的几行写进 ``target``（共约 1 MB）；压缩与列式的按解开后的算。"""
+    files = [path for part in parts for path in part.files]
     share = SAMPLE_BYTES // len(files) + 1
+    found = []
     with target.open("wb") as out:
         for path in files:
-            plain, taken, lines = shell_of(path) == "plain", 0, raw_lines(path)
+            plain, taken, count, lines = shell_of(path) == "plain", 0, 0, raw_lines(path)
             for raw in lines:
                 taken += out.write(raw + b"\n")
+                count += 1
                 if taken >= share:
                     break
             # 没有压缩的看大小就知道；压缩的得解开才知道有多少
-            total += path.stat().st_size if plain else taken + sum(len(raw) + 1 for raw in lines)
-            written += taken
-    return total, written
+            total = path.stat().st_size if plain else taken + sum(len(raw) + 1 for raw in lines)
+            found.append(Taken(path, total, taken, count))
+    return found
+
+
+def take_sample(spec: str, target: Path, flag: str) -> tuple[int, float]:
+    """把各文件开头的几行写进 ``target``（共约 1 MB），返回 ``(全部文件的字节数, 样本的字节数)``；压缩与列式的按解开后的算。"""
+    found = take_from_files(parse_spec(spec, flag), target)
+    return sum(one.total for one in found), sum(one.written for one in found)
+
+
+def mixed_share(parts: list[Part], found: list[Taken]) -> float:
+    """按权重配时，一轮的字节数是各文件首尾相接的几倍；没有写权重的是 1。
+
+    一轮的条数是各组条数之和，第 k 组占 ``weight_k``（:mod:`minimind.dataset.mixture`）；各组一条多长不同，字节数就变了。
+    """
+    if parts[0].weight is None:
+        return 1.0
+    rows, length, rest = [], [], iter(found)
+    for part in parts:
+        own = [next(rest) for _ in part.files]
+        length.append(sum(one.written for one in own) / max(sum(one.lines for one in own), 1))
+        rows.append(sum(one.total for one in own) / max(length[-1], 1))
+    mixed = sum(float(part.weight or 0) * mean for part, mean in zip(parts, length)) * sum(rows)
+    return mixed / max(sum(one.total for one in found), 1)
+
+
+def blame(error: UserError, sample: Path, spec: str, found: list[Taken]) -> UserError:
+    """样本里的错误换成使用者的文件与行号：样本是临时的，用完就没了。"""
+    if isinstance(error, DataError) and error.file == str(sample) and error.line:
+        line = error.line
+        for one in found:
+            if line <= one.lines:
+                return error.at(one.path, line)
+            line -= one.lines
+    what, where = (text and text.replace(str(sample), spec) for text in (error.what, error.where))
+    return UserError(what or "", where=where, expected=error.expected, fix=error.fix)
 
 
 def size_up(cls: type, spec: str, folder: Path, tokenizer: Any, flag: str, length: int) -> DataSize:
@@ -71,9 +117,14 @@ def size_up(cls: type, spec: str, folder: Path, tokenizer: Any, flag: str, lengt
         folder: 样本与它的缓存放在哪里。
     """
     sample = folder / f"{cls.kind}.jsonl"
-    total, written = take_sample(spec, sample, flag)
+    parts = parse_spec(spec, flag)
+    found = take_from_files(parts, sample)
+    total, written = sum(one.total for one in found), sum(one.written for one in found)
     start = time.perf_counter()
-    dataset = cls(sample, tokenizer, length, cache_dir=folder / "cache", num_workers=0)
+    try:
+        dataset = cls(sample, tokenizer, length, cache_dir=folder / "cache", num_workers=0)
+    except UserError as error:
+        raise blame(error, sample, spec, found) from error
     seconds = time.perf_counter() - start
     ids = np.asarray(dataset.cache.ids)
     text = tokenizer.decode(ids, skip_special_tokens=True).encode()
@@ -82,11 +133,12 @@ def size_up(cls: type, spec: str, folder: Path, tokenizer: Any, flag: str, lengt
     if total > INLINE_BYTES and workers > 1:
         tokenize = POOL_SECONDS + tokenize / (1 + WORKER_GAIN * (workers - 1))
     tokens = len(ids) * total / written
-    files = [path for part in parse_spec(spec, flag) for path in part.files]
-    cached = [cached_tokens(path, cls.kind, tokenizer) for path in files]
+    cached = [cached_tokens(one.path, cls.kind, tokenizer) for one in found]
     if all(count is not None for count in cached):
         tokens, tokenize = float(sum(cached)), 0.0  # type: ignore[arg-type]
-    bits = 8 * len(bz2.compress(text)) / max(len(text), 1)
+    tokens *= mixed_share(parts, found)
+    # 几十个字节的，压缩的头尾比正文还大：至多 8，就是压不动
+    bits = min(8 * len(bz2.compress(text)) / max(len(text), 1), 8.0)
     return DataSize(spec, tokens, tokenize, len(text) / len(ids), bits, sample)
 
 

@@ -48,7 +48,7 @@ class Place:
 def card_place(card: str, args: PlanArguments) -> Place:
     """不在手边的卡：公布的数与假设的利用率。"""
     flops = {name: cards.peak_of(card) * share for name, share in cards.UTILISATION.items()}
-    return Place(card, None, "bfloat16", args.memory_gb or cards.CARD_GB[card], flops)
+    return Place(card, None, "bfloat16", args.memory_gb or cards.memory_of(args.device, card), flops)
 
 
 def here(device: torch.device, args: PlanArguments, sample: Path, folder: Path, tokenizer: Any) -> Place:

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -69,6 +69,11 @@ class Estimate:
     data: str
     same: bool
     inside: bool
+
+    def capped(self, most: float) -> Estimate:
+        """不高于 ``most``（没训练过的模型）：折算、外推再放宽，也不会越训练越不会猜。"""
+        values = {name: min(getattr(self, name), most) for name in ("low", "middle", "high")}
+        return replace(self, **values)
 
     def words(self) -> str:
         return f"{self.middle:.2f}（{self.low:.2f} 到 {self.high:.2f}）"
@@ -131,6 +136,11 @@ def predict(
     scale, slack = (1.0, 0.0) if same else (ratio, OTHER_KIND)
     low, high = (middle * scale * math.exp(sign * half) * (1 + sign * slack) for sign in (-1, 1))
     return Estimate(middle * scale, low, max(high, most * scale), data, same, inside)
+
+
+def untrained(vocab_size: int, bytes_per_token: float) -> float:
+    """没训练过的模型的每字节比特数：各个词元一样可能。"""
+    return math.log2(vocab_size) / bytes_per_token
 
 
 def leave_one_out(runs: tuple[Trained, ...] = RUNS) -> list[tuple[Trained, Estimate]]:

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from minimind.console import format_duration, say
 from minimind.errors import UserError
+from minimind.model import preset
 from minimind.plan.arguments import PlanArguments
 from minimind.plan.cards import CARD_GB
-from minimind.plan.follow import follow, log_of
+from minimind.plan.follow import StageStopped, follow, log_of
 from minimind.plan.planning import LENGTH, Leg, Plan, set_steps, worth
-from minimind.plan.quality import predict
+from minimind.plan.quality import predict, untrained
 from minimind.report.logs import read_log
 from minimind.runtime.files import write_text
 
@@ -73,7 +74,7 @@ def go(plan: Plan, args: PlanArguments, folder: Path) -> None:
 
     Raises:
         UserError: 计划是给别的卡的；有一条没有跑成。
-        SystemExit: 中途收到退出信号，训练已存盘。
+        StageStopped: 中途收到退出信号，训练已存盘；说过怎么接着走。
     """
     if plan.measured["place"] in CARD_GB:
         raise UserError(
@@ -94,7 +95,13 @@ def go(plan: Plan, args: PlanArguments, folder: Path) -> None:
             f"（全程剩余 {format_duration(left)}）：{stage.command}"
         )
         begin = time.perf_counter()
-        stages.append(follow(stage, seconds, folder, plan.costs, plan.batch))
+        try:
+            stages.append(follow(stage, seconds, folder, plan.costs, plan.batch))
+        except StageStopped as stopped:
+            rest = [stopped.command, *(one.command for one in plan.stages[number:])]
+            if rest := [one for one in rest if one]:
+                say(f"\n停在{stage.title}。接着走，照抄：" + "".join(f"\n  {one}" for one in rest))
+            raise
         spent.append(time.perf_counter() - begin)
     conclude(plan, args, folder, stages, spent, time.perf_counter() - start)
 
@@ -118,6 +125,8 @@ def conclude(
     if tokens != planned:
         amount = worth(tokens, plan.measured["data_tokens"])
         expected = predict(expected.data, plan.parameters, amount, plan.measured["squeezed_ratio"])
+        most = untrained(preset(plan.preset).vocab_size, plan.measured["bytes_per_token"])
+        expected = expected.capped(most)
     actual = {
         "seconds": seconds, "stage_seconds": spent, "bpb": bpb,
         "steps": [stage.steps for stage in stages], "tokens": [stage.tokens for stage in stages],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -73,7 +74,7 @@ def no_teacher(args: Any, folder: Path) -> UserError:
     width = args.teacher_hidden_size or TEACHER_SIZE[0]
     layers = args.teacher_num_layers or TEACHER_SIZE[1]
     size = f"--hidden_size {width} --num_hidden_layers {layers}" + " --use_moe 1" * bool(args.teacher_use_moe)
-    others = sorted(path.name for path in folder.glob(f"{args.from_teacher_weight}_*.pth"))
+    others = sorted(path.name for path in folder.glob(f"{glob.escape(args.from_teacher_weight)}_*.pth"))
     return UserError(
         f"没有教师的权重 {args.from_teacher_weight}",
         where=str(folder),

@@ -9,6 +9,7 @@ from pathlib import Path
 from minimind.evaluate.microworld import Answered, accuracy, by_task
 from minimind.microworld import TASKS
 from minimind.report.report import BeforeAfter
+from minimind.runtime.files import write_text
 
 # 报告里展示多少道题；每个任务一道，按任务次序均匀地取，不挑好的
 SAMPLES = 12
@@ -58,15 +59,16 @@ def _question(item: dict) -> str:
 
 def write_answers(path: Path, exams: dict[str, Sequence[Answered]]) -> None:
     """全部题目与回答，一行一题，便于自己核对。"""
-    with path.open("w", encoding="utf-8") as file:
-        for exam, results in exams.items():
-            for answered in results:
-                record = {
-                    "exam": exam,
-                    "task": answered.item["task"],
-                    "question": _question(answered.item),
-                    "answer": answered.item["answer"],
-                    "response": answered.response,
-                    "score": answered.score,
-                }
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    records = (
+        {
+            "exam": exam,
+            "task": answered.item["task"],
+            "question": _question(answered.item),
+            "answer": answered.item["answer"],
+            "response": answered.response,
+            "score": answered.score,
+        }
+        for exam, results in exams.items()
+        for answered in results
+    )
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from minimind.figures import BLUE, COLORS, ORANGE, labeler, new_figure, save_figure
 from minimind.report.logs import series
+from minimind.trainer.exhibits import number
 
 # 一个阶段画哪几格：日志里有第一个键的那一行；每格 (键, 中文, English)，没有的键不画
 PANELS = (
@@ -35,7 +36,7 @@ def choose_panels(logs: dict[str, list[dict]]) -> list[tuple[str, str, str]]:
         for records in logs.values()
         for record in records
         for key, value in record.items()
-        if value is not None
+        if number(value) is not None
     }
     panels = next((row for row in PANELS if row[0][0] in keys), ())
     found = [panel for panel in panels if panel[0] in keys]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from minimind.trainer.exhibits import number
+
 
 def read_log(path: str | Path) -> list[dict]:
     """读 ``out/logs/{weight}.jsonl``，见 :func:`minimind.trainer.journal.read_log`。"""
@@ -13,6 +15,7 @@ def read_log(path: str | Path) -> list[dict]:
 
 
 def series(records: list[dict], key: str, x: str = "step") -> tuple[list[float], list[float]]:
-    """取出一条曲线 ``(xs, ys)``；没有这个字段或值为空的记录跳过。"""
-    points = [(record[x], record[key]) for record in records if record.get(key) is not None and x in record]
-    return [float(a) for a, _ in points], [float(b) for _, b in points]
+    """取出一条曲线 ``(xs, ys)``；没有这个字段、不是有限的数的记录跳过。"""
+    pairs = ((number(record.get(x)), number(record.get(key))) for record in records)
+    points = [(a, b) for a, b in pairs if a is not None and b is not None]
+    return [a for a, _ in points], [b for _, b in points]

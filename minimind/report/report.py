@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from urllib.parse import quote
 
 from minimind.runtime.files import write_text
 from minimind.trainer.exhibits import KINDS
@@ -86,7 +88,7 @@ class Report:
     def to_markdown(self) -> str:
         blocks = [f"# {self.title}"]
         if self.facts:
-            blocks.append(_table(["项", "值"], [[key, value] for key, value in self.facts.items()]))
+            blocks.append(_table(["项", "值"], [[_name(key), value] for key, value in self.facts.items()]))
         if self.metrics:
             rows = [[m.stage, m.name, m.show(m.before), m.show(m.after)] for m in self.metrics]
             blocks += ["## 记分牌", _table(["阶段", "指标", "之前", "之后"], rows)]
@@ -97,7 +99,7 @@ class Report:
             rows = [[stage, _inline(reason, 500)] for stage, reason in self.failures.items()]
             blocks += ["## 没有走完的阶段", _table(["阶段", "原因"], rows)]
         for name, caption in self.figures.items():
-            blocks.append(f"![{caption}]({name})")
+            blocks.append(f"![{_name(caption)}]({_link(name)})")
         if self.tasks:
             rows = [
                 [
@@ -120,21 +122,21 @@ class Report:
                     f"- 微调后：{_inline(sample.after)}"
                 )
         for log, prompts in self.timelines.items():
-            blocks.append(f"## {log}：同样的提示，训练途中怎么答（贪心，原样）")
+            blocks.append(f"## {_name(log)}：同样的提示，训练途中怎么答（贪心，原样）")
             for prompt, answers in prompts.items():
                 lines = [f"- 第 {step:,} 步：{_inline(answer)}" for step, answer in answers]
                 blocks.append("\n".join([f"问：{_inline(prompt)}", "", *lines]))
         for log, picked in self.rollouts.items():
             rows = [
-                [KINDS.get(one["kind"], one["kind"]), _inline(one["prompt"]), _inline(one["answer"])]
+                [KINDS.get(one["kind"], _name(one["kind"])), _inline(one["prompt"]), _inline(one["answer"])]
                 + [
                     f"{one['reward']:g}",
-                    "，".join(f"{part} {value:g}" for part, value in one["parts"].items()),
+                    "，".join(f"{_name(part)} {value:g}" for part, value in one["parts"].items()),
                 ]
                 for one in picked
             ]
             header = ["", "问", "采样的回答", "奖励", "各条奖励"]
-            blocks += [f"## {log}：最后一次采样里最好、居中、最差的", _table(header, rows)]
+            blocks += [f"## {_name(log)}：最后一次采样里最好、居中、最差的", _table(header, rows)]
         return "\n\n".join(blocks) + "\n"
 
     def write(self, folder: str | Path) -> Path:
@@ -169,13 +171,29 @@ def _plain(text: str) -> str:
     return text.replace("<", "&lt;").replace(">", "&gt;")
 
 
+def _name(text: str) -> str:
+    """正文、表格、标题里的一个名字：日志的文件名里可以有尖括号、方括号、换行，都只当文字。"""
+    return re.sub(r"([\[\]`])", r"\\\1", _plain(_one_line(text)))
+
+
+def _link(name: str) -> str:
+    """图片的地址：空格、括号之类在 markdown 里另有意思的字符写成百分号。"""
+    return re.sub(r"[\s()<>%#?\\]", lambda found: quote(found[0]), name)
+
+
+def _one_line(text: str) -> str:
+    """换行写成 ↵；单独的回车在 markdown 里也是换行。"""
+    return re.sub(r"\r\n|\r|\n", "↵", text)
+
+
 def _inline(text: str, limit: int = 300) -> str:
-    """放进 markdown 行内代码：换行写成 ↵，反引号加长围栏，太长的截断并注明。"""
-    text = text.replace("\n", "↵")
+    """放进 markdown 行内代码：换行写成 ↵，围栏比里面最长的一串反引号还长，太长的截断并注明。"""
+    text = _one_line(text)
     if len(text) > limit:
         text = f"{text[:limit]}…（共 {len(text)} 字）"
-    fence = "``" if "`" in text else "`"
-    pad = " " if "`" in text else ""
+    ticks = re.findall("`+", text)
+    fence = "`" * (max(map(len, ticks), default=0) + 1)
+    pad = " " if ticks else ""
     return f"{fence}{pad}{text or ' '}{pad}{fence}"
 
 
@@ -187,5 +205,5 @@ def _table(header: list[str], rows: list[list]) -> str:
 
 
 def _write_text(path: Path, text: str) -> Path:
-    write_text(path, text)
+    write_text(path, text.encode("utf-8", "replace").decode())  # 日志里的文字可以有落单的代理字符
     return path

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import glob
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from minimind.arguments import Arguments, arg, parse_args
 from minimind.console import format_duration, say
 from minimind.errors import UserError, guard
-from minimind.paths import resolve_path
+from minimind.paths import printable, resolve_path
 from minimind.report.curves import plot_stage
 from minimind.report.logs import read_log, series
 from minimind.report.report import Report
+from minimind.runtime.files import check_writable
+from minimind.trainer.exhibits import exchanges, number
 
 
 @dataclass
@@ -53,13 +57,13 @@ def summarize(records: list[dict]) -> str:
 
 def timeline(records: list[dict], moments: int = 4) -> dict[str, list[tuple[int, str]]]:
     """样例：``{提示: [(步, 回答)]}``，从头到尾均匀地取至多 ``moments`` 次；没有样例是空的。"""
-    shown = [record for record in records if record.get("samples")]
+    shown = [(record["step"], found) for record in records if (found := exchanges(record.get("samples")))]
     last = len(shown) - 1
     picked = sorted({round(k * last / (moments - 1)) for k in range(moments)}) if shown else []
     found: dict[str, list[tuple[int, str]]] = {}
-    for record in (shown[i] for i in picked):
-        for one in record["samples"]:
-            found.setdefault(one["prompt"], []).append((record["step"], one["answer"]))
+    for step, samples in (shown[i] for i in picked):
+        for one in samples:
+            found.setdefault(one["prompt"], []).append((step, one["answer"]))
     return found
 
 
@@ -68,8 +72,19 @@ def collect_samples(report: Report, logs: dict[str, list[dict]]) -> None:
     for name, records in logs.items():
         if prompts := timeline(records):
             report.timelines[name] = prompts
-        if rollouts := [record["rollouts"] for record in records if record.get("rollouts")]:
+        if rollouts := [found for record in records if (found := scored(record.get("rollouts")))]:
             report.rollouts[name] = rollouts[-1]
+
+
+def scored(value: Any) -> list[dict]:
+    """一份采样的回答里有总分的；各条奖励只留是数的。"""
+    found = []
+    for one in exchanges(value):
+        parts = one["parts"] if isinstance(one.get("parts"), dict) else {}
+        if number(one.get("reward")) is not None:
+            kept = {name: score for name, score in parts.items() if number(score) is not None}
+            found.append({**one, "kind": str(one.get("kind", "")), "parts": kept})
+    return found
 
 
 def build(save_dir: Path, folder: Path, weight: str | None = None) -> Report:
@@ -78,8 +93,8 @@ def build(save_dir: Path, folder: Path, weight: str | None = None) -> Report:
     Raises:
         UserError: 没有日志。
     """
-    logs = sorted((save_dir / "logs").glob(f"{weight}_*.jsonl" if weight else "*.jsonl"))
-    found = {path.stem: records for path in logs if (records := read_log(path))}
+    logs = sorted((save_dir / "logs").glob(f"{glob.escape(weight)}_*.jsonl" if weight else "*.jsonl"))
+    found = {printable(path.stem): records for path in logs if (records := read_log(path))}
     if not found:
         raise UserError(
             "没有训练日志",
@@ -101,6 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     """命令行入口。"""
     args = parse_args(ReportArguments, argv)
     folder = resolve_path(args.report_dir)
+    check_writable(folder, "--report_dir")
     report = build(resolve_path(args.save_dir), folder, args.weight)
     path = report.write(folder)
     for name, text in report.facts.items():

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from minimind.errors import UserError
 from minimind.runtime.fair_share import CROWDED, available_cpus, fair_share, queued_seconds
 
-# 各卡稠密 bf16/fp16 矩阵乘峰值（TFLOPS，厂商公布值，不含稀疏加速）；按名字里的片段匹配，长的在前
+# 各卡稠密 bf16/fp16 矩阵乘峰值（TFLOPS，厂商公布值，不含稀疏加速）；由 :func:`known_card` 在设备的名字里找
 PEAK_TFLOPS = {
     "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "H800": 989, "H20": 148, "GH200": 989,
     "B200": 2250, "A100": 312, "A800": 312, "A30": 165, "A10G": 70, "A10": 125, "A40": 150, "A6000": 155,
@@ -233,15 +234,28 @@ def pick_threads(call: Callable[[], None]) -> int:
     return threads
 
 
+def known_card(name: str) -> str | None:
+    """设备的名字里写着 :data:`PEAK_TFLOPS` 的哪一张卡，取最长的；没有为 None。大小写、空格与连字符不计。
+
+    末尾的数字后面不能再接数字：RTX A4000 不是 A40，A1000 不是 A100，T400 不是 T4（昇腾的 910_93xx 是一族）。
+    """
+
+    def inside(card: str) -> bool:
+        words = r"[\s-]*".join(map(re.escape, card.split()))
+        ends = r"(?!\d)" if card[-1].isdigit() and card != "Ascend910_93" else ""
+        return bool(re.search(words + ends, name, re.IGNORECASE))
+
+    return max(filter(inside, PEAK_TFLOPS), key=len, default=None)
+
+
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """这台设备矩阵乘的峰值（FLOP/s）；查不到返回 None，此时不显示利用率。
 
     CPU 现测（约 0.3 秒，所用精度，方阵 1024；fp16 不测，没有专门指令的机器上一次就要 6 秒）；CUDA 与 NPU 查表。fp32 在卡上按 TF32 计，约为半精度的一半。
     """
     if device.type in ("cuda", "npu"):
-        name = module_of(device).get_device_name(device)
-        tflops = next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
-        return tflops and tflops * 1e12 * (0.5 if dtype == torch.float32 else 1.0)
+        card = known_card(module_of(device).get_device_name(device))
+        return card and PEAK_TFLOPS[card] * 1e12 * (0.5 if dtype == torch.float32 else 1.0)
     if device.type != "cpu" or dtype == torch.float16:
         return None
     from minimind.model.kernels import matmul_nt  # 与训练用同一个内核；设备模块自己不背上 transformers

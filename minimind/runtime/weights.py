@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,7 +108,7 @@ def weights_file(name: str) -> Path:
 def missing_weights(lm_config: MiniMindConfig, name: str, save_dir: str | Path) -> UserError:
     """没有这份权重：说出该有的文件、得到它的命令、目录里有什么。"""
     path = weights_path(lm_config, name, save_dir)
-    others = sorted(p.name for p in resolve_path(save_dir).glob(f"{name}_*.pth"))
+    others = sorted(p.name for p in resolve_path(save_dir).glob(f"{glob.escape(name)}_*.pth"))
     size = f" --hidden_size {lm_config.hidden_size}" + (" --use_moe 1" if lm_config.use_moe else "")
     size += " --arch v3" if lm_config.arch == "v3" else ""
     if name in COMMANDS:

@@ -60,9 +60,11 @@ def main(argv: list[str] | None = None) -> int:
     """查一遍，打印表与结论，写 JSON；有一项不对返回 1。"""
     args = parse_args(SelftestArguments, argv, prog="minimind selftest")
     from minimind.runtime.device import prepare_device, resolve_device
+    from minimind.runtime.files import check_writable
     from minimind.selftest.rows import FAILED, PASSED, run_checks
     from minimind.selftest.show import environment, print_table, progress_line, verdict, write_json
 
+    check_writable(resolve_path(args.out).parent, "--out")
     device = resolve_device(args.device)
     prepare_device(device)
     where = environment(device)

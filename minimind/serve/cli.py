@@ -14,6 +14,7 @@ from minimind.errors import UserError, guard
 from minimind.inference.arguments import DraftArguments
 from minimind.paths import resolve_path
 from minimind.ranges import MANY
+from minimind.serve.hosts import parse_hosts
 
 HOST = (r"[0-9A-Za-z._:%-]+", "一个地址或主机名，如 127.0.0.1", "不是主机：")
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -153,9 +154,9 @@ def check_address(host: str, port: int) -> None:
         with socket.socket(family) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # 同 uvicorn：刚关掉的不算占着
             probe.bind((host, port))
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # 后者：名字里有一段长过 63 个字符
         raise UserError(
-            f"不能在 {host}:{port} 上监听（{error.strerror}）",
+            f"不能在 {host[:80]}:{port} 上监听（{getattr(error, 'strerror', None) or error}）",
             where="--host 与 --port",
             fix="地址用 127.0.0.1 或本机的；端口换一个，或用 --port 0 由系统挑",
         ) from error
@@ -186,7 +187,7 @@ def run(args: ServeArguments) -> None:
         )
     reload_dir = resolve_path(args.reload_dir) if args.reload_dir else None
     check_address(args.host, args.port)
-    hosts = tuple(name.strip() for name in (args.allowed_hosts or "").split(",") if name.strip())
+    hosts = parse_hosts(args.allowed_hosts)
     settings = Settings(
         args.api_key, args.request_seconds, reload_dir=reload_dir, host=args.host, allowed_hosts=hosts
     )

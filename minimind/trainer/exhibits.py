@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 # 固定提示的回答、强化学习采样的回答、专家的负载、各任务答对的比例
 EXHIBITS = ("samples", "rollouts", "expert_load", "tasks")
 KINDS = {"best": "最好", "median": "居中", "worst": "最差"}
+
+
+def number(value: Any) -> float | None:
+    """日志里的一个数；不是数、不是有限的数给 None。"""
+    if type(value) not in (int, float):  # bool 不算
+        return None
+    try:
+        value = float(value)
+    except OverflowError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def exchanges(value: Any) -> list[dict[str, Any]]:
+    """日志里的一份样例或采样：问与答都是文字的那几条；别的程序写的、不成样子的都不算。"""
+    return [
+        one
+        for one in (value if isinstance(value, list) else ())
+        if isinstance(one, dict) and isinstance(one.get("prompt"), str) and isinstance(one.get("answer"), str)
+    ]
 
 
 def extremes(prompts: Sequence[str], answers: Sequence[str], rewards: Any, parts: Mapping[str, Any]) -> list:

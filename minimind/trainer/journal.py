@@ -41,7 +41,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     for line in path.read_bytes().split(b"\n"):
         try:
             record = json.loads(line)
-        except ValueError:  # 被杀时写了一半；磁盘坏了，不是 UTF-8
+        except (ValueError, RecursionError):  # 被杀时写了一半；磁盘坏了，不是 UTF-8
             continue
         if isinstance(record, dict) and isinstance(record.get("step"), int):
             records.append(record)

@@ -62,7 +62,8 @@ def read_prompts(value: str | int, plain: bool) -> list[str]:
             fix="写 3 用内置的三个，写 0 不要样例，或给出存在的文件",
         )
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        # 只在换行处分行：提示里可以有 U+2028、U+0085，str.splitlines 会在那里切成两个
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError("不是 UTF-8", where=str(path), fix="把文件另存为 UTF-8") from error
     prompts = [line.strip() for line in lines if line.strip()]

@@ -127,7 +127,7 @@ def set_up(args: Any, recipe: Recipe, model: nn.Module, tokenizer: Any, data: Da
         resume.say_changes(saved, resume.changes(saved["args"], args), recipe, data, state)
     samples = None
     if tokenizer is not None and args.sample_prompts != "0":
-        from minimind.trainer.samples import Sampler
+        from minimind.trainer.samples import Sampler, is_count
 
         samples = Sampler.for_run(args.sample_prompts, recipe.name, model.config, tokenizer)
     journal = Journal.open(args, recipe.weights.stem, state.step if saved else None, saved.get("wandb_id"))
@@ -147,6 +147,10 @@ def set_up(args: Any, recipe: Recipe, model: nn.Module, tokenizer: Any, data: Da
         journal=journal,
         samples=samples,
     )
+    if samples and not run.evaluates and not is_count(args.sample_prompts):
+        say(
+            "留意：没有验证集（--val_ratio 0 也没有 --val_path），--sample_prompts 的提示不会作答：样例随验证来。"
+        )
     if args.use_compile:
         from minimind.trainer.compiling import maybe_compile
 

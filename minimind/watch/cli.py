@@ -12,6 +12,7 @@ from minimind.distribution import install_command
 from minimind.errors import UserError, guard
 from minimind.paths import resolve_path
 from minimind.serve.cli import HOST, LOCAL, check_address
+from minimind.serve.hosts import parse_hosts
 
 PORT = 8999
 
@@ -72,8 +73,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(WatchArguments, argv)
     folder = resolve_path(args.save_dir)
     check_folder(folder)
+    if folder.name == "logs" and any(folder.glob("*.jsonl")):
+        folder = folder.parent
+        say(f"{args.save_dir} 是放日志的目录，看它的上一级 {folder}。")
     check_address(args.host, args.port)
-    hosts = tuple(name.strip() for name in (args.allowed_hosts or "").split(",") if name.strip())
+    hosts = parse_hosts(args.allowed_hosts)
     server = make_server(folder, args.host, args.port, hosts)
     if args.host not in LOCAL:
         say(f"留意：监听 {args.host}，能连到这台机器的人都看得到训练的日志。")

@@ -15,24 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from minimind.trainer.exhibits import EXHIBITS
+from minimind.trainer.exhibits import EXHIBITS, number
 from minimind.watch.tail import Tail
 
 AXES = ("step", "time", "tokens")
 MAX_KEYS = 200  # 指标的名字至多认这么多：日志里若混进了随手写的键，内存不会无止境地涨
 MAX_NOTES = 200
 MAX_MARKS = 20_000
-
-
-def number(value: Any) -> float | None:
-    """日志里的一个数；不是数、不是有限的数给 None。"""
-    if type(value) not in (int, float):  # bool 不算
-        return None
-    try:
-        value = float(value)
-    except OverflowError:
-        return None
-    return value if math.isfinite(value) else None
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
@@ -89,8 +78,9 @@ class History:
         for key, value in record.items():
             if key in EXHIBITS:
                 marks = self.marks.setdefault(key, [])
-                if len(marks) < MAX_MARKS:
-                    marks.append((self.axes["step"][-1], offset, length))
+                if len(marks) >= MAX_MARKS:
+                    del marks[1::2]  # 隔一份丢一份，最早与最新的都还看得到
+                marks.append((self.axes["step"][-1], offset, length))
             elif key == "notes" and isinstance(value, list):
                 self.notes.extend((self.axes["step"][-1], text) for text in value if isinstance(text, str))
             elif key not in ("step", "epoch") and (value := number(value)) is not None:
@@ -116,7 +106,9 @@ class History:
         marks = self.marks.get(kind)
         if not marks:
             return None
-        at, offset, length = next((mark for mark in reversed(marks) if mark[0] <= step), marks[0])
+        # 没有截就接着写的日志，步数会往回走：取步数最近的，同一步的取后写的
+        earlier = [mark for mark in marks if mark[0] <= step]
+        at, offset, length = max(earlier) if earlier else min(marks, key=lambda mark: mark[0])
         try:
             found = parse_line(self.tail.line(offset, length))
         except OSError:
@@ -139,7 +131,7 @@ def downsample(
     Returns:
         ``x``、``y``；抽稀过的另有 ``lo``、``hi``。
     """
-    if len(x) and (np.diff(x) < 0).any():
+    if (x[1:] < x[:-1]).any():
         order = np.argsort(x, kind="stable")
         x, y = x[order], y[order]
     start = 0 if low is None else np.searchsorted(x, low, "left")

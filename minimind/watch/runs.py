@@ -13,11 +13,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from minimind.watch.history import AXES, History, number, parse_line
+from minimind.paths import printable
+from minimind.trainer.exhibits import number
+from minimind.watch.history import AXES, History, parse_line
 from minimind.watch.tail import open_regular
 
 DEPTH = 2  # 在 save_dir 之下找几层：演示与各次试验常各在一个子目录里
 SUMMARY_BYTES = 64 << 10  # 一句现状只看末尾这么多
+# 末尾有很长的一行（几十个提示的样例），里面的行数不够，就往前多看，至多到这么多
+MOST_SUMMARY_BYTES, FEWEST_RECORDS = 8 << 20, 20
 CHUNK = 8 << 20  # 一次请求至多读这么多字节的日志（约半秒）；没读完的下次接着读
 MAX_POINTS = 20_000_000  # 内存里至多这么多点，约 320 MB
 CARD_SUFFIX = ".card.json"
@@ -40,11 +44,6 @@ class LogFile:
     folder: str
     path: Path
     save_dir: Path
-
-
-def printable(name: str) -> str:
-    """文件名里不成 UTF-8 的字节换成 �，好写进 JSON。"""
-    return os.fsencode(name).decode("utf-8", "replace")
 
 
 def find_sources(folder: Path) -> dict[str, LogFile]:
@@ -91,12 +90,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def last_records(path: Path) -> list[dict[str, Any]]:
     """文件末尾的若干行，前后不完整的不算。"""
+    taken = SUMMARY_BYTES
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        file.seek(max(0, size - SUMMARY_BYTES))
-        lines = file.read(SUMMARY_BYTES).split(b"\n")
-    lines = lines[1:-1] if size > SUMMARY_BYTES else lines[:-1]
-    return [record for line in lines if (record := parse_line(line)) is not None]
+        while True:
+            file.seek(max(0, size - taken))
+            lines = file.read(min(taken, size)).split(b"\n")
+            lines = lines[1:-1] if size > taken else lines[:-1]
+            if len(lines) >= FEWEST_RECORDS or taken >= min(size, MOST_SUMMARY_BYTES):
+                return [record for line in lines if (record := parse_line(line)) is not None]
+            taken *= 4
 
 
 def summarize(source: LogFile) -> dict[str, Any]:
@@ -112,6 +115,7 @@ def summarize(source: LogFile) -> dict[str, Any]:
             (key, value) for key, value in ((key, number(record[key])) for key in record) if value is not None
         )
     total = number(card.get("total_steps"))
+    total = total if total is not None and total > 0 else None
     pace = seconds_per_step(records)
     step = latest.get("step", 0.0)
     notes = [
@@ -126,7 +130,7 @@ def summarize(source: LogFile) -> dict[str, Any]:
         "recipe": card.get("recipe") if isinstance(card.get("recipe"), str) else None,
         "step": step,
         "total": total,
-        "left": pace * max(total - step, 0) if pace is not None and total else None,
+        "left": number(pace * max(total - step, 0)) if pace is not None and total else None,
         "gap": interval_seconds(records),
         "notes": notes[-3:],
         **{key: latest.get(key) for key in keys},
@@ -138,14 +142,14 @@ def seconds_per_step(records: list[dict[str, Any]]) -> float | None:
     timed = [record for record in records[-100:] if number(record.get("time")) is not None]
     if len(timed) < 2:
         return None
-    steps, seconds = (timed[-1][key] - timed[0][key] for key in ("step", "time"))
-    return seconds / steps if steps > 0 and seconds >= 0 else None
+    steps, seconds = (float(timed[-1][key]) - float(timed[0][key]) for key in ("step", "time"))
+    return number(seconds / steps) if steps > 0 and seconds >= 0 else None
 
 
 def interval_seconds(records: list[dict[str, Any]]) -> float:
     """相邻两行之间最久隔了几秒训练。"""
     times = [value for record in records[-20:] if (value := number(record.get("time"))) is not None]
-    return max((later - earlier for earlier, later in pairwise(times)), default=0.0)
+    return number(max((later - earlier for earlier, later in pairwise(times)), default=0.0)) or 0.0
 
 
 class Runs:
@@ -155,8 +159,8 @@ class Runs:
         self.folder, self.max_points, self.chunk = folder, max_points, chunk
         self._lock = threading.Lock()
         self._sources: dict[str, LogFile] = {}
-        # id → (文件与卡片的标记, 现状)
-        self._summaries: dict[str, tuple[Any, dict[str, Any]]] = {}
+        # id → (文件与卡片的标记, 现状, 何时看到它变成这样)
+        self._summaries: dict[str, tuple[Any, dict[str, Any], float]] = {}
         self._histories: OrderedDict[str, History] = OrderedDict()
 
     def list(self, now: float | None = None) -> list[dict[str, Any]]:
@@ -176,22 +180,24 @@ class Runs:
             mark = (status.st_ino, status.st_size, status.st_mtime_ns, file_mark(source, CARD_SUFFIX))
             known = self._summaries.get(source.id)
             if known is None or known[0] != mark:
-                known = self._summaries[source.id] = (mark, summarize(source))
+                known = self._summaries[source.id] = (mark, summarize(source), now)
         except OSError:
             return None
         summary = known[1]
+        # 共享盘的时钟可以比这里快：修改时间在将来的，从看到它变的那一刻算起，免得一直算在训练
+        updated = min(status.st_mtime, known[2])
         quiet = max(QUIET_SECONDS, QUIET_INTERVALS * summary["gap"])
         if summary["total"] and summary["step"] >= summary["total"]:
             state = "done"
         else:
-            state = "running" if now - status.st_mtime < quiet else "stopped"
+            state = "running" if now - updated < quiet else "stopped"
         row = {key: value for key, value in summary.items() if key != "gap"}
         return {
             "id": source.id,
             "name": source.name,
             "folder": source.folder,
             "state": state,
-            "updated": status.st_mtime,
+            "updated": updated,
             **row,
         }
 
@@ -287,6 +293,6 @@ def exam_scores(path: Path) -> dict[str, float]:
     for task, entry in tasks.items() if isinstance(tasks, dict) else ():
         entry = entry if isinstance(entry, dict) else {}
         correct, total = (number(entry.get(key)) for key in ("correct", "total"))
-        if correct is not None and total:
-            scores[task] = correct / total
+        if correct is not None and total and (score := number(correct / total)) is not None:
+            scores[task] = score
     return scores

@@ -112,8 +112,7 @@ def open_regular(path: Path):
         OSError: 不是普通文件，不存在，没有权限。
     """
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    file = os.fdopen(descriptor, "rb")
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # 先看再包成文件：目录包不成，描述符就没人关了
+        os.close(descriptor)
         raise OSError(f"{path} 不是普通文件")
-    return file
+    return os.fdopen(descriptor, "rb")

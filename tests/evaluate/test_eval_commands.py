@@ -37,6 +37,16 @@ def result_of(out, name):
     return json.loads((out / "eval" / name).read_text("utf-8"))
 
 
+def test_结果写不了_打开模型之前就说(out, monkeypatch, capsys):
+    (out / "文件").touch()
+    monkeypatch.setattr(
+        "minimind.inference.loading.load_for_inference", lambda **_: pytest.fail("已经动手了")
+    )
+    argv = [*common(out), "--out_dir", str(out / "文件"), "--data_path", str(out / "eval.jsonl")]
+    assert cli.main_world(argv) == 2
+    assert "错误：--out_dir" in capsys.readouterr().err
+
+
 def test_微世界_按权重的种类考_分任务分难度(out, capsys):
     assert (
         cli.main_world(

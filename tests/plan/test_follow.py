@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -168,3 +170,70 @@ def test_坏的输入是一句话(command, words, said):
     errors = [line for line in done.stderr.splitlines() if line.startswith("错误：")]
     assert done.returncode == 2 and len(errors) == 1, done.stderr
     assert said in errors[0] and "Traceback" not in done.stderr
+
+
+SLOW_TO_SAVE = """
+import pathlib, signal, sys, time
+got = []
+signal.signal(signal.SIGINT, lambda *_: got.append("INT"))
+signal.signal(signal.SIGTERM, lambda *_: got.append("TERM"))
+pathlib.Path("起来了").touch()
+while not got:
+    time.sleep(0.05)
+time.sleep(7)  # 存盘：比命令自己的耐心（4 秒）久
+pathlib.Path("checkpoints").mkdir()
+pathlib.Path("checkpoints/pretrain_192_resume.pth").touch()
+pathlib.Path("存完了").write_text(",".join(got))
+sys.exit(130 if "INT" in got else 143)
+"""
+GOING = """
+import pathlib, subprocess, sys
+from minimind.errors import guard
+from minimind.plan import follow, show
+from minimind.plan.planning import Batch, Costs, Leg, Plan, schedule_flags
+from minimind.plan.quality import Estimate
+
+def leg(command):
+    return Leg(command, [command, *schedule_flags(400, 4, 0.5)], 400, 400, 0.5, 400.0, 4, 32)
+
+real = subprocess.Popen
+follow.subprocess.Popen = lambda words, **options: real([sys.executable, "训练.py"], **options)
+plan = Plan("tiny", 1, 1e6, Batch(4), Costs(10.0, 0.0, 1.0, 1.0, 0.0), None, [leg("pretrain"), leg("sft")],
+            Estimate(1, 1, 1, "zh", True, True), {"place": "cpu"}, [])
+
+@guard
+def main():
+    show.go(plan, None, pathlib.Path("."))
+
+sys.exit(main())
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX 的信号")
+@pytest.mark.parametrize("to_group", [False, True])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_退出信号恰好转给训练一次_等它存完盘_说出怎么接着走(root_dir, tmp_path, name, to_group):
+    """只给了计划（kill、编辑器的停止），或连训练一起给了（终端的 Ctrl-C）：训练都只收到一次，也不会等到一半被结束。"""
+    (tmp_path / "训练.py").write_text(SLOW_TO_SAVE, "utf-8")
+    (tmp_path / "计划.py").write_text(GOING, "utf-8")
+    process = subprocess.Popen(
+        [sys.executable, "计划.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(root_dir), "PYTHONIOENCODING": "utf-8"},
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "起来了").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    signum = getattr(signal, name)
+    os.killpg(process.pid, signum) if to_group else process.send_signal(signum)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 128 + signum, error.decode()
+    assert (tmp_path / "存完了").read_text() == name.removeprefix("SIG")
+    said = error.decode()
+    assert "接着走，照抄" in said and "Traceback" not in said
+    first, second = (line.strip() for line in said.splitlines() if line.startswith("  minimind"))
+    assert first.startswith("minimind pretrain") and first.endswith("--from_resume 1")
+    assert second.startswith("minimind sft") and "--from_resume" not in second

@@ -69,6 +69,41 @@ def test_坏行照数据集的规矩报错(tmp_path, monkeypatch, tokenizer):
         measure.size_up(PretrainDataset, str(path), tmp_path, tokenizer, "--data_path", 512)
 
 
+def test_坏行说的是使用者的文件与行号_不是临时的样本(tmp_path, monkeypatch, tokenizer):
+    monkeypatch.setenv("MINIMIND_CACHE", str(tmp_path / "cache"))
+    good, bad, blank = (tmp_path / name for name in ("好.jsonl", "坏.jsonl", "空行.jsonl"))
+    good.write_text('{"text": "好"}\n' * 7, "utf-8")
+    bad.write_text('{"text": "好"}\n\n{"text": 3}\n', "utf-8")
+    blank.write_text("\n\n", "utf-8")
+    folder = tmp_path / "样本"
+    folder.mkdir()
+    with pytest.raises(UserError) as caught:
+        measure.size_up(PretrainDataset, f"{good},{bad}", folder, tokenizer, "--data_path", 512)
+    assert f"{bad}:3 字段 text" in str(caught.value) and str(folder) not in str(caught.value)
+    with pytest.raises(UserError) as caught:
+        measure.size_up(PretrainDataset, str(blank), folder, tokenizer, "--data_path", 512)
+    assert str(blank) in str(caught.value) and str(folder) not in str(caught.value)
+
+
+@pytest.mark.parametrize("weights", [(0.02, 0.98), (0.5, 0.5), (0.98, 0.02)])
+def test_按权重配的_一轮的词元数与真的配出来的相近(tmp_path, monkeypatch, tokenizer, weights):
+    monkeypatch.setenv("MINIMIND_CACHE", str(tmp_path / "cache"))
+    long, short = tmp_path / "长.jsonl", tmp_path / "短.jsonl"
+    for path, times in ((long, 30), (short, 2)):
+        rows = [{"text": f"第{n}天，风向{n * 31 % 8}，记在本子第{n % 97}页。" * times} for n in range(300)]
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    spec = f"{long}:{weights[0]},{short}:{weights[1]}"
+    folder = tmp_path / "样本"
+    folder.mkdir()
+    found = measure.size_up(PretrainDataset, spec, folder, tokenizer, "--data_path", 512)
+    lengths = [
+        int(build_cache(path, "pretrain", tokenizer, num_workers=0).offsets[-1]) / 300
+        for path in (long, short)
+    ]
+    exact = sum(weight * 600 * length for weight, length in zip(weights, lengths))
+    assert found.tokens == pytest.approx(exact, rel=0.1)
+
+
 def test_内存问得到():
     assert 0.05 < measure.free_memory(torch.device("cpu")) < 10_000
 

@@ -6,9 +6,10 @@ import pytest
 
 from minimind.arguments import parse_args
 from minimind.errors import UserError
-from minimind.plan import cards, planning
+from minimind.plan import cards, planning, quality
 from minimind.plan.arguments import PlanArguments
 from minimind.plan.draw import draw_plan
+from minimind.plan.place import card_place
 from minimind.plan.planning import LENGTH, Batch, Costs
 from minimind.recipes.full_sft import SFTArguments
 from minimind.recipes.pretrain import PretrainArguments
@@ -92,18 +93,39 @@ def test_每张有峰值的卡都有显存():
     [
         ("RTX 4090", "RTX 4090"), ("rtx4090", "RTX 4090"), ("4090", "RTX 4090"), ("h100", "H100"),
         ("NVIDIA GeForce RTX 3060", "RTX 3060"), ("NVIDIA H100 PCIe", "H100 PCIe"), ("Tesla T4", "T4"),
-        ("A100", "A100"), ("l40s", "L40S"),
+        ("A100", "A100"), ("l40s", "L40S"), ("RTX-4090", "RTX 4090"), ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("Ascend910B4", "Ascend910B"), ("Ascend910_9392", "Ascend910_93"), ("GH200 480GB", "GH200"), ("A10G", "A10G"),
     ],
 )  # fmt: skip
 def test_卡的名字怎么写都认得(name, card):
     assert cards.find_card(name) == card
 
 
-@pytest.mark.parametrize("name", ["RTX 9999", "显卡", "RTX 4O90", "cuda:x", "tpu"])
+@pytest.mark.parametrize(
+    "name",
+    # 后几个的名字里含着 A40、A100、T4、A30、L4：当成那一张，算力与显存就差几倍
+    ["RTX 9999", "显卡", "RTX 4O90", "cuda:x", "tpu", "RTX A4000", "RTX A1000", "Quadro T400", "RTX A3000", "L400"],
+)  # fmt: skip
 def test_不认识的卡_列出认得的(name):
     with pytest.raises(UserError, match="--device") as caught:
         cards.find_card(name)
     assert "RTX 4090" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["RTX 4090 Laptop GPU", "4070 laptop", "RTX 2080 Ti Max-Q", "4060 笔记本"])
+def test_笔记本的与台式的同名_不拿台式的数充(name):
+    with pytest.raises(UserError, match="笔记本"):
+        cards.find_card(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "gigabytes"),
+    [("A100", 40), ("A100 80GB", 80), ("A100-80G", 80), ("V100-SXM2-16GB", 16), ("RTX 4090 48 GiB", 48), ("A10G", 24), ("GH200 480GB", 96)],
+)  # fmt: skip
+def test_名字里写了显存就用写的(name, gigabytes):
+    card = cards.find_card(name)
+    assert card_place(card, PlanArguments(device=name)).room_gb == gigabytes
+    assert card_place(card, PlanArguments(device=name, memory_gb=6)).room_gb == 6
 
 
 # ---- 画出来的计划 ----
@@ -171,3 +193,26 @@ def test_自己的数据_不微调_说清楚(world):
     assert any("--sft_path" in note for note in plan.notes)
     assert any("遍" in note for note in plan.notes)
     parse_args(PretrainArguments, plan.stages[0].words[1:])
+
+
+def test_微调数据太少_照实说_不说成时间不够(world):
+    import json
+
+    turns = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "好"}]
+    text = json.dumps({"conversations": turns}, ensure_ascii=False) + "\n"
+    (world / "问答.jsonl").write_text(text * 50, "utf-8")
+    plan = draw_plan(PlanArguments(minutes=30, device="T4", sft_path="问答.jsonl"))
+    assert len(plan.stages) == 1
+    said = "".join(plan.notes)
+    assert "微调数据只有" in said and "时间不够" not in said
+
+
+@pytest.mark.parametrize("text", ["你好", "短"])
+def test_几个字的数据_预期不高于没训练过的(world, text):
+    import json
+
+    (world / "一行.jsonl").write_text(json.dumps({"text": text}, ensure_ascii=False) + "\n", "utf-8")
+    plan = draw_plan(PlanArguments(minutes=5, device="T4", data_path="一行.jsonl"))
+    most = quality.untrained(6400, plan.measured["bytes_per_token"])
+    assert plan.quality.low <= plan.quality.middle <= plan.quality.high <= most < 13
+    assert plan.measured["squeezed_bits"] <= 8

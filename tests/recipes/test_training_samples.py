@@ -12,6 +12,7 @@ from trainer_helpers import in_processes
 
 from minimind.report.logs import read_log
 from minimind.report.training import summarize
+from minimind.trainer.samples import read_prompts
 
 RECIPES = list(CASES)
 
@@ -114,6 +115,23 @@ def test_写错了训练之前就说清(world, home, capsys, value, content, wor
     error = capsys.readouterr().err.splitlines()[-1]
     assert words in error and "修复办法" in error
     assert not list((home / "out").glob("pretrain_64.pth"))
+
+
+def test_一行一个_只在换行处分(tmp_path):
+    """别处拷来的文字里有 U+2028、U+0085：仍是一个提示；行尾的回车与 BOM 不算。"""
+    path = tmp_path / "问.txt"
+    path.write_bytes("\ufeff甲\u2028乙\r\n\r\n丙\x85丁\x0b戊\n".encode())
+    assert read_prompts(str(path), plain=True) == ["甲\u2028乙", "丙\x85丁\x0b戊"]
+
+
+@pytest.mark.parametrize(("ratio", "told"), [("0", True), ("0.2", False)])
+def test_没有验证集时_自己的提示不会作答_说一声(world, home, capsys, ratio, told):
+    (home / "问.txt").write_text("从前有\n", "utf-8")
+    flags = {"sample_prompts": "问.txt", "val_path": None, "val_ratio": ratio, "eval_interval": 2}
+    argv = CASES["pretrain"].argv(world, **flags)
+    assert CASES["pretrain"].main()(argv) == 0
+    said = capsys.readouterr().err
+    assert ("样例随验证来" in said) == told and ("样例｜从前有" in said) == (not told)
 
 
 def test_不是utf8的文件说清(world, home, capsys):

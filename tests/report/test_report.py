@@ -48,6 +48,20 @@ def test_回答里的换行与反引号不破坏排版():
     assert "- 微调前：`` a`b|c ``" in lines
 
 
+@pytest.mark.parametrize(
+    ("answer", "written"),
+    [
+        ("a ``b`` <script>", "``` a ``b`` <script> ```"),
+        ("````", "````` ```` `````"),
+        ("一\r\r<b>二\r\n三", "`一↵↵<b>二↵三`"),
+    ],
+)
+def test_回答里有几个反引号与回车_也出不了行内代码(answer, written):
+    """出得去，后面的 <script> 就是真的标签。"""
+    report = Report(title="x", timelines={"log": {"问": [(1, answer)]}})
+    assert f"- 第 1 步：{written}" in report.to_markdown().split("\n")
+
+
 @pytest.mark.parametrize(("before", "after", "higher", "good"), [(1, 2, True, True), (1, 2, False, False)])
 def test_变好还是变坏看指标方向(before, after, higher, good):
     assert Metric("", "", before, after, higher_is_better=higher).improved is good

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from minimind.report import training
 
 
@@ -70,3 +72,61 @@ def test_报告里看得到同样的提示越答越好_采样的回答与各条�
     text = report.to_markdown()
     assert "- 第 40 步：`` 答`40`↵完 ``" in text
     assert "| 最差 | `84*7？` | `588\\|` | 1.5 | auto 1，format 0.5 |" in text
+
+
+GOOD = {"prompt": "3+5？", "answer": "8"}
+BROKEN = [
+    '{"step": 1, "loss": "不是数"}', '{"step": 2, "loss": true}', '{"step": 3, "loss": [1]}', '{"step": 4, "loss": NaN}',
+    '{"step": 5, "loss": 1' + "0" * 400 + "}", '{"step": 6, "samples": 5}', '{"step": 7, "samples": ["文字", {"prompt": 3}, null]}',
+    '{"step": 8, "samples": [{"prompt": "3+5？", "answer": null}], "rollouts": [{"kind": "x"}]}', '{"step": 9, "rollouts": {"a": 1}}',
+    '{"step": ' + "[" * 100_000, '{"step": 10, "samples": [{"prompt": "\\ud800", "answer": "\\udfff"}]}',
+]  # fmt: skip
+
+
+def test_别的程序写的坏行_只丢那一条_报告照写(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_log(tmp_path, "a_64", RECORDS)
+    rollout = {"kind": "best", **GOOD, "reward": 1.5, "parts": {"auto": 1.0, "坏": "x"}}
+    with open(tmp_path / "logs" / "a_64.jsonl", "a", encoding="utf-8") as file:
+        file.write("\n".join(BROKEN) + "\n")
+        file.write(json.dumps({"step": 20, "samples": [GOOD, 3], "rollouts": [rollout, {"kind": "worst"}]}))
+    assert training.main(["--save_dir", ".", "--report_dir", "r"]) == 0
+    text = (tmp_path / "r" / "report.md").read_text("utf-8")
+    assert "损失 8.000 → 3.000" in text and "- 第 20 步：`8`" in text
+    assert "| 最好 | `3+5？` | `8` | 1.5 | auto 1 |" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "title", "link"),
+    [
+        ("<img src=x onerror=alert(1)>_64", "&lt;img src=x onerror=alert(1)&gt;_64", "%3Cimg%20src=x%20onerror=alert%281%29%3E_64"),
+        ("a b(1)_64", "a b(1)_64", "a%20b%281%29_64"),
+        ("$a_$_64", "$a_$_64", "$a_$_64"),
+        ("坏]了`_64", "坏\\]了\\`_64", "坏]了`_64"),
+        ("两\n行_64", "两↵行_64", "两%0A行_64"),
+        (b"\xff_64".decode("utf-8", "surrogateescape"), "�_64", "�_64"),
+    ],
+)  # fmt: skip
+def test_名字再怪_报告与图都写得出_只当文字(tmp_path, name, title, link):
+    try:
+        write_log(tmp_path, name, [*RECORDS, {"step": 20, "samples": [GOOD]}])
+    except OSError:
+        pytest.skip("这个文件系统不收这样的名字")
+    report = training.build(tmp_path, tmp_path / "r")
+    report.write(tmp_path / "r")
+    text = (tmp_path / "r" / "report.md").read_text("utf-8")
+    assert f"| {title} | 20 步" in text and f"![{title} 曲线]({link}.png)" in text
+    assert f"## {title}：同样的提示" in text
+    assert len(list((tmp_path / "r").glob("*.png"))) == 1
+
+
+def test_只看的名字里有方括号_也找得到(tmp_path):
+    write_log(tmp_path, "a[1]_64", RECORDS)
+    assert list(training.build(tmp_path, tmp_path / "r", "a[1]").facts) == ["a[1]_64"]
+
+
+def test_报告的目录是个文件_是一句话(tmp_path, capsys):
+    write_log(tmp_path, "a_64", RECORDS)
+    (tmp_path / "r").touch()
+    assert training.main(["--save_dir", str(tmp_path), "--report_dir", str(tmp_path / "r")]) == 2
+    assert "错误：--report_dir" in capsys.readouterr().err

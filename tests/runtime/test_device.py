@@ -92,8 +92,10 @@ def test_峰值算力(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
         assert dev.peak_flops(cuda, torch.bfloat16) == tflops * 1e12
         assert dev.peak_flops(cuda, torch.float32) == tflops * 0.5e12
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "没见过的卡")
-    assert dev.peak_flops(cuda, torch.bfloat16) is None
+    # 名字里含着 A40、A100、T4、A30 的别的卡：查不到，不显示利用率，不拿那一张的数充
+    for name in ("没见过的卡", "NVIDIA RTX A4000", "NVIDIA RTX A1000", "NVIDIA T400 4GB", "NVIDIA RTX A3000"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
+        assert dev.peak_flops(cuda, torch.bfloat16) is None
 
 
 def test_只有float16用缩放器():

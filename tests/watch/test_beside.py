@@ -109,3 +109,18 @@ def test_watch_是文件就说清(tmp_path, capsys):
     (tmp_path / "out").write_text("")
     assert cli.main(["watch", "--save_dir", str(tmp_path / "out")]) == 2
     assert "是文件，不是目录" in capsys.readouterr().err
+
+
+def test_watch_指着放日志的目录_看它的上一级(folder, monkeypatch, capsys):
+    """照收就是一页空白：日志在 {save_dir}/logs 里，不在 {save_dir}/logs/logs 里。"""
+    from types import SimpleNamespace
+
+    from minimind.watch import cli
+
+    append(folder / "logs" / "a.jsonl", *rows(1, 3))
+    seen = []
+    monkeypatch.setattr(
+        cli, "make_server", lambda where, *_: seen.append(where) or SimpleNamespace(run=lambda: None)
+    )
+    assert cli.main(["--save_dir", str(folder / "logs"), "--port", "0"]) == 0
+    assert seen == [folder] and "看它的上一级" in capsys.readouterr().err

@@ -109,6 +109,24 @@ def test_回看_取那一步之前最近的_再没有就最早的(tmp_path):
     assert history.record("samples", 20) is None
 
 
+def test_回看_没有截就接着写的日志_要哪一步就是哪一步(tmp_path):
+    """别的程序重新开始时接着旧的写：步数往回走，同一步有两份的取后写的。"""
+    path = tmp_path / "a.jsonl"
+    append(path, samples(100, "旧一"), samples(200, "旧二"), samples(50, "新零"), samples(100, "新一"))
+    history = read(path)
+    answers = {step: history.record("samples", step)[1][0]["answer"] for step in (200, 199, 100, 99, 50, 10)}
+    assert answers == {200: "旧二", 199: "新一", 100: "新一", 99: "新零", 50: "新零", 10: "新零"}
+
+
+def test_回看_次数太多时隔一份丢一份_最早与最新的都在(tmp_path, monkeypatch):
+    monkeypatch.setattr(history_module, "MAX_MARKS", 16)
+    path = tmp_path / "a.jsonl"
+    append(path, *(samples(step, str(step)) for step in range(1, 101)))
+    history = read(path)
+    assert len(history.marks["samples"]) <= 16
+    assert history.record("samples", 100)[0] == 100 and history.record("samples", 0)[0] == 1
+
+
 # ---------------------------------------------------------------- 抽稀
 
 

@@ -83,6 +83,58 @@ def test_卡片坏了_别的照说(folder, text):
     assert row["step"] == 3 and row["total"] is None and row["left"] is None and row["recipe"] is None
 
 
+@pytest.mark.parametrize(
+    ("lines", "card_text", "left"),
+    [
+        (['{"step":1,"time":-1.7e308}', '{"step":2,"time":1.7e308}'], '{"total_steps": 5}', None),
+        (['{"step":1,"time":0}', '{"step":2,"time":1e300}'], '{"total_steps": 1e300}', None),
+        ([f'{{"step":1,"time":-{10**308}}}', f'{{"step":2,"time":{10**308}}}'], '{"total_steps": 5}', None),
+        (['{"step":1,"time":0}', '{"step":2,"time":3}'], '{"total_steps": -5}', None),
+        (['{"step":1,"time":0}', '{"step":2,"time":3}'], '{"total_steps": 5}', 9.0),
+    ],
+)
+def test_算出来放不下的数_只空着这一格_别的训练照列(folder, lines, card_text, left):
+    path = folder / "logs" / "a.jsonl"
+    append(path, *(line + "\n" for line in lines))
+    path.with_suffix(".card.json").write_text(card_text, "utf-8")
+    (folder / "eval").mkdir()
+    exam = '{"tasks": {"a": {"correct": 1e308, "total": 1e-308}, "b": {"correct": 1, "total": 2}}}'
+    (folder / "eval" / "a_world.json").write_text(exam, "utf-8")
+    append(folder / "logs" / "b.jsonl", *rows(1, 3))
+    with serving(folder) as url:
+        listed = httpx.get(f"{url}/api/runs")
+        assert listed.status_code == 200
+        row = {row["name"]: row for row in listed.json()["runs"]}
+        assert set(row) == {"a", "b"} and row["a"]["left"] == left and row["a"]["state"] == "running"
+        detail = httpx.get(f"{url}/api/run/{row['a']['id']}")
+        assert detail.status_code == 200 and detail.json()["exam"] == {"b": 0.5}
+
+
+@pytest.mark.parametrize("size", [1000, 200_000, 3_000_000])
+def test_末尾的一行再长_前面的损失与速度也看得到(folder, size):
+    path = folder / "logs" / "a.jsonl"
+    append(path, *rows(1, 30), samples(30, "长" * size), {"step": 30, "val_loss": 1.5, "time": 15.0})
+    card(path, total_steps=60)
+    row = only(Runs(folder))
+    assert (row["step"], row["loss"], row["val_loss"]) == (30, pytest.approx(8 / 30), 1.5)
+    assert row["left"] == pytest.approx(15.0)
+
+
+def test_修改时间在将来的_从看到它变的时候算起(folder):
+    """共享盘的时钟快一小时：停了的不该一直算在训练，在训练的也不该算停了。"""
+    path = folder / "logs" / "a.jsonl"
+    append(path, *rows(1, 3))
+    now = time.time()
+    os.utime(path, (now + 3600, now + 3600))
+    runs = Runs(folder)
+    assert [only(runs, now=now + after)["state"] for after in (0, 100, 150)] == ["running"] * 2 + ["stopped"]
+    append(path, *rows(4, 4))
+    os.utime(path, (now + 3700, now + 3700))
+    assert [only(runs, now=now + after)["state"] for after in (200, 300, 350)] == ["running"] * 2 + [
+        "stopped"
+    ]
+
+
 def test_没变的不重读(folder, monkeypatch):
     path = folder / "logs" / "a.jsonl"
     append(path, *rows(1, 3))

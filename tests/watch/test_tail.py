@@ -111,3 +111,16 @@ def test_管道不会把服务卡住(tmp_path):
     assert Tail(path).read(10).lines == []
     with pytest.raises(OSError, match="不是普通文件"):
         open_regular(path)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="数打开的描述符只在 Linux 上")
+def test_名字像日志的目录_看多少遍都不漏描述符(tmp_path):
+    """页面每两秒看一遍：漏一个，半小时就到上限，页面再也打不开。"""
+    path = tmp_path / "a.jsonl"
+    path.mkdir()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        assert Tail(path).read(10).lines == []
+        with pytest.raises(OSError, match="不是普通文件"):
+            open_regular(path)
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -280,6 +280,31 @@ def test_换语言_换明暗_刷新之后还是(visit, folder, logs):
         expect(english.locator("h1")).to_have_text("Training")
 
 
+@pytest.mark.parametrize("saved", ['"x"', "5", '{"a": 1}', "不是 JSON", "[1, 2]", '[["id"]]', "null"])
+def test_存着的勾选不成样子_照样打开_像头一次(visit, folder, logs, saved):
+    """同一个端口从前可能是别的页面。"""
+    append(logs / "a_64.jsonl", *rows(1, 10))
+    with serving(folder) as url:
+        page = visit(url)
+        page.evaluate("text => localStorage.setItem('minimind.watch.selected', text)", saved)
+        page.reload()
+        expect(page.locator("#list li input")).to_be_checked()
+        expect(chart(page)).to_be_visible()
+
+
+def test_数很大而范围很窄_刻度数得完(visit, folder, logs):
+    """k 加一还是它自己：不设上限，页面就再也不动了。"""
+    with serving(folder) as url:
+        page = visit(url)
+        counts = page.evaluate(
+            """async () => {
+              const { ticks } = await import("/static/chart.js");
+              return [[9e15, 9e15 + 2, 8], [1, 1 + 2.3e-16, 4], [0, 8, 4], [-5, 5, 5]].map((one) => ticks(...one).length);
+            }"""
+        )
+    assert all(count <= 17 for count in counts) and counts[2:] == [5, 5]
+
+
 def test_手机上不横着溢出_清单点开点上(visit, folder, logs):
     write_two(logs)
     append(logs / "a_64.jsonl", samples(100, "很长的回答" * 50))

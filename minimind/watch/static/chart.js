@@ -13,7 +13,8 @@ export function ticks(low, high, count) {
   const power = 10 ** Math.floor(Math.log10(raw));
   const step = power * [1, 2, 5, 10].find((factor) => factor * power >= raw);
   const found = [];
-  for (let k = Math.ceil(low / step); k * step <= high + step * 1e-9; k++) found.push(k * step);
+  // 数很大而范围很窄时 k 加一还是它自己，所以个数也有限
+  for (let k = Math.ceil(low / step); k * step <= high + step * 1e-9 && found.length <= 2 * count; k++) found.push(k * step);
   return found;
 }
 

@@ -10,6 +10,17 @@ async function get(path) {
   return reply.json();
 }
 
+// 上次勾了哪些 [[id, 第几种颜色]]；没有存过、存的不成样子（同一端口上别的页面写的）给 null
+function readChoice() {
+  try {
+    const saved = JSON.parse(localStorage.getItem("minimind.watch.selected"));
+    const whole = (one) => Array.isArray(one) && typeof one[0] === "string" && Number.isInteger(one[1]);
+    return Array.isArray(saved) && saved.every(whole) ? saved : null;
+  } catch {
+    return null;
+  }
+}
+
 export class Store {
   // onChange()：任何数据变了
   constructor(onChange) {
@@ -20,7 +31,7 @@ export class Store {
     this.offline = false;
     this.loaded = false;
     this.view = { axis: "step", low: null, high: null };
-    const saved = JSON.parse(localStorage.getItem("minimind.watch.selected") ?? "null");
+    const saved = readChoice();
     this.slots = new Map(saved ?? []); // id → 第几种颜色
     this.fresh = saved === null;
     this.timer = 0;
