@@ -15,6 +15,7 @@ from minimind.arguments import parse_args
 from minimind.demo import pace
 from minimind.demo.arguments import DemoArguments
 from minimind.demo.base import pretrain_arguments
+from minimind.demo.errands import agent_arguments, tuning_arguments
 from minimind.demo.exam import pick_items
 from minimind.demo.reinforce import grpo_arguments, ppo_arguments, spo_arguments
 from minimind.demo.road import Road
@@ -107,7 +108,7 @@ def test_走几成_恰好放得进时间_最少四成():
     """不动的 100 秒与随之变化的 1,000 秒。"""
     assert pace.fit_pace(lambda share: 100 + 1000 * share, 1200) == 1.0
     assert pace.fit_pace(lambda share: 100 + 1000 * share, 800) == pytest.approx(0.7, abs=0.01)
-    assert pace.fit_pace(lambda share: 100 + 1000 * share, 10) == 0.4
+    assert pace.fit_pace(lambda share: 100 + 1000 * share, 10) == 0.3
 
 
 def timed_road(tmp_path, minutes):
@@ -149,14 +150,16 @@ def test_慢的机器上少走几步_全程不超过说好的分钟数(tmp_path,
     road.pace = 0.5
     assert pretrain_arguments(road).max_steps == 402 and ppo_arguments(road).max_steps == 22
     assert dpo_arguments(road).max_steps == 0
+    # 最后一段不挤：调用的样子没有微调出来，强化学习就无从学起
+    assert tuning_arguments(road).max_steps == 0 and agent_arguments(road).max_steps == 10
 
 
 def test_先保住预训练与微调(tmp_path):
-    """慢一成多：底子走满，后面的少走；再慢，后面的省到六成之后底子才省。"""
+    """慢一成多：底子走满，后面的少走；再慢，后面的省到一半之后底子才省。"""
     _, slower = walk_on_time(timed_road(tmp_path, 17), 6000)
-    assert slower["pretrain"] == slower["sft"] == 1 > slower["ppo"] >= 0.6
+    assert slower["pretrain"] == slower["sft"] == 1 > slower["ppo"] >= 0.5
     _, slowest = walk_on_time(timed_road(tmp_path, 17), 4000)
-    assert slowest["pretrain"] < 1 and slowest["ppo"] < 0.65
+    assert slowest["pretrain"] < 1 and slowest["ppo"] < 0.55
 
 
 @pytest.mark.parametrize(("speed", "minutes"), [(12_000, 17), (2000, 0)])

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 # 互相比的：采样的条数要相同，走几成随第一个
 SAME_AMOUNT = ("ppo", "grpo", "spo")
 # 别的段都从它们的权重开始，最后才省；别的先省到几成
-BASE, SPARED = ("pretrain", "sft"), 0.6
-# 总是走满的：本来就短
-WHOLE = ("lora", "dpo")
+BASE, SPARED = ("pretrain", "sft"), 0.5
+# 总是走满的：本来就短，或少走就看不出效果
+WHOLE = ("lora", "dpo", "agent")
 
 
 def open_road(args: DemoArguments) -> Road:

@@ -10,7 +10,8 @@ from minimind.recipes import full_sft
 from minimind.recipes.agent import AgentArguments
 from minimind.recipes.agent import run as train_agent
 
-# 与 benchmarks/stages/agent.py 三个种子测过的相同，只是步数少一半
+# 与 benchmarks/stages/agent.py 三个种子测过的相同，只是步数少一半。机器慢也走满：样子没有微调出来，强化学习一道对的也采不到；
+# 步数再少又看不出涨
 TUNING = {"max_seq_len": 512, "batch_size": 4, "epochs": 1, "learning_rate": 2e-3}
 LEARNING = {"num_generations": 8, "accumulation_steps": 1, "dynamic_sampling": 1, "learning_rate": 5e-4}
 STEPS, PROMPTS = 10, 8
@@ -19,9 +20,7 @@ STEPS, PROMPTS = 10, 8
 def tuning_arguments(road: Road) -> full_sft.SFTArguments:
     """与 ``minimind sft`` 是同一个 dataclass；下面的同理。"""
     names = {"from_weight": "full_sft", "save_weight": "agent_sft"}
-    steps = road.epoch_steps("agent_sft", TUNING["epochs"], 2 * TUNING["batch_size"])
-    plan = {**TUNING, **names, "eval_interval": 0, "max_steps": steps}
-    return full_sft.SFTArguments(**road.common(**plan), **road.data("agent_sft"))
+    return full_sft.SFTArguments(**road.common(**TUNING, **names, eval_interval=0), **road.data("agent_sft"))
 
 
 def agent_arguments(road: Road) -> AgentArguments:
@@ -32,7 +31,7 @@ def agent_arguments(road: Road) -> AgentArguments:
         from_weight="agent_sft",
         batch_size=prompts,
         epochs=1000,
-        max_steps=road.steps(STEPS),
+        max_steps=min(STEPS, road.args.max_steps or STEPS),
         max_gen_len=length,
         max_turns=4,
         max_total_len=600,

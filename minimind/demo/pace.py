@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from minimind.console import format_duration, say
 
 # 少走也不少于安排的几成：再少，后面的段没有像样的起点
-LEAST = 0.4
+LEAST = 0.3
 
 
 def fit_pace(seconds: Callable[[float], float], budget: float) -> float:

@@ -75,9 +75,10 @@ AGENT_ROLLOUTS = errands.PROMPTS * errands.LEARNING["num_generations"]
 
 
 def errand_tokens(road: Road) -> float:
-    """差事的微调与强化学习。"""
-    tuned = epochs_of("agent_sft", errands.TUNING["epochs"], 2 * errands.TUNING["batch_size"], True)
-    return tuned(road) + steps_of(errands.STEPS, AGENT_ROLLOUTS, 375.0)(road)
+    """差事的微调与强化学习，总是走满。"""
+    tuned = epochs_of("agent_sft", errands.TUNING["epochs"], 2 * errands.TUNING["batch_size"])
+    steps = min(errands.STEPS, road.args.max_steps or errands.STEPS)
+    return tuned(road) + steps * AGENT_ROLLOUTS * 375.0
 
 
 STAGES: dict[str, Lesson] = {
@@ -129,21 +130,21 @@ STAGES: dict[str, Lesson] = {
         "PPO",
         "价值网络估计写到一半能得几分，比估计的好就多写",
         reinforce.run_ppo,
-        steps_of(reinforce.RL_STEPS, ROLLOUTS, 120.0),
+        steps_of(reinforce.RL_STEPS, ROLLOUTS, 180.0),
         RL_EXAMS,
     ),
     "grpo": Lesson(
         "GRPO",
         "同一道题答八遍，比同组平均好的多写",
         reinforce.run_grpo,
-        steps_of(reinforce.RL_STEPS, ROLLOUTS, 55.0),
+        steps_of(reinforce.RL_STEPS, ROLLOUTS, 87.0),
         RL_EXAMS,
     ),
     "spo": Lesson(
         "SPO",
         "每题只答一遍，和它自己过去的成绩比",
         reinforce.run_spo,
-        steps_of(reinforce.RL_STEPS, ROLLOUTS, 76.0),
+        steps_of(reinforce.RL_STEPS, ROLLOUTS, 112.0),
         RL_EXAMS,
     ),
     "agent": Lesson(
