@@ -103,4 +103,5 @@ def probe_speed(model, dataset, rows: int, row_length: int) -> tuple[str, float]
     name = str(dtype).removeprefix("torch.")
     precision = name if dtype == torch.bfloat16 else "float32"
     optimizer = build_optimizer(model, TrainArguments(), newton_schulz_dtype=precision)
-    return name, rows * row_length / time_call(lambda: step(dtype, full, optimizer))
+    # 全程走几成由它定：两次里最快的还会差两成，六次的才稳
+    return name, rows * row_length / time_call(lambda: step(dtype, full, optimizer), repeats=6)
