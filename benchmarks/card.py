@@ -27,6 +27,8 @@ from typing import Any
 
 from card_table import show
 
+# 借来的卡上没有人安装过这个项目；装着的另一份也不该被量到
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from minimind.arguments import arg, parse_args
 from minimind.errors import UserError, guard
 from minimind.runtime.files import write_text

@@ -150,6 +150,20 @@ def test_缺可选的包说出缺哪个(run, name):
     assert run(name)["status"] == "没有装 surely_not_installed，没有做"
 
 
+def test_没有安装项目也走得通_用的是这一份代码(tmp_path):
+    (tmp_path / "minimind").mkdir()
+    (tmp_path / "minimind" / "__init__.py").write_text("raise RuntimeError('别的一份')", encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "card.py"), "--help"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr[-1000:]
+    assert "--minutes" in done.stdout
+
+
 def test_没有装rich也走得通(tmp_path):
     """卡上的环境可能没有它：替身顶上，命令行、自检用到的都有。"""
     script = (
