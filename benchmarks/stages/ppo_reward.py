@@ -13,8 +13,8 @@ FIGURE = {
     "title": "PPO against the reward model (tiny, micro-world)",
     **_reward.FIGURE,
 }
-STEPS = 42
-SETTINGS = {"optimizer": "adamw", "learning_rate": 2e-4, "kl_coef": 0.05, "reward": "auto:1.5,model:2"}
+STEPS = 54
+SETTINGS = {"optimizer": "adamw", "learning_rate": 2e-4, "kl_coef": 0.07, "reward": "auto:1.5,model:2"}
 before = _reward.before
 
 
