@@ -252,7 +252,7 @@ def loop(card: Card) -> None:
     bare = real_step_ms(card, False)
     card.note(bare_step_ms=bare)
     run = TrainerRun(card, "loop", "0")
-    run.wait(lambda: len(run.lines()) >= card.pick(12, 3), card.seconds_left - 8)
+    run.wait(lambda: len(run.lines()) >= card.pick(9, 3), card.seconds_left - 8)
     card.note(stop_seconds=run.stop())
     card.note(loop_step_ms=run.step_ms(), lost_share=1 - bare / run.step_ms())
     card.note(tokens_per_second=run.lines()[-1]["tokens_per_s"])
@@ -269,7 +269,7 @@ def auto(card: Card) -> None:
         card.note(early="没有赶上编译的途中" if seen else "没有等到")
         early.stop()
     run = TrainerRun(card, "auto", "auto")
-    run.wait(lambda: len(run.lines()) >= card.pick(12, 3), card.seconds_left - 10)
+    run.wait(lambda: len(run.lines()) >= card.pick(9, 3), card.seconds_left - 10)
     card.note(stop_seconds=run.stop())
     losses = [line["loss"] for line in run.lines() if "loss" in line]
     said = re.findall(r"编译与核对用时.*|编译后的.*|编译失败.*|重新编译失败.*", run.said())

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minimind.inference.compiled_step import CompiledStep, fits
 from minimind.inference.graph_check import difference, experts_difference, step_difference
 from minimind.inference.kv_cache import SlotKVCache
 from minimind.inference.requests import Row, shared_rule
@@ -107,14 +108,22 @@ class GraphedDecode:
         decoder: :class:`minimind.inference.decoder.FusedDecoder`，``static`` 为真的。
         max_slots: 槽位数。
         recorder: 录制的函数，默认 :class:`CudaRecorder`；测试时换成不录、照常跑的。
+        compile: 录的是编译过的一步（:mod:`minimind.inference.compiled_step`）；编译不了或核对不上就录照常的。
     """
 
-    def __init__(self, decoder: Any, max_slots: int, recorder: Callable[..., Any] | None = None):
+    def __init__(
+        self,
+        decoder: Any,
+        max_slots: int,
+        recorder: Callable[..., Any] | None = None,
+        compile: bool = False,
+    ):
         self.decoder, self.max_slots = decoder, max_slots
         decoder.use_slots()
         decoder.use_static()
         self._given = recorder
         self.recorder = recorder or CudaRecorder(decoder.device)
+        self.compiled = CompiledStep(decoder) if compile and fits(decoder) else None
         # （行数，长度）是只到 logits 的，（行数，长度，规则）是带抽样的
         self.graphs: dict[tuple[Any, ...], Any] = {}
         self.capacity, self.places = 0, decoder.shared.places()
@@ -233,8 +242,15 @@ class GraphedDecode:
         """录一张，核对过才留下；录不成或对不上就说一句，此后不再录，返回 ``None``。"""
         try:
             graph, self.trouble = make()
-        except RuntimeError as error:  # 录制期间的断言、不许的操作、显存不够都是它
+        except RuntimeError as error:  # 录制期间的断言、不许的操作、显存不够都是它；编译不了的也是
             self.trouble = f"录不成（{str(error).strip().splitlines()[0]}）"
+        if self.trouble and self.compiled is not None:
+            logger.warning(
+                "编译过的一步：%d 行、长 %d 的一张%s；改录不编译的，结果不变", *key[:2], self.trouble
+            )
+            self.compiled, self.trouble = None, ""
+            self.clear()
+            return self._add(key, make)
         if self.trouble:
             self.graphs = {}
             self.decoder.use_static(False)
@@ -257,7 +273,7 @@ class GraphedDecode:
         places = torch.full((rows,), self.capacity, dtype=torch.long, device=self.decoder.device)
 
         def run() -> Tensor:
-            return self.logits[:rows].copy_(self.decoder.walk(static, places, used, True))
+            return self.logits[:rows].copy_(self._walk(static, places, used))
 
         graph = _Graph(static, places, *self.recorder(run))
         return graph, self._experts() or difference(graph(tokens, positions, self.capacity), want)
@@ -273,7 +289,7 @@ class GraphedDecode:
         def run() -> Tensor:
             live = torch.arange(rows, device=self.decoder.device) < self.count
             positions = state.positions[:rows].masked_fill(~live, self.capacity)
-            logits = self.decoder.walk(state.tokens[:rows], positions, used, True)
+            logits = self._walk(state.tokens[:rows], positions, used)
             ids, logp = state.advance(logits, rule, live)
             self.ids[:, :rows][self.turn] = ids
             self.logp[:, :rows][self.turn] = logp
@@ -298,6 +314,12 @@ class GraphedDecode:
             state.restore(before)
             self.count.fill_(count)
             self.turn.fill_(offset)
+
+    def _walk(self, tokens: Tensor, positions: Tensor, used: int) -> Tensor:
+        """录的那一步的解码：``[B]``、``[B]`` → ``[B, V]``。"""
+        if self.compiled is not None:
+            return self.compiled(tokens, positions, used)
+        return self.decoder.walk(tokens, positions, used, True)
 
     def _plain(
         self, rows: int, used: int, tokens: Tensor, positions: Tensor, lengths: Sequence[int]

@@ -14,6 +14,7 @@ class Norm:
     """均方根归一化，给出矩阵乘的精度。
 
     CPU 上 ``F.rms_norm`` 拆成八个小算子，逐词元时夹在矩阵乘之间（缓存是凉的）一次约 20 µs；借范数算子只要五个，约 12 µs。
+    CUDA 上它是一个核，里面自己用 fp32：精度都相同时直接交给它，省下前后换精度的三个核，逐位相同。
     """
 
     def __init__(self, module: nn.Module):
@@ -21,8 +22,11 @@ class Norm:
         self.eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
         weight = module.weight
         self.eps_11 = torch.full((1, 1), self.eps) if weight.device.type == "cpu" else None
+        self.one_kernel = weight.is_cuda
 
     def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.one_kernel and x.dtype == dtype == self.module.weight.dtype:
+            return F.rms_norm(x, x.shape[-1:], self.module.weight, self.eps)
         x, weight = x.float(), self.module.weight.float()
         if self.eps_11 is None:
             return F.rms_norm(x, x.shape[-1:], weight, self.eps).to(dtype)

@@ -91,9 +91,12 @@ class JoinedLinear:
         return F.linear(x, self.weight, self.bias)
 
     def add_to(self, total: Tensor, x: Tensor) -> Tensor:
-        """``total [N, 出] + self(x)``；精度相同时加法并进矩阵乘里。"""
-        if self.packed and self.bias is None and total.dtype == self.dtype:
+        """``total [N, 出] + self(x)``；精度相同时加法并进矩阵乘里。CUDA 上写在 ``total`` 原处。"""
+        plain = not self.int8 and self.bias is None and total.dtype == self.dtype
+        if self.packed and plain:
             return torch.ops.mkldnn._linear_pointwise.binary(x, total, self.weight, None, "add")
+        if plain and total.is_cuda:  # 另放一处的 addmm 要先把 total 抄过去
+            return total.addmm_(x, self.weight.t())
         return total + self(x)
 
     def _join(self, name: str, old: Tensor | None) -> Tensor:

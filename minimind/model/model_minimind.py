@@ -499,6 +499,8 @@ class MiniMindLM(nn.Module):
     用的时候建 :class:`MiniMindForCausalLM`：它是这个类加上 transformers 的接口，在 hf.py。
     """
 
+    cross_entropy = staticmethod(linear_cross_entropy)
+
     def __init__(self, config: MiniMindConfig | None = None):
         super().__init__()
         self.config = config or MiniMindConfig()
@@ -609,11 +611,9 @@ class MiniMindLM(nn.Module):
             ValueError: 超过最大位置，或参数互相矛盾。
             TypeError: 输出头被换成了别的模块，而损失直接用它的权重。
         """
-        hidden, aux_loss = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, cu_seqlens, max_seqlen, inputs_embeds
-        )
-        if return_logits is None:
-            return_logits = labels is None or not self.training
+        args = input_ids, attention_mask, position_ids, past_key_values, cu_seqlens, max_seqlen, inputs_embeds
+        hidden, aux_loss = self.model(*args)
+        return_logits = return_logits if return_logits is not None else labels is None or not self.training
         logits = loss = loss_sum = target_count = None
         if return_logits:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -625,7 +625,7 @@ class MiniMindLM(nn.Module):
             if loss_weights is not None:
                 weight = weight * F.pad(loss_weights[:, 1:], (0, 1)).flatten()
             refuse_wrapped("输出头 lm_head", self.lm_head)
-            loss_sum = linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, target, weight)
+            loss_sum = self.cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, target, weight)
             target_count = weight.sum()
             loss = loss_sum / target_count.where(target_count > 0, 1.0)
         return MiniMindOutput(loss, loss_sum, target_count, aux_loss, logits, past_key_values, hidden)

@@ -151,7 +151,12 @@ class Collector:
             )
         elif self.sampler is None:
             self.sampler = LocalRollout(
-                model, self.tokenizer, max_slots=args.rollout_slots, dtype=run.dtype, **options
+                model,
+                self.tokenizer,
+                max_slots=args.rollout_slots,
+                dtype=run.dtype,
+                compile=args.use_compile == 1,
+                **options,
             )
         return self.sampler
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minimind.model import MiniMindConfig, MiniMindForCausalLM, linear_cross_entropy, preset
+from minimind.model.kernels import chunk_loss, fusible_chunk_loss
 
 
 def make(**extra) -> MiniMindForCausalLM:
@@ -154,3 +155,40 @@ def test_推理时默认给出_logits_且可以只要最后几个():
     torch.testing.assert_close(model(ids, logits_to_keep=1).logits, full.logits[:, -1:])
     torch.testing.assert_close(model(ids, logits_to_keep=torch.tensor([2, 5])).logits, full.logits[:, [2, 5]])
     assert model(ids, return_logits=False).logits is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("write", [chunk_loss, fusible_chunk_loss])
+def test_一块的损失与梯度_两种写法都与自动微分相同(write, dtype):
+    generator = torch.Generator().manual_seed(0)
+    logits = (8 * torch.randn(7, 50, generator=generator)).to(dtype)
+    logits[2, 5] = 300.0  # 概率下溢成 0 的目标也有损失
+    target = torch.tensor([3, 49, 4, 0, 0, 12, 13])
+    weight = torch.tensor([1.0, 0.5, 2.0, 0.0, 1.0, 1.0, 0.25])
+    leaf = logits.float().requires_grad_()
+    want = (torch.nn.functional.cross_entropy(leaf, target, reduction="none") * weight).sum()
+    want.backward()
+    loss, grad = write(logits.clone(), target[:, None], weight[:, None], True)
+    assert grad.dtype == dtype and grad[3].abs().sum() == 0
+    torch.testing.assert_close(loss, want.detach(), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(
+        grad.float(),
+        leaf.grad,
+        **({"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-3}),
+    )
+    assert write(logits.clone(), target[:, None], weight[:, None], False)[1] is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_编译成一个内核的一块_与逐算子的相同(dtype):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(33, 500, generator=generator).to(dtype)
+    target, weight = (
+        torch.randint(0, 500, (33, 1), generator=generator),
+        torch.rand(33, 1, generator=generator),
+    )
+    loss, grad = torch.compile(fusible_chunk_loss, fullgraph=True)(logits, target, weight, True)
+    want, want_grad = chunk_loss(logits, target, weight, True)
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad, want_grad)

@@ -115,6 +115,32 @@ def test_打包训练_编译与不编译一致_头一步之后不再编译(tmp_p
         assert "混合专家" in said
 
 
+def test_卡上损失也进图_各块一样长只编一次_出了前向照旧(tmp_path, backend, monkeypatch, capsys):
+    monkeypatch.setattr(CompiledBlocks, "loss_fits", True)
+    monkeypatch.setattr(compiling, "CHUNK_LOGITS", 97 * 100)  # 2 × 140 行分三块，94、94、92
+    sizes, original = [], compiling.linear_cross_entropy
+
+    def spy(hidden, weight, target, loss_weight, chunk, piece):
+        sizes.append((len(target), chunk))
+        return original(hidden, weight, target, loss_weight, chunk, piece)
+
+    monkeypatch.setattr(compiling, "linear_cross_entropy", spy)
+    model = tiny_model()
+    plain = packed_train(tmp_path / "a")
+    args = tiny_args(
+        tmp_path / "b", max_seq_len=Packed.LENGTH, batch_size=2, learning_rate=2e-3, use_compile=1
+    )
+    compiled = train(args, toy_recipe(collate=pack), model, None, Data(Packed()))
+    assert "都与不编译时一致" in capsys.readouterr().err
+    assert set(sizes) == {(2 * Packed.LENGTH, 94)}
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
+    assert "cross_entropy" not in vars(model) and graphs() <= 3  # 一层，损失的整块与零头
+
+
+def test_CPU上损失不编译(backend):
+    assert not CompiledBlocks(tiny_model()).loss_fits
+
+
 def test_稠密模型各层共用一个图(tmp_path, backend):
     packed_train(tmp_path, {"num_hidden_layers": 4}, use_compile=1)
     assert graphs() == 1

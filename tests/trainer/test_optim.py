@@ -75,6 +75,30 @@ def test_Muon与torch自带实现一致():
         assert (p - q).norm() < 0.02 * moved  # 二者只差 bfloat16 的舍入
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("decayed", [True, False])
+def test_逐个更新与摞起来更新逐位相同_连负零(dtype, decayed):
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.randn(6, 10, generator=generator) for _ in range(4)]
+    params[1][0, :3] = torch.tensor([-0.0, 0.0, 1e-42])
+    update = torch.randn(4, 6, 10, generator=generator).to(dtype)
+    update[1] = 0  # 不更新、不衰减的一个
+    keep = torch.tensor([0.99, 1.0, 0.995, 0.99]) if decayed else None
+    before, each, stacked = (
+        [p.clone() for p in params],
+        [p.clone() for p in params],
+        [p.clone() for p in params],
+    )
+    optim.apply_each(each, update, keep, -0.013)
+    optim.apply_stacked(stacked, update, keep, -0.013)
+    for a, b in zip(each, stacked):
+        assert torch.equal(a.view(torch.int32), b.view(torch.int32))
+    assert torch.equal(each[1].view(torch.int32), before[1].view(torch.int32))
+    assert not torch.equal(each[0], before[0])
+    want = before[0] * (0.99 if decayed else 1.0) - 0.013 * update[0].float()
+    torch.testing.assert_close(each[0], want, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("shape", [(3, 16, 40), (2, 40, 16)])
 def test_正交化等于在奇异值上套五次多项式(shape):
     torch.manual_seed(1)
