@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 
 # 互相比的：采样的条数要相同，走几成随第一个
 SAME_AMOUNT = ("ppo", "grpo", "spo")
-# 别的段都从它们的权重开始，最后才省；别的先省到几成
-BASE, SPARED = ("pretrain", "sft"), 0.5
+# 谁先省：前面的先省到 SPARED，还放不进去，后一组才跟着少走。强化学习走到七八成才看得出效果；
+# 底子没打好，哪一段都看不出，所以预训练与微调最后
+YIELDING, SPARED = (("distill", "reason"), SAME_AMOUNT, ("pretrain", "sft")), 0.5
 # 总是走满的：本来就短，或少走就看不出效果
 WHOLE = ("lora", "dpo", "agent")
 
@@ -105,7 +106,7 @@ def plan(road: Road, stages: dict[str, Lesson], start: float) -> Timetable:
     if whole > 60 * road.args.minutes > 0:
         say(
             f"走满要 {format_duration(whole)}；按 --minutes {road.args.minutes:g}，"
-            "各段少走几步，先省预训练与微调之后的（--minutes 0 走满）。"
+            "几段少走几步：先省蒸馏与推理，再省强化学习，底子最后（--minutes 0 走满）。"
         )
         if clock.expected > 60 * road.args.minutes:
             say(f"最少走{LEAST * 10:g}成也要 {format_duration(clock.expected)}，超过 --minutes 了。")
@@ -113,29 +114,35 @@ def plan(road: Road, stages: dict[str, Lesson], start: float) -> Timetable:
 
 
 def keep_time(road: Road, stages: dict[str, Lesson], clock: Timetable) -> None:
-    """照 ``--minutes`` 定剩下的各段走几成，改时间表；快慢按走完的几段修正。
-
-    先省后面的：底子没打好，哪一段都看不出效果。省到 ``SPARED`` 还放不进去，预训练与微调才跟着少走。
-    """
+    """照 ``--minutes`` 定剩下的各段走几成（谁先省见 ``YIELDING``），改时间表；快慢按走完的几段修正。"""
     left = {name: stage for name, stage in stages.items() if name not in clock.actual}
     if not (road.args.minutes and left):
         return
 
-    def estimates(base: float, rest: float) -> dict[str, float]:
+    paces = dict.fromkeys(left, 1.0)
+
+    def estimates(changes: dict[str, float]) -> dict[str, float]:
         found = {}
         for name, stage in left.items():
-            road.pace = base if name in BASE else rest
+            road.pace = (paces | changes)[name]
             found[name] = stage.tokens(road) / clock.speed
         return found
 
-    def seconds(base: float, rest: float) -> float:
-        return clock.ratio() * sum(estimates(base, rest).values())
+    def seconds(changes: dict[str, float]) -> float:
+        return clock.ratio() * sum(estimates(changes).values())
 
     budget = 60 * road.args.minutes - clock.elapsed()
-    base = fit_pace(lambda share: seconds(share, min(share, SPARED)), budget)
-    rest = fit_pace(lambda share: seconds(base, share), budget)
-    clock.estimates |= estimates(base, rest)
-    road.pace = base if next(iter(left)) in BASE else rest
+    for number in reversed(range(len(YIELDING))):  # 后省的先定：先省的都省到头，它还要省多少
+        group = [name for name in YIELDING[number] if name in left]
+        before = [name for names in YIELDING[:number] for name in names if name in left]
+
+        def changed(share: float) -> dict[str, float]:
+            return dict.fromkeys(group, share) | dict.fromkeys(before, min(share, SPARED))  # noqa: B023
+
+        share = fit_pace(lambda share: seconds(changed(share)), budget)
+        paces |= dict.fromkeys(group, share)
+    clock.estimates |= estimates({})
+    road.pace = paces[next(iter(left))]
 
 
 def on_time(road: Road, stages: dict[str, Lesson], clock: Timetable) -> Iterator[tuple[str, Lesson]]:

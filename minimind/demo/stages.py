@@ -11,8 +11,8 @@ from minimind.demo.road import Road
 
 # 考一道题的时间折合多少个训练词元（实测 40 到 60：逐词生成没有训练那样的大矩阵，但一题只写十几个词）
 TOKENS_PER_ITEM = 60
-# 途中的验证、存盘与记录（实测）
-OVERHEAD = 1.1
+# 途中的验证、作答、存盘与记录（实测）；预训练最长，一批批地走比测速时的几步慢
+OVERHEAD, LONG_OVERHEAD = 1.1, 1.25
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,15 @@ class Lesson:
         return self.training(road) + items * TOKENS_PER_ITEM
 
 
-def epochs_of(data: str, epochs: int, rows_per_step: int, paced: bool = False) -> Callable[[Road], float]:
+def epochs_of(
+    data: str, epochs: int, rows_per_step: int, paced: bool = False, overhead: float = OVERHEAD
+) -> Callable[[Road], float]:
     """按轮数走完一份语料的阶段；``paced`` 的在慢的机器上少走几步。"""
 
     def tokens(road: Road) -> float:
         rows = road.rows[data] * epochs * (road.pace if paced else 1)
         most = road.args.max_steps * rows_per_step
-        return (min(rows, most) if most else rows) * ROW_LENGTH * OVERHEAD
+        return (min(rows, most) if most else rows) * ROW_LENGTH * overhead
 
     return tokens
 
@@ -67,8 +69,8 @@ def student_tokens(road: Road) -> float:
 
 # 一条采样：约三十个词元的提示、十几到三十个词元的回答，逐词写出来，再前向反向一遍（PPO 另有价值网络与几轮更新）
 ROLLOUTS = reinforce.PROMPTS * reinforce.GENERATIONS
-# 开训前、途中三次、结束后
-RL_EXAMS = ("multistep",) * 5
+# 开训前与途中只考一部分，合起来约一份；结束后考全
+RL_EXAMS = ("multistep",) * 2
 
 # 一段对话约 270 个词元，几回合写出来，再前向反向一遍
 AGENT_ROLLOUTS = errands.PROMPTS * errands.LEARNING["num_generations"]
@@ -86,7 +88,9 @@ STAGES: dict[str, Lesson] = {
         "预训练",
         "读百科、算式和故事，学会接着往下写",
         base.run_pretrain,
-        lambda road: epochs_of("pretrain", road.args.pretrain_epochs, road.args.batch_size, True)(road),
+        lambda road: epochs_of(
+            "pretrain", road.args.pretrain_epochs, road.args.batch_size, True, LONG_OVERHEAD
+        )(road),
         ("cloze", "chats"),
         needs=None,
     ),
