@@ -18,7 +18,6 @@ from minimind.runtime.device import synchronize
 
 STRIDE, PROMPT = 8, 32
 ROWS = ((1, 256), (256, 128), (32, 256), (64, 256))  # （几条，各写多少）；两个有目标的在前
-COMPILED = ("1", "3", "256")  # 编译的只量这几种
 
 
 def half_model(card: Card, size: str) -> Any:
@@ -49,39 +48,26 @@ def rerun(work: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
 
 
 def decode(card: Card, size: str) -> None:
-    """录制（抽样在内）、录制编译过的、不录制，贪心；录制的另按温度 1 抽。预热一遍，录制的取两遍里快的。"""
-    model, found = (
-        half_model(card, size),
-        {"recorded": {}, "compiled": {}, "plain": {}, "recorded_sampled": {}},
-    )
-    modes = ("recorded", "compiled", "plain") if card.on_cuda or card.quick else ("plain",)
+    """录制（抽样在内）与不录制，贪心与按温度 1 抽；预热一遍，录制的取两遍里快的。"""
+    model, found = half_model(card, size), {"recorded": {}, "plain": {}, "recorded_sampled": {}}
+    modes = ("recorded", "plain") if card.on_cuda or card.quick else ("plain",)
     for rows, count in card.pick(ROWS, ((1, 4), (3, 4))):
         for mode in modes:
-            if mode == "compiled" and str(rows) not in COMPILED:
-                continue
             engine = Engine(
                 model,
                 eos_ids=(),
                 max_slots=rows,
                 max_length=1024,
                 stride=STRIDE,
-                cuda_graphs=mode != "plain",
-                compile=mode == "compiled",
+                cuda_graphs=mode == "recorded",
             )
-            if mode != "plain" and not card.on_cuda:
-                engine._graphs = GraphedDecode(engine.decoder, rows, rerun)  # 走通时不编译
-            if mode != "plain" and engine._graphs is None:
+            if mode == "recorded" and not card.on_cuda:
+                engine._graphs = GraphedDecode(engine.decoder, rows, rerun)
+            if mode == "recorded" and engine._graphs is None:
                 raise RuntimeError("这个模型录不了")
-            if mode == "compiled" and card.on_cuda and engine._graphs.compiled is None:
-                continue  # 混合专家
-            start = time.perf_counter()
             write(card, engine, rows, count, True)
-            if mode == "compiled":
-                card.note(**{f"compiled_first_seconds_{rows}": time.perf_counter() - start})
-            repeats = card.pick(1 if mode == "plain" else 2, 1)
+            repeats = card.pick(2 if mode == "recorded" else 1, 1)
             found[mode][str(rows)] = max(write(card, engine, rows, count, True) for _ in range(repeats))
-            if mode != "plain":
-                check_recorded(engine._graphs, rows, mode == "compiled" and card.on_cuda)
             if mode == "recorded":
                 write(card, engine, rows, count, False)  # 另一条规则，另录一遍
                 found["recorded_sampled"][str(rows)] = write(card, engine, rows, count, False)
@@ -91,14 +77,12 @@ def decode(card: Card, size: str) -> None:
         card.note(status="做完（录制只在 CUDA 上，只测了不录制的）")
 
 
-def check_recorded(graphs: GraphedDecode, rows: int, compiled: bool = False) -> None:
-    """测的真是录制的、抽样在内的；``compiled`` 时也真是编译过的。
+def check_recorded(graphs: GraphedDecode, rows: int) -> None:
+    """测的真是录制的、抽样在内的。
 
     Raises:
         RuntimeError: 不是。
     """
-    if compiled and graphs.compiled is None:
-        raise RuntimeError(f"{rows} 条没有用上编译过的一步")
     if graphs.trouble or not graphs.graphs or any(len(key) != 3 for key in graphs.graphs):
         raise RuntimeError(f"{rows} 条{graphs.trouble or '没有录成抽样在内的图'}")
 

@@ -177,8 +177,8 @@ def cuda_tests(card: Card) -> None:
         if "mark.cuda" in path.read_text(encoding="utf-8")
     ]
     command = [sys.executable, "-m", "pytest", "-m", "cuda", "-p", "no:cacheprovider", "--tb=short", "-rfE"]
-    if find_spec("xdist") is not None:  # 时间多花在导入与主机上，几个进程一起；各占几百 MB 显存
-        command += ["-n", "4"]
+    if find_spec("xdist") is not None:
+        command += ["-p", "no:xdist"]
     done = subprocess.run([*command, *map(str, sorted(files))], cwd=ROOT, capture_output=True, text=True)
     print(done.stdout, done.stderr, sep="\n")
     last = (done.stdout.strip().splitlines() or [""])[-1]

@@ -58,7 +58,6 @@ def decoding_goals(size: str, alone: float | None, many: float | None) -> list[G
         wanted = {1: alone, 256: many}.get(count)
         rows.append(Goal(f"decode_{size}", f"recorded.{count}", f"解码 {size}，录制，{count} 条", wanted))
         rows.append(Goal(f"decode_{size}", f"recorded_sampled.{count}", f"　按温度 1 抽，{count} 条"))
-        rows.append(Goal(f"decode_{size}", f"compiled.{count}", f"　录的是编译过的，{count} 条"))
         rows.append(Goal(f"decode_{size}", f"plain.{count}", f"解码 {size}，不录制，{count} 条"))
     return rows
 

@@ -273,5 +273,7 @@ def auto(card: Card) -> None:
     card.note(stop_seconds=run.stop())
     losses = [line["loss"] for line in run.lines() if "loss" in line]
     said = re.findall(r"编译与核对用时.*|编译后的.*|编译失败.*|重新编译失败.*", run.said())
-    card.note(compiled=int("编译与核对用时" in run.said()), said=said[:3], learned=losses[0] - losses[-1])
+    card.note(compiled=int("编译与核对用时" in run.said()), said=said[:3])
+    if len(losses) > 1:  # 只来得及记一行的看不出学没学会
+        card.note(learned=losses[0] - losses[-1])
     card.note(loop_step_ms=run.step_ms(), tokens_per_second=run.lines()[-1]["tokens_per_s"])

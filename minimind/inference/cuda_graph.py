@@ -8,7 +8,7 @@
 结果放进 ``[步数, 槽位]`` 的台账，主机隔几步读一次，其间只重放。规则不一时只录到 logits（:meth:`GraphedDecode.__call__`），抽样照常。
 
 CUDA 上默认录，可录得对不对不靠信任：每张图录好都先与照常解码的同一步核对（logits；同样的 logits 抽出的词元与推过的状态），录不成或对不上就说一句，
-此后照常解码，结果不受影响。**核对之后的这一版没有在显卡上跑过**：录制以外的部分（凑档、补的行、核对、作废）在 CPU 上用同样的代码测过，
+此后照常解码，结果不受影响。录制以外的部分（凑档、补的行、核对、作废）在 CPU 上用同样的代码测，
 ``tests/inference/test_cuda_graph.py`` 里有几条有卡才跑的对照。
 
 占的显存：全部图共用一份 ``[槽位, V]`` 的 logits 与一份台账；带抽样的图核对完就不留 logits，它与别的中间结果都在图的内存池里，
@@ -27,7 +27,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimind.inference.compiled_step import CompiledStep, fits
 from minimind.inference.graph_check import difference, experts_difference, step_difference
 from minimind.inference.kv_cache import SlotKVCache
 from minimind.inference.requests import Row, shared_rule
@@ -108,22 +107,14 @@ class GraphedDecode:
         decoder: :class:`minimind.inference.decoder.FusedDecoder`，``static`` 为真的。
         max_slots: 槽位数。
         recorder: 录制的函数，默认 :class:`CudaRecorder`；测试时换成不录、照常跑的。
-        compile: 录的是编译过的一步（:mod:`minimind.inference.compiled_step`）；编译不了或核对不上就录照常的。
     """
 
-    def __init__(
-        self,
-        decoder: Any,
-        max_slots: int,
-        recorder: Callable[..., Any] | None = None,
-        compile: bool = False,
-    ):
+    def __init__(self, decoder: Any, max_slots: int, recorder: Callable[..., Any] | None = None):
         self.decoder, self.max_slots = decoder, max_slots
         decoder.use_slots()
         decoder.use_static()
         self._given = recorder
         self.recorder = recorder or CudaRecorder(decoder.device)
-        self.compiled = CompiledStep(decoder) if compile and fits(decoder) else None
         # （行数，长度）是只到 logits 的，（行数，长度，规则）是带抽样的
         self.graphs: dict[tuple[Any, ...], Any] = {}
         self.capacity, self.places = 0, decoder.shared.places()
@@ -242,15 +233,8 @@ class GraphedDecode:
         """录一张，核对过才留下；录不成或对不上就说一句，此后不再录，返回 ``None``。"""
         try:
             graph, self.trouble = make()
-        except RuntimeError as error:  # 录制期间的断言、不许的操作、显存不够都是它；编译不了的也是
+        except RuntimeError as error:  # 录制期间的断言、不许的操作、显存不够都是它
             self.trouble = f"录不成（{str(error).strip().splitlines()[0]}）"
-        if self.trouble and self.compiled is not None:
-            logger.warning(
-                "编译过的一步：%d 行、长 %d 的一张%s；改录不编译的，结果不变", *key[:2], self.trouble
-            )
-            self.compiled, self.trouble = None, ""
-            self.clear()
-            return self._add(key, make)
         if self.trouble:
             self.graphs = {}
             self.decoder.use_static(False)
@@ -273,7 +257,7 @@ class GraphedDecode:
         places = torch.full((rows,), self.capacity, dtype=torch.long, device=self.decoder.device)
 
         def run() -> Tensor:
-            return self.logits[:rows].copy_(self._walk(static, places, used))
+            return self.logits[:rows].copy_(self.decoder.walk(static, places, used, True))
 
         graph = _Graph(static, places, *self.recorder(run))
         return graph, self._experts() or difference(graph(tokens, positions, self.capacity), want)
@@ -289,7 +273,7 @@ class GraphedDecode:
         def run() -> Tensor:
             live = torch.arange(rows, device=self.decoder.device) < self.count
             positions = state.positions[:rows].masked_fill(~live, self.capacity)
-            logits = self._walk(state.tokens[:rows], positions, used)
+            logits = self.decoder.walk(state.tokens[:rows], positions, used, True)
             ids, logp = state.advance(logits, rule, live)
             self.ids[:, :rows][self.turn] = ids
             self.logp[:, :rows][self.turn] = logp
@@ -314,12 +298,6 @@ class GraphedDecode:
             state.restore(before)
             self.count.fill_(count)
             self.turn.fill_(offset)
-
-    def _walk(self, tokens: Tensor, positions: Tensor, used: int) -> Tensor:
-        """录的那一步的解码：``[B]``、``[B]`` → ``[B, V]``。"""
-        if self.compiled is not None:
-            return self.compiled(tokens, positions, used)
-        return self.decoder.walk(tokens, positions, used, True)
 
     def _plain(
         self, rows: int, used: int, tokens: Tensor, positions: Tensor, lengths: Sequence[int]

@@ -60,7 +60,6 @@ class Engine:
         prefill_chunk: 一步最多读多少个提示位置，长提示读着的时候别人照写；``None`` 不拆，总的最快。
         prefix_cache_tokens: 前缀库最多存多少个位置，0 不用；只有 :class:`~minimind.inference.decoder.FusedDecoder` 能用。
         cuda_graphs: CUDA 上把一步解码录成图，与照常解码核对过才用（:mod:`minimind.inference.cuda_graph`）；别的设备上不起作用。
-        compile: 录的一步里小算子编译成几个核：头一次录要多等十秒上下，此后每步快三四成；不录就不起作用。
         draft: 谁来猜后面几个 token（:mod:`minimind.inference.speculative`），猜中的一次写好几个，文字不变；``None`` 不猜。
 
     Raises:
@@ -79,7 +78,6 @@ class Engine:
         prefill_chunk: int | None = None,
         prefix_cache_tokens: int = 0,
         cuda_graphs: bool = True,
-        compile: bool = False,
         draft: Drafter | None = None,
     ):
         if max_slots < 1:
@@ -99,7 +97,7 @@ class Engine:
             prefixes = PrefixStore(prefix_cache_tokens)
         self._graphs = None
         if cuda_graphs and self.device.type == "cuda" and getattr(self.decoder, "static", False):
-            self._graphs = GraphedDecode(self.decoder, max_slots, compile=compile)
+            self._graphs = GraphedDecode(self.decoder, max_slots)
         if draft is not None:
             check_verifies(model)
         self._draft = draft

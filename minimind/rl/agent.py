@@ -139,9 +139,8 @@ class AgentCollector(Collector):
             return RemoteWriter(self._sampler(run, self.policy(run.model)))
         if self.sampler is None:
             self.sampler = engine_writer(
-                self.policy(run.model), self.tokenizer, self.args, self.args.temperature, run.dtype,
-                compile=self.args.use_compile == 1,
-            )  # fmt: skip
+                self.policy(run.model), self.tokenizer, self.args, self.args.temperature, run.dtype
+            )
         return self.sampler
 
     def _record(self, run: Run, experience: Experience, parts: dict[str, Tensor]) -> None:
@@ -151,9 +150,8 @@ class AgentCollector(Collector):
 
 
 def engine_writer(
-    model: nn.Module, tokenizer: Any, args: Any, temperature: float, dtype: torch.dtype | None = None,
-    compile: bool = False,
-) -> EngineWriter:  # fmt: skip
+    model: nn.Module, tokenizer: Any, args: Any, temperature: float, dtype: torch.dtype | None = None
+) -> EngineWriter:
     """在本进程里写。"""
     return EngineWriter(
         model,
@@ -162,7 +160,6 @@ def engine_writer(
         room=args.max_total_len,
         temperature=temperature,
         dtype=dtype,
-        compile=compile,
     )
 
 

@@ -137,15 +137,7 @@ class EngineWriter:
     """在本进程的引擎里写：谁写完谁先走下一回合，不等别人。"""
 
     def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        *,
-        max_slots: int,
-        room: int,
-        temperature: float,
-        dtype: Any,
-        compile: bool = False,
+        self, model: nn.Module, tokenizer: Any, *, max_slots: int, room: int, temperature: float, dtype: Any
     ):
         model = unwrap(model)
         self.temperature = temperature
@@ -156,7 +148,6 @@ class EngineWriter:
             dtype=dtype,
             stride=8,
             prefix_cache_tokens=max_slots * room,
-            compile=compile,
         )
 
     def begin(self) -> None:

@@ -151,12 +151,7 @@ class Collector:
             )
         elif self.sampler is None:
             self.sampler = LocalRollout(
-                model,
-                self.tokenizer,
-                max_slots=args.rollout_slots,
-                dtype=run.dtype,
-                compile=args.use_compile == 1,
-                **options,
+                model, self.tokenizer, max_slots=args.rollout_slots, dtype=run.dtype, **options
             )
         return self.sampler
 

@@ -62,7 +62,6 @@ class LocalRollout:
         temperature: 抽样温度，大于 0。
         max_slots: 同时写多少条；更多的排队，写完一条进一条。
         dtype: 采样的计算精度，默认与权重相同。
-        compile: 见 :class:`Engine`。
     """
 
     def __init__(
@@ -74,14 +73,11 @@ class LocalRollout:
         temperature: float = 1.0,
         max_slots: int = 64,
         dtype: torch.dtype | None = None,
-        compile: bool = False,
     ):
         self.tokenizer, self.max_new_tokens, self.temperature = tokenizer, max_new_tokens, temperature
         model = unwrap(model)
         self.eos_ids = stop_ids(model, tokenizer)
-        self.engine = Engine(
-            model, eos_ids=self.eos_ids, max_slots=max_slots, dtype=dtype, stride=8, compile=compile
-        )
+        self.engine = Engine(model, eos_ids=self.eos_ids, max_slots=max_slots, dtype=dtype, stride=8)
 
     def generate(self, prompts: Sequence[Sequence[int]], num_generations: int, seed: int) -> Rollout:
         """每个提示答 ``num_generations`` 次；结果只由权重、提示与 ``seed`` 决定。

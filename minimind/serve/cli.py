@@ -39,9 +39,6 @@ class EngineArguments(Arguments, group="并发与时限"):
     cuda_graphs: int = arg(
         1, "CUDA 上把一步解码录成图，省去主机逐个发射；每张先与照常解码核对，不对就不用", (0, 1)
     )
-    use_compile: int = arg(
-        0, "录的一步里小算子再用 torch.compile 编成几个核：头一次录多等十秒上下，此后写得快三四成", (0, 1)
-    )
     request_seconds: float = arg(600.0, "一个请求最多多少秒", above=0, high=MANY)
     shutdown_seconds: float = arg(120.0, "停机时最多等在写的多少秒", low=0, high=MANY)
 
@@ -126,7 +123,6 @@ def model_table(args: ServeArguments):
             prefill_chunk=args.prefill_chunk,
             prefix_cache_tokens=args.prefix_cache_tokens,
             cuda_graphs=bool(args.cuda_graphs),
-            compile=bool(args.use_compile),
             draft=draft,
         )
         return ServedModel(name, loaded, runner, parent)

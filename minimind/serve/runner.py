@@ -46,7 +46,7 @@ class EngineRunner:
         max_length: 提示加回答的上限。
         prefill_chunk: 一步最多读多少个提示位置；0 由设备定。
         prefix_cache_tokens: 前缀库最多存多少个位置；0 不用。
-        cuda_graphs: 卡上把一步解码录成图，核对过才用；compile: 录的一步里小算子再编译。
+        cuda_graphs: 卡上把一步解码录成图，核对过才用。
         draft: 造一个猜后面几个词元的人（:mod:`minimind.inference.speculative`）；``None`` 不猜。
         step_seconds: 一步过了这么久还没走完就当它卡住了。
         clock: 看一步走了多久的钟，秒。
@@ -63,7 +63,6 @@ class EngineRunner:
         prefill_chunk: int = 0,
         prefix_cache_tokens: int = 16384,
         cuda_graphs: bool = True,
-        compile: bool = False,
         draft: Callable[[], Drafter] | None = None,
         step_seconds: float = STEP_SECONDS,
         clock: Callable[[], float] = time.monotonic,
@@ -77,7 +76,6 @@ class EngineRunner:
             prefill_chunk=prefill_chunk or default_chunk(next(model.parameters()).device),
             prefix_cache_tokens=prefix_cache_tokens,
             cuda_graphs=cuda_graphs,
-            compile=compile,
             draft=draft() if draft else None,
         )
         self.engine: Engine | Vacant = self._new_engine()

@@ -139,7 +139,7 @@ class DeviceArguments(Arguments, group="设备"):
     )
     use_compile: int | str = arg(
         0,
-        "是否用 torch.compile（0 否，1 是，auto 在 CUDA 上且训练够长时用；头一步先核对梯度，不对就不用；是 1 时卡上强化学习的采样也编译；NPU、MPS 上跳过）",
+        "是否用 torch.compile（0 否，1 是，auto 在 CUDA 上且训练够长时用；头一步先核对梯度，不对就不用；NPU、MPS 上跳过）",
         (*ON_OFF, "auto"),
         resume="rounding",
     )
