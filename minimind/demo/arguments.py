@@ -46,7 +46,7 @@ class DemoArguments(CourseArguments, group="演示"):
     report_dir: str = arg("out/report", "报告的目录", text="path")
     preset: str = arg("tiny", "模型尺寸", SIZES)
     minutes: float = arg(
-        17.4, "全程至多多少分钟：机器慢就少走几步，最少走三成；0 表示不论多久都走满", low=0, high=100_000
+        17.0, "全程至多多少分钟：机器慢就少走几步，最少走三成；0 表示不论多久都走满", low=0, high=100_000
     )
     fast: int = arg(0, "只看流程通不通：百分之一的数据、每阶段两三小步、每个任务 1 题", (0, 1))
     chat: int = arg(1, "结束后打开对话（仅当在终端里运行）", (0, 1))
