@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,6 +19,9 @@ from minimind.dataset.spec import Part, parse_spec
 from minimind.errors import UserError
 from minimind.paths import resolve_path
 from minimind.runtime.files import check_target
+
+# 一行里可能有 NaN、无穷大（1e999 读出来也是）的记号，再细看
+NOT_JSON = re.compile(rb"NaN|Infinity|[eE]\+?\d{3}")
 
 
 @dataclass
@@ -87,6 +91,8 @@ class Rows:
                 said: set[str] = set()
                 try:
                     record = read_record(raw, self.kind, said.add)
+                    if record is not None and NOT_JSON.search(raw):
+                        check_numbers(record)
                 except DataError as error:
                     error = error.at(file, line)
                     if self.on_bad_line == "error":
@@ -122,6 +128,24 @@ class Rows:
         """跳过的坏行共多少，第一条是什么。"""
         if self.first_bad:
             say(f"共跳过 {self.bad:,} 条坏行，第一条：{self.first_bad}")
+
+
+def check_numbers(record: dict[str, Any]) -> None:
+    """训练用不到的字段也照抄到新文件里，所以也要是别的程序读得了的数。
+
+    Raises:
+        DataError: 某个字段里有 NaN 或无穷大。
+    """
+    for name, value in record.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except ValueError:
+            raise DataError(
+                "有 NaN 或 Infinity，JSON 里没有这样的数，写出的文件别的程序读不了",
+                field=name,
+                expected="数、null 或字符串",
+                fix="改成 null，或去掉这个字段",
+            ) from None
 
 
 def dump(record: dict[str, Any]) -> bytes:

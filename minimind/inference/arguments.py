@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from minimind.inference.loading import Loaded
     from minimind.inference.speculative import Drafter
 
+# --weight 没写时打开的
+DEFAULT_WEIGHT = "full_sft"
+
 
 @dataclass
 class LoadArguments(ModelArguments, group="模型"):
@@ -24,7 +27,7 @@ class LoadArguments(ModelArguments, group="模型"):
     )
     save_dir: str = arg("out", "权重所在的目录", text="path")
     weight: str = arg(
-        "full_sft", "权重的名字：pretrain、full_sft、dpo、reason、ppo_actor、grpo、spo……", text="name"
+        DEFAULT_WEIGHT, "权重的名字：pretrain、full_sft、dpo、reason、ppo_actor、grpo、spo……", text="name"
     )
     lora_weight: str = arg(
         "None",

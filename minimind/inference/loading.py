@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from minimind.console import say
 from minimind.errors import UserError
+from minimind.inference.arguments import DEFAULT_WEIGHT
 from minimind.inference.int8 import quantize_int8
 from minimind.model import MiniMindConfig, count_parameters
 from minimind.model.model_lora import Adapter
@@ -67,7 +68,7 @@ def load_for_inference(
     *,
     load_from: str = "model",
     save_dir: str = "out",
-    weight: str = "full_sft",
+    weight: str = DEFAULT_WEIGHT,
     lora_weight: str = "None",
     hidden_size: int | None = None,
     num_hidden_layers: int | None = None,
@@ -92,13 +93,13 @@ def load_for_inference(
         UserError: 设备不可用、权重不存在、尺寸不符、目录不是模型。
     """
     target = resolve_device(device)
+    sizes = {
+        "hidden_size": hidden_size,
+        "num_hidden_layers": num_hidden_layers,
+        "use_moe": None if use_moe is None else bool(use_moe),
+        "arch": arch,
+    }
     if load_from in NATIVE:
-        sizes = {
-            "hidden_size": hidden_size,
-            "num_hidden_layers": num_hidden_layers,
-            "use_moe": None if use_moe is None else bool(use_moe),
-            "arch": arch,
-        }
         loaded = _load_native(weight, save_dir, sizes, tokenizer_path, inference_rope_scaling)
         merge_adapters(loaded.model, adapter_names(lora_weight), save_dir)
         loaded.beside = open_adapters(loaded.model, adapter_names(beside), save_dir)
@@ -109,7 +110,7 @@ def load_for_inference(
             fix="去掉 --load_from，或先用 minimind export merge 把 LoRA 合并进去",
         )
     else:
-        loaded = _load_folder(load_from, weight, tokenizer_path)
+        loaded = _load_folder(load_from, weight, sizes, tokenizer_path, inference_rope_scaling)
     if chat_template:
         use_template(loaded.tokenizer, chat_template)
     if not loaded.plain and (told := describe_layout(loaded.tokenizer)):
@@ -143,7 +144,9 @@ def _load_native(weight, save_dir, sizes, tokenizer_path, inference_rope_scaling
     return Loaded(model, tokenizer, plain, path)
 
 
-def _load_folder(folder: str, weight: str, tokenizer_path: str | None) -> Loaded:
+def _load_folder(
+    folder: str, weight: str, sizes: dict, tokenizer_path: str | None, inference_rope_scaling: bool
+) -> Loaded:
     """Hugging Face 目录；不执行目录里自带的代码。"""
     from transformers import AutoModelForCausalLM
 
@@ -161,9 +164,10 @@ def _load_folder(folder: str, weight: str, tokenizer_path: str | None) -> Loaded
         )
     tokenizer = load_tokenizer(tokenizer_path or str(path))
     problem = {"where": str(path), "fix": "重新下载或重新导出这个目录"}
+    extra = {**_folder_arch(path), **_folder_yarn(path, inference_rope_scaling)}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            path, local_files_only=True, dtype=torch.float32, output_loading_info=True, **_folder_arch(path)
+            path, local_files_only=True, dtype=torch.float32, output_loading_info=True, **extra
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
@@ -181,11 +185,57 @@ def _load_folder(folder: str, weight: str, tokenizer_path: str | None) -> Loaded
                 **problem,
             )
     check_plain(dict(model.named_parameters()), path)
+    _check_folder_sizes(model.config, sizes, path)
     plain = "pretrain" in weight
+    if weight != DEFAULT_WEIGHT:
+        used = "只决定按续写模型提示" if plain else "没有用上"
+        say(f"权重从目录 {path} 读入，--weight {weight} {used}。")
     if not (plain or tokenizer.chat_template or IM_START in tokenizer.get_added_vocab()):
         say(f"{path} 没有对话模板，分词器也没有 {IM_START}：当作只会续写的模型。")
         plain = True
     return Loaded(model, tokenizer, plain, path)
+
+
+def _folder_yarn(folder: Path, wanted: bool) -> dict[str, bool]:
+    """``--inference_rope_scaling`` 要改的配置。
+
+    Raises:
+        UserError: 目录里是别的结构，它的外推写在自己的配置里。
+    """
+    if not wanted:
+        return {}
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kind = raw.get("model_type") if isinstance(raw, dict) else None
+    if kind != MiniMindConfig.model_type:
+        raise UserError(
+            f"目录里的结构是 {kind}",
+            where="--inference_rope_scaling 1",
+            expected="本项目的结构（model_type 为 minimind）或 .pth 权重",
+            fix=f"去掉它；别的结构的外推写在 {folder / 'config.json'} 的 rope_scaling 里",
+        )
+    return {"inference_rope_scaling": True}
+
+
+def _check_folder_sizes(config: Any, sizes: dict, folder: Path) -> None:
+    """目录里写着尺寸，命令行又给了的要相同：给了而不用，算的就不是使用者以为的那个模型。
+
+    Raises:
+        UserError: 不同。
+    """
+    held = {
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "use_moe": getattr(config, "use_moe", "Moe" in type(config).__name__),
+        "arch": getattr(config, "arch", None),
+    }
+    for name, value in sizes.items():
+        if None not in (value, held[name]) and value != held[name]:
+            given, real = (int(one) if isinstance(one, bool) else one for one in (value, held[name]))
+            raise UserError(
+                f"目录里是 {real}，命令行写的是 {given}",
+                where=f"--{name} {given}，--load_from {folder}",
+                fix=f"去掉 --{name}：尺寸由目录里的 config.json 决定",
+            )
 
 
 def _folder_arch(folder: Path) -> dict[str, str]:

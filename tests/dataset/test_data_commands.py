@@ -51,6 +51,19 @@ def test_convert几个文件接起来_坏行报错或跳过(tmp_path, capsys):
     assert code == 0 and len(read(out)) == 2 and "跳过坏行 1 条" in said and "b.jsonl:2" in said
 
 
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999", '{"深处": [1, NaN]}'])
+@pytest.mark.parametrize("command", ["convert", "mix", "dedup"])
+def test_写出的总是合法的JSON_用不到的字段里的NaN也要指出来(command, number, tmp_path, capsys):
+    good = {**chat("问", "答"), "分": 0.5, "注": "NaN 与 1e999 只是文字"}
+    bad = json.dumps(chat("问二", "答二"), ensure_ascii=False)[:-1] + f', "质量": {number}}}'
+    source, out = tmp_path / "a.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes(lines_of([good]) + bad.encode() + b"\n")
+    code, said = run(capsys, command, source, out)
+    assert code == 2 and "a.jsonl:2 字段 质量" in said and "null" in said and not list(tmp_path.glob("*out*"))
+    code, said = run(capsys, command, source, out, "--on_bad_line", "skip")
+    assert code == 0 and read(out) == [good]
+
+
 @pytest.mark.parametrize(
     ("out", "words"),
     [

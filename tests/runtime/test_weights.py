@@ -157,6 +157,40 @@ def test_公共项目的v3目录没写arch_从键认(tmp_path):
         assert torch.equal(loaded.model(ids).logits, model(ids).logits)
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"hidden_size": 512}, "目录里是 64，命令行写的是 512"),
+        ({"num_hidden_layers": 8}, "--num_hidden_layers"),
+        ({"use_moe": 1}, "--use_moe"),
+        ({"inference_rope_scaling": True}, "rope_scaling"),
+    ],
+)
+def test_读目录时_写了而用不上的尺寸与外推_说出来(tmp_path, given, said):
+    write_model(tmp_path, "qwen")
+    with pytest.raises(UserError, match=said):
+        load_for_inference(load_from=str(tmp_path), device="cpu", **given)
+
+
+def test_读目录时_相同的尺寸照收_YaRN用在自己的结构上_权重的名字说怎么用(tmp_path, capsys):
+    model = public_pth(tmp_path / "out", "v3", num_hidden_layers=2)
+    folder = tmp_path / "hf"
+    model.save_pretrained(folder)
+    load_tokenizer().save_pretrained(folder)
+    config, options = model.config, {"load_from": str(folder), "device": "cpu", "dtype": "float32"}
+    same = {"hidden_size": config.hidden_size, "num_hidden_layers": 2, "use_moe": 0, "arch": "v3"}
+    loaded = load_for_inference(**options, **same)
+    assert not loaded.model.config.inference_rope_scaling and "--weight" not in capsys.readouterr().err
+    assert load_for_inference(**options, inference_rope_scaling=True).model.config.inference_rope_scaling
+    capsys.readouterr()
+    assert load_for_inference(**options, weight="pretrain").plain
+    assert "只决定按续写模型提示" in capsys.readouterr().err
+    assert not load_for_inference(**options, weight="dpo").plain
+    assert "--weight dpo 没有用上" in capsys.readouterr().err
+    with pytest.raises(UserError, match="目录里是 v3，命令行写的是 v2"):
+        load_for_inference(**options, arch="v2")
+
+
 def test_目录的配置与权重不是一套_不悄悄随机初始化(tmp_path):
     write_model(tmp_path, "qwen")
     config = json.loads((tmp_path / "config.json").read_text("utf-8"))
