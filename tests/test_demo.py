@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -212,6 +213,42 @@ def test_坏了一段_别的照走_报告说清(finished, monkeypatch, tmp_path,
     assert "RuntimeError" in (folder / "out/demo/logs/lora.error.txt").read_text(encoding="utf-8")
 
 
+def test_补一段_别的段的成绩_图_回答都还在(finished, tmp_path, capsys):
+    folder, _ = finished
+    report = tmp_path / "report"
+    shutil.copytree(folder / "out/report", report)
+    old, answers = (report / name for name in ("report.json", "answers.jsonl"))
+    before = json.loads(old.read_text("utf-8"))
+    lines = answers.read_text("utf-8").splitlines()
+    words = ["--fast", "--device", "cpu", "--out_dir", str(folder / "out/demo"), "--report_dir", str(report)]
+    assert demo.main([*words, "--stages", "dpo"]) == 0
+    after = json.loads(old.read_text("utf-8"))
+    assert [m["name"] for m in after["metrics"]] == [m["name"] for m in before["metrics"]], "次序也照课表"
+    for one, other in zip(before["metrics"], after["metrics"]):
+        assert one["stage"] == "DPO" or one == other
+    assert after["tasks"] == before["tasks"] and after["figures"] == before["figures"]
+    assert set(before["facts"]) == set(after["facts"]) and after["facts"]["LoRA"] == before["facts"]["LoRA"]
+    exams = {json.loads(line)["exam"] for line in lines}
+    now = answers.read_text("utf-8").splitlines()
+    assert {json.loads(line)["exam"] for line in now} == exams and len(now) == len(lines)
+    said = capsys.readouterr().err
+    assert "别的几段（预训练、微调、LoRA、蒸馏、推理、PPO、GRPO、SPO、差事）的成绩" in said
+    # 换了种子就不是同一次演示
+    held = {**before, "facts": {**before["facts"], "种子与规模": "7，1"}}
+    old.write_text(json.dumps(held), "utf-8")
+    assert demo.main([*words, "--stages", "dpo"]) == 0
+    assert {m["stage"] for m in json.loads(old.read_text("utf-8"))["metrics"]} == {"DPO"}
+
+
+@pytest.mark.parametrize(
+    "text", [None, "{", "[]", '{"title": "x"}', '{"metrics": [{"不认识": 1}], "samples": []}']
+)
+def test_读不成的旧报告当作没有(tmp_path, text):
+    if text is not None:
+        (tmp_path / "report.json").write_text(text, "utf-8")
+    assert Report.load(tmp_path) is None
+
+
 def test_只补几段的命令_带着这一次的尺寸与目录():
     args = DemoArguments(preset="small", out_dir="我的 演示", report_dir="报告", seed=7, fast=1)
     again = demo.again_command(args, ["lora", "dpo"])
@@ -232,7 +269,9 @@ def test_中途停下_说出接着走的命令(monkeypatch, tmp_path, capsys, le
             raise leaving(130)
 
     clock = pace.Timetable({"lora": 1.0, "dpo": 1.0, "spo": 1.0}, 1.0)
-    road = SimpleNamespace(report=Report("x"), write_report=lambda: None, pace=1.0)
+    road = SimpleNamespace(
+        report=Report("x"), write_report=lambda: None, folder=lambda: tmp_path / "乙", pace=1.0
+    )
     monkeypatch.setattr(demo, "open_road", lambda args: road)
     monkeypatch.setattr(demo, "plan", lambda *_: clock)
     monkeypatch.setattr(demo, "on_time", lambda road, stages, clock: stages.items())

@@ -34,6 +34,8 @@ SAME_AMOUNT = ("ppo", "grpo", "spo")
 # 谁先省：前面的先省到 SPARED，还放不进去，后一组才跟着少走。强化学习走到七八成才看得出效果；
 # 底子没打好，哪一段都看不出，所以预训练与微调最后
 YIELDING, SPARED = (("distill", "reason"), SAME_AMOUNT, ("pretrain", "sft")), 0.5
+# 报告里的这几样相同，才是同一次演示的几段
+SAME_RUN = ("模型", "种子与规模")
 # 总是走满的：本来就短，或少走就看不出效果
 WHOLE = ("lora", "dpo", "agent")
 
@@ -175,6 +177,22 @@ def require_start(road: Road, name: str) -> None:
         )
 
 
+def keep_the_rest(road: Road, stages: dict[str, Lesson]) -> None:
+    """只走几段时，报告目录里别的段上一次的成绩留着：补一段不该丢掉整张记分牌。尺寸、种子不同的不是同一次，不接。"""
+    from minimind.demo.stages import STAGES
+    from minimind.report.build import read_answers
+    from minimind.report.report import Report
+
+    old = Report.load(road.folder()) if len(stages) < len(STAGES) else None
+    if old is None or any(old.facts.get(name) != road.report.facts.get(name) for name in SAME_RUN):
+        return
+    titles = [stage.title for stage in stages.values()]
+    road.report.inherit(old, titles)
+    road.answered_before = read_answers(road.folder() / "answers.jsonl")
+    if kept := list(dict.fromkeys(metric.stage for metric in road.report.metrics)):
+        say(f"别的几段（{'、'.join(kept)}）的成绩照 {road.folder()} 里上一次的。")
+
+
 def walk(road: Road, name: str, stage: Lesson) -> str | None:
     """走一个阶段；出了错返回一句话，不连累别的阶段。"""
     road.title = stage.title
@@ -208,7 +226,8 @@ def run(args: DemoArguments) -> Path:
     stages = {name: STAGES[name] for name in args.chosen_stages()}
     road = open_road(args)
     clock = plan(road, stages, start)
-    facts, failed = road.report.facts, road.report.failures
+    keep_the_rest(road, stages)
+    facts, failed = road.report.facts, {}
     for name, stage in on_time(road, stages, clock):
         clock.begin(name, f"{stage.title}：{stage.doing}")
         try:
@@ -219,7 +238,7 @@ def run(args: DemoArguments) -> Path:
             raise
         clock.end(name)
         if problem:
-            failed[stage.title] = problem
+            failed[stage.title] = road.report.failures[stage.title] = problem
             clock.estimates[name] = clock.actual[name]  # 没走完的不能用来估计快慢
             say(f"{stage.title}没有走完，接着走下一段。原因：{problem}")
         facts[stage.title] = format_duration(clock.actual[name]) + (
@@ -227,6 +246,8 @@ def run(args: DemoArguments) -> Path:
         )
         facts.pop("全程", None)  # 总在最后一行
         facts["全程"] = f"{format_duration(clock.elapsed())}（开始时预计 {format_duration(clock.expected)}）"
+        order = [stage.title for stage in STAGES.values()]
+        road.report.metrics.sort(key=lambda metric: order.index(metric.stage))
         road.write_report()
     road.draw_scoreboard()
     path = road.write_report()

@@ -23,7 +23,6 @@ def rl_common(road: Road, generations: int) -> dict:
         max_gen_len=length,
         log_interval=5,
         eval_interval=15,
-        val_max_rows=8 if road.args.fast else 64,  # 途中的只为看走向，结束后考全部
         **road.data("rl"),
     )
 

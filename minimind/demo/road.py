@@ -48,6 +48,7 @@ class Road:
     title: str = ""
     answers: dict[str, list[Answered]] = field(default_factory=dict)
     rewards: dict[str, tuple[Path, int]] = field(default_factory=dict)
+    answered_before: list[str] = field(default_factory=list)
 
     # ---- 训练 ----
 
@@ -158,7 +159,7 @@ class Road:
 
     def write_report(self) -> Path:
         """把到此为止的结果写盘，返回 report.md 的路径。"""
-        write_answers(self.folder() / "answers.jsonl", self.answers)
+        write_answers(self.folder() / "answers.jsonl", self.answers, self.answered_before)
         return self.report.write(self.folder())
 
     def draw_scoreboard(self) -> None:

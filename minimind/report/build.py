@@ -57,8 +57,18 @@ def _question(item: dict) -> str:
     return turns[-1]["content"] if turns else item["prompt"]
 
 
-def write_answers(path: Path, exams: dict[str, Sequence[Answered]]) -> None:
-    """全部题目与回答，一行一题，便于自己核对。"""
+def read_answers(path: Path) -> list[str]:
+    """:func:`write_answers` 写下的各行；没有这个文件是空的。"""
+    return path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+
+
+def write_answers(path: Path, exams: dict[str, Sequence[Answered]], before: Sequence[str] = ()) -> None:
+    """全部题目与回答，一行一题，便于自己核对。
+
+    Args:
+        before: 上一次写下的各行；这一次没有考的几份卷子照旧。
+    """
+    kept = [line for line in before if json.loads(line)["exam"] not in exams]
     records = (
         {
             "exam": exam,
@@ -71,4 +81,5 @@ def write_answers(path: Path, exams: dict[str, Sequence[Answered]]) -> None:
         for exam, results in exams.items()
         for answered in results
     )
-    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    write_text(path, "".join([*kept, *lines]))

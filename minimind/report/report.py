@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from urllib.parse import quote
@@ -84,6 +85,30 @@ class Report:
     rollouts: dict[str, list[dict]] = field(default_factory=dict)
     figures: dict[str, str] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Report | None:
+        """:meth:`write` 写下的那一份；没有，或读不成，是 ``None``。"""
+        try:
+            held = json.loads((Path(folder) / "report.json").read_text(encoding="utf-8"))
+            held["metrics"] = [Metric(**row) for row in held["metrics"]]
+            held["samples"] = [BeforeAfter(**row) for row in held["samples"]]
+            return cls(**held)
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+
+    def inherit(self, old: Report, own: Collection[str]) -> None:
+        """别的阶段的成绩照上一次的：``own`` 是这一次要走的阶段，它们的不要旧的。"""
+        self.facts |= {
+            name: value
+            for name, value in old.facts.items()
+            if name not in own and name not in self.facts and name in {m.stage for m in old.metrics}
+        }
+        self.metrics += [metric for metric in old.metrics if metric.stage not in own]
+        self.failures |= {stage: why for stage, why in old.failures.items() if stage not in own}
+        for name in ("tasks", "timelines", "rollouts", "figures"):
+            setattr(self, name, {**getattr(old, name), **getattr(self, name)})
+        self.samples = self.samples or old.samples
 
     def to_markdown(self) -> str:
         blocks = [f"# {self.title}"]

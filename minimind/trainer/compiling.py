@@ -20,6 +20,7 @@ from minimind.console import format_duration, say
 from minimind.dataset.collate import to_device
 from minimind.model import MiniMindLM, flops_per_token
 from minimind.model.kernels import (
+    compute_dtype,
     fusible_chunk_loss,
     linear_cross_entropy,
     segments_available,
@@ -42,8 +43,9 @@ TOLERANCE = {
     torch.float16: (0.97, 0.1, 1e-3),
 }
 NO_COMPILE = ("npu", "mps")
-# 编译过的损失一块至多这么多个 logits：fp32 的不落到显存里，块可以大，H200 上一块 16,384 行比 8,192 行再快四分之一
-CHUNK_LOGITS = 2**27
+# 编译过的损失一块的 logits 至多多少字节（梯度也是这么多）：半精度时 fp32 的不落到显存里，块可以大，
+# H200 上一块 16,384 行比 8,192 行再快四分之一
+CHUNK_BYTES = 2**28
 HALF_SCALE = 256.0  # 核对时 float16 的损失乘这么多，小梯度才不会下溢
 
 
@@ -137,8 +139,8 @@ class CompiledBlocks(nn.Module):
 
     def cross_entropy(self, hidden: Tensor, weight: Tensor, target: Tensor, loss_weight: Tensor) -> Tensor:
         """:func:`linear_cross_entropy`，每块用编译过的；各块一样长，少编译一次。"""
-        rows = len(target)
-        chunk = -(-rows // -(-rows * len(weight) // CHUNK_LOGITS))
+        rows, size = len(target), len(weight) * compute_dtype(hidden).itemsize
+        chunk = -(-rows // max(1, -(-rows * size // CHUNK_BYTES)))
         compiled = self._compiled_function(fusible_chunk_loss)
         return linear_cross_entropy(hidden, weight, target, loss_weight, chunk, compiled)
 

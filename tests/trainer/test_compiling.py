@@ -117,7 +117,7 @@ def test_打包训练_编译与不编译一致_头一步之后不再编译(tmp_p
 
 def test_卡上损失也进图_各块一样长只编一次_出了前向照旧(tmp_path, backend, monkeypatch, capsys):
     monkeypatch.setattr(CompiledBlocks, "loss_fits", True)
-    monkeypatch.setattr(compiling, "CHUNK_LOGITS", 97 * 100)  # 2 × 140 行分三块，94、94、92
+    monkeypatch.setattr(compiling, "CHUNK_BYTES", 4 * 97 * 100)  # 2 × 140 行分三块，94、94、92
     sizes, original = [], compiling.linear_cross_entropy
 
     def spy(hidden, weight, target, loss_weight, chunk, piece):
