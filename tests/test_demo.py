@@ -233,6 +233,12 @@ def test_补一段_别的段的成绩_图_回答都还在(finished, tmp_path, ca
     assert {json.loads(line)["exam"] for line in now} == exams and len(now) == len(lines)
     said = capsys.readouterr().err
     assert "别的几段（预训练、微调、LoRA、蒸馏、推理、PPO、GRPO、SPO、差事）的成绩" in said
+    # 重走微调：从它开始的各段作废，预训练的还在
+    shutil.copytree(folder / "out/demo", tmp_path / "demo")
+    old.write_text(json.dumps(before), "utf-8")
+    assert demo.main([*words[:3], "--out_dir", str(tmp_path / "demo"), *words[5:], "--stages", "sft"]) == 0
+    last = json.loads(old.read_text("utf-8"))
+    assert {m["stage"] for m in last["metrics"]} == {"预训练", "微调"} and "dpo.png" not in last["figures"]
     # 换了种子就不是同一次演示
     held = {**before, "facts": {**before["facts"], "种子与规模": "7，1"}}
     old.write_text(json.dumps(held), "utf-8")

@@ -178,7 +178,10 @@ def require_start(road: Road, name: str) -> None:
 
 
 def keep_the_rest(road: Road, stages: dict[str, Lesson]) -> None:
-    """只走几段时，报告目录里别的段上一次的成绩留着：补一段不该丢掉整张记分牌。尺寸、种子不同的不是同一次，不接。"""
+    """只走几段时，报告目录里别的段上一次的成绩留着：补一段不该丢掉整张记分牌。
+
+    尺寸、种子不同的不是同一次，不接；从这一次重走的权重开始的各段也作废。
+    """
     from minimind.demo.stages import STAGES
     from minimind.report.build import read_answers
     from minimind.report.report import Report
@@ -186,9 +189,14 @@ def keep_the_rest(road: Road, stages: dict[str, Lesson]) -> None:
     old = Report.load(road.folder()) if len(stages) < len(STAGES) else None
     if old is None or any(old.facts.get(name) != road.report.facts.get(name) for name in SAME_RUN):
         return
-    titles = [stage.title for stage in stages.values()]
-    road.report.inherit(old, titles)
-    road.answered_before = read_answers(road.folder() / "answers.jsonl")
+    stale = set(stages)
+    for name, stage in STAGES.items():  # 课表的次序即依赖的次序
+        if stage.needs in stale:
+            stale.add(name)
+    others = stale != set(stages)  # 旧的图、回答、样例说的是旧的底子
+    road.report.inherit(old, [STAGES[name].title for name in stale], numbers_only=others)
+    if not others:
+        road.answered_before = read_answers(road.folder() / "answers.jsonl")
     if kept := list(dict.fromkeys(metric.stage for metric in road.report.metrics)):
         say(f"别的几段（{'、'.join(kept)}）的成绩照 {road.folder()} 里上一次的。")
 

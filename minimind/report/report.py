@@ -97,8 +97,14 @@ class Report:
         except (OSError, ValueError, TypeError, KeyError):
             return None
 
-    def inherit(self, old: Report, own: Collection[str]) -> None:
-        """别的阶段的成绩照上一次的：``own`` 是这一次要走的阶段，它们的不要旧的。"""
+    def inherit(self, old: Report, own: Collection[str], numbers_only: bool) -> None:
+        """别的阶段的成绩照上一次的。
+
+        Args:
+            old: 上一次的。
+            own: 这一次要走、或因此作废的阶段，它们的不要旧的。
+            numbers_only: 只要记分牌与用时，图、样例、各任务也不要旧的。
+        """
         self.facts |= {
             name: value
             for name, value in old.facts.items()
@@ -106,6 +112,8 @@ class Report:
         }
         self.metrics += [metric for metric in old.metrics if metric.stage not in own]
         self.failures |= {stage: why for stage, why in old.failures.items() if stage not in own}
+        if numbers_only:
+            return
         for name in ("tasks", "timelines", "rollouts", "figures"):
             setattr(self, name, {**getattr(old, name), **getattr(self, name)})
         self.samples = self.samples or old.samples
