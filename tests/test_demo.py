@@ -23,6 +23,7 @@ from minimind.demo.road import Road
 from minimind.demo.stages import STAGES
 from minimind.demo.tuning import dpo_arguments
 from minimind.errors import UserError
+from minimind.report.build import read_answers, write_answers
 from minimind.report.report import Report
 from minimind.runtime import device
 
@@ -213,7 +214,7 @@ def test_坏了一段_别的照走_报告说清(finished, monkeypatch, tmp_path,
     assert "RuntimeError" in (folder / "out/demo/logs/lora.error.txt").read_text(encoding="utf-8")
 
 
-def test_补一段_别的段的成绩_图_回答都还在(finished, tmp_path, capsys):
+def test_补一段_别的段的成绩_图_回答都还在(finished, tmp_path, capsys, monkeypatch):
     folder, _ = finished
     report = tmp_path / "report"
     shutil.copytree(folder / "out/report", report)
@@ -233,21 +234,56 @@ def test_补一段_别的段的成绩_图_回答都还在(finished, tmp_path, ca
     assert {json.loads(line)["exam"] for line in now} == exams and len(now) == len(lines)
     said = capsys.readouterr().err
     assert "别的几段（预训练、微调、LoRA、蒸馏、推理、PPO、GRPO、SPO、差事）的成绩" in said
-    # 重走微调：从它开始的各段作废，预训练的还在
+    # 三种强化学习的曲线画在一起：补一种，另两种从日志里找回来
+    drawn = []
+    monkeypatch.setattr("minimind.demo.road.plot_rewards", lambda curves, *rest: drawn.append(sorted(curves)))
+    assert demo.main([*words, "--stages", "grpo"]) == 0
+    assert drawn == [["GRPO", "PPO", "SPO"]]
+    # 重走微调：从它开始的各段作废，预训练的还在；旧的一份改名留着
     shutil.copytree(folder / "out/demo", tmp_path / "demo")
-    old.write_text(json.dumps(before), "utf-8")
-    assert demo.main([*words[:3], "--out_dir", str(tmp_path / "demo"), *words[5:], "--stages", "sft"]) == 0
+    moved = [*words[:3], "--out_dir", str(tmp_path / "demo"), *words[5:]]
+    held = {**before, "facts": {**before["facts"], "权重目录": str(tmp_path / "demo")}}
+    old.write_text(json.dumps(held), "utf-8")
+    answers.write_text("\n".join(lines) + '\n{"exam": "断在半截', "utf-8")
+    assert demo.main([*moved, "--stages", "sft"]) == 0
     last = json.loads(old.read_text("utf-8"))
     assert {m["stage"] for m in last["metrics"]} == {"预训练", "微调"} and "dpo.png" not in last["figures"]
-    # 换了种子就不是同一次演示
-    held = {**before, "facts": {**before["facts"], "种子与规模": "7，1"}}
-    old.write_text(json.dumps(held), "utf-8")
-    assert demo.main([*words, "--stages", "dpo"]) == 0
-    assert {m["stage"] for m in json.loads(old.read_text("utf-8"))["metrics"]} == {"DPO"}
+    assert all(m["before"] is not None for m in last["metrics"] if m["stage"] == "微调")
+    assert json.loads((report / "old_report.json").read_text("utf-8")) == held
+    assert "从重走的权重开始的几段作废" in capsys.readouterr().err
+    # 换了种子、目录就不是同一次演示
+    for name in ("种子与规模", "权重目录"):
+        held = {**before, "facts": {**before["facts"], name: "别的"}}
+        old.write_text(json.dumps(held), "utf-8")
+        assert demo.main([*words, "--stages", "dpo"]) == 0
+        assert {m["stage"] for m in json.loads(old.read_text("utf-8"))["metrics"]} == {"DPO"}
+        assert json.loads((report / "old_report.json").read_text("utf-8")) == held
+        assert "不是同一次演示" in capsys.readouterr().err
+
+
+def test_回答里有行分隔符的_读回来还是一行(tmp_path):
+    item = {"task": "t", "prompt": "问", "question": "问", "answer": "答"}
+    told = SimpleNamespace(item=item, response="甲\u2028乙\x85丙", score=1.0)
+    path = tmp_path / "answers.jsonl"
+    write_answers(path, {"a": [told], "b": [told]})
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"exam": "c", "断')
+    kept = read_answers(path)
+    assert [json.loads(line)["exam"] for line in kept] == ["a", "b"]
+    write_answers(path, {"b": []}, kept)
+    assert [json.loads(line)["response"] for line in read_answers(path)] == ["甲\u2028乙\x85丙"]
 
 
 @pytest.mark.parametrize(
-    "text", [None, "{", "[]", '{"title": "x"}', '{"metrics": [{"不认识": 1}], "samples": []}']
+    "text",
+    [
+        None,
+        "{",
+        "[]",
+        '{"title": "x"}',
+        '{"title": "x", "metrics": [], "samples": [], "facts": []}',
+        '{"metrics": [{"不认识": 1}], "samples": []}',
+    ],
 )
 def test_读不成的旧报告当作没有(tmp_path, text):
     if text is not None:

@@ -56,7 +56,7 @@ class MixPart:
 def main_mix(argv: list[str] | None = None) -> int:
     """写出配好的 jsonl，说出每轮各组多少条。"""
     args = parse_args(MixArguments, argv, prog="minimind data mix")
-    rows = Rows.opened(args)
+    rows = Rows.opened(args, weighted=True)
     with file_lock(
         rows.out.with_name(f".{rows.out.name}.lock"), lambda: say("另一个进程正在写同一个输出，等它写完")
     ):

@@ -21,7 +21,7 @@ from minimind.paths import resolve_path
 from minimind.runtime.files import check_target
 
 # 一行里可能有 NaN、无穷大（1e999 读出来也是）的记号，再细看
-NOT_JSON = re.compile(rb"NaN|Infinity|[eE]\+?\d{3}")
+NOT_JSON = re.compile(rb"NaN|Infinity|[eE]\+?\d{3}|\d{300}")
 
 
 @dataclass
@@ -50,13 +50,23 @@ class Rows:
     notes: Counter[str] = field(default_factory=Counter)
 
     @classmethod
-    def opened(cls, args: RowArguments) -> Rows:
+    def opened(cls, args: RowArguments, weighted: bool = False) -> Rows:
         """核对参数：输入在、输出能写且不是输入之一，各文件是同一种数据。
+
+        Args:
+            weighted: 认不认 ``文件:权重``；不认的写了就是错误。
 
         Raises:
             UserError: 有一样不合。
         """
         parts, out = parse_spec(args.data, "数据"), resolve_path(args.out)
+        if not weighted and (given := [part for part in parts if part.weight is not None]):
+            raise UserError(
+                f"{given[0].name} 写着权重 {float(given[0].weight):g}，这条命令把每一条都写出来，用不到它",
+                where="数据",
+                expected="文件、文件夹或通配符，逗号分隔",
+                fix="去掉权重；要按份额混合，用 minimind data mix",
+            )
         if out.suffix.lower() != ".jsonl":
             raise UserError(
                 f"输出文件叫 {out.name}",

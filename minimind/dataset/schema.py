@@ -244,6 +244,23 @@ def guess_kind(path: str | Path) -> str | None:
     return None
 
 
+def _raise_if_all_broken(path: Path) -> None:
+    """开头的行没有一行是合法的记录：说第一行坏在哪里，比“看不出种类”有用。
+
+    Raises:
+        DataError: 第一行的毛病。
+    """
+    first = None
+    for line, raw in enumerate(itertools.islice(raw_lines(path), 1000), 1):
+        try:
+            if parse_line(raw) is not None:
+                return
+        except DataError as error:
+            first = first or error.at(path, line)
+    if first is not None:
+        raise first
+
+
 def detect_kind(path: str | Path) -> str:
     """:func:`guess_kind`；有参考答案的强化学习数据与 sft 分不清，算作 sft。
 
@@ -253,6 +270,7 @@ def detect_kind(path: str | Path) -> str:
     if kind := guess_kind(path):
         return kind
     path = resolve_path(path)
+    _raise_if_all_broken(path)
     if all(not raw.strip() for raw in itertools.islice(raw_lines(path), 1000)):
         raise UserError(f"{path} 里没有一条记录", expected="每行一个 JSON 对象", fix="换一个文件")
     raise UserError(

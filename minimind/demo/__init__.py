@@ -35,7 +35,7 @@ SAME_AMOUNT = ("ppo", "grpo", "spo")
 # 底子没打好，哪一段都看不出，所以预训练与微调最后
 YIELDING, SPARED = (("distill", "reason"), SAME_AMOUNT, ("pretrain", "sft")), 0.5
 # 报告里的这几样相同，才是同一次演示的几段
-SAME_RUN = ("模型", "种子与规模")
+SAME_RUN = ("模型", "种子与规模", "权重目录")
 # 总是走满的：本来就短，或少走就看不出效果
 WHOLE = ("lora", "dpo", "agent")
 
@@ -103,6 +103,7 @@ def plan(road: Road, stages: dict[str, Lesson], start: float) -> Timetable:
         "PyTorch": torch.__version__,
         "模型": f"{road.args.preset}，{count_parameters(model) / 1e6:.2f}M 参数",
         "种子与规模": f"{road.args.seed}，{road.args.scale:g}",
+        "权重目录": str(resolve_path(road.args.out_dir)),
     }
     say(f"{speed:,.0f} 词元/秒（{road.dtype}）；全程预计 {format_duration(clock.expected)}。")
     if whole > 60 * road.args.minutes > 0:
@@ -180,25 +181,38 @@ def require_start(road: Road, name: str) -> None:
 def keep_the_rest(road: Road, stages: dict[str, Lesson]) -> None:
     """只走几段时，报告目录里别的段上一次的成绩留着：补一段不该丢掉整张记分牌。
 
-    尺寸、种子不同的不是同一次，不接；从这一次重走的权重开始的各段也作废。
+    尺寸、种子、目录不同的不是同一次，不接；从这一次重走的权重开始的各段也作废。有接不上的，旧的一份改名留着。
     """
     from minimind.demo.stages import STAGES
     from minimind.report.build import read_answers
     from minimind.report.report import Report
 
-    old = Report.load(road.folder()) if len(stages) < len(STAGES) else None
-    if old is None or any(old.facts.get(name) != road.report.facts.get(name) for name in SAME_RUN):
+    folder = road.folder()
+    old = Report.load(folder) if len(stages) < len(STAGES) else None
+    if old is None:
         return
-    stale = set(stages)
+    same = all(old.facts.get(name) == road.report.facts.get(name) for name in SAME_RUN)
+    stale = set(stages) if same else set(STAGES)
     for name, stage in STAGES.items():  # 课表的次序即依赖的次序
         if stage.needs in stale:
             stale.add(name)
-    others = stale != set(stages)  # 旧的图、回答、样例说的是旧的底子
-    road.report.inherit(old, [STAGES[name].title for name in stale], numbers_only=others)
-    if not others:
-        road.answered_before = read_answers(road.folder() / "answers.jsonl")
+    titles = [STAGES[name].title for name in stale]
+    dropped = {metric.stage for metric in old.metrics if metric.stage in titles}
+    if dropped - {stage.title for stage in stages.values()}:
+        for name in ("report.json", "report.md", "answers.jsonl"):
+            if (folder / name).is_file():
+                (folder / name).replace(folder / f"old_{name}")
+        why = "从重走的权重开始的几段作废" if same else f"{'、'.join(SAME_RUN)}不全相同，不是同一次演示"
+        say(f"报告目录里上一次的成绩接不上（{why}），改名为 {folder / 'old_report.md'} 等留着。")
+        if not same:
+            return
+        road.report.inherit(old, titles, numbers_only=True)  # 旧的图、回答、样例说的是旧的底子
+    else:
+        road.report.inherit(old, titles, numbers_only=False)
+        road.answered_before = read_answers(folder / "answers.jsonl")
+        road.recall_rewards(set(SAME_AMOUNT) - stale)
     if kept := list(dict.fromkeys(metric.stage for metric in road.report.metrics)):
-        say(f"别的几段（{'、'.join(kept)}）的成绩照 {road.folder()} 里上一次的。")
+        say(f"别的几段（{'、'.join(kept)}）的成绩照 {folder} 里上一次的。")
 
 
 def walk(road: Road, name: str, stage: Lesson) -> str | None:

@@ -58,10 +58,13 @@ def run_sft(road: Road) -> None:
     """监督微调，再考没见过的题目；成绩留给后面各段作“之前”。"""
     result = full_sft.run(sft_arguments(road))
     road.draw_curve("full_sft", "微调曲线", result.log)
-    before, after = road.answers.get("before_sft", []), road.tuned("chats")
+    if "before_sft" not in road.answers:  # 只补这一段：预训练是上一次走的
+        base = road.load("pretrain")
+        road.sit("before_sft", base, road.papers.chats, "微调前的对话", max_new_tokens=32)
+    before, after = road.answers["before_sft"], road.tuned("chats")
     for level, title in (("easy", "对话答对"), ("hard", "难题答对（多步、多位数）")):
         if new := of_level(after, level):
-            old = accuracy(of_level(before, level)) if before else None
+            old = accuracy(of_level(before, level))
             road.score(f"{title}（留出 {len(new)} 题）", f"sft: {level} dialogue", old, accuracy(new))
     road.report.tasks = task_table(before, after)
     road.report.samples = pick_samples(before, after)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -156,6 +156,18 @@ class Road:
         curves = {name: (read_log(log), rollouts) for name, (log, rollouts) in self.rewards.items()}
         plot_rewards(curves, self.folder() / "rewards.png", accuracy(self.tuned("multistep")))
         self.report.figures["rewards.png"] = "强化学习的奖励，横轴是采样了多少条回答"
+
+    def recall_rewards(self, names: Collection[str]) -> None:
+        """上一次走的强化学习阶段，从日志里找回奖励的曲线。"""
+        from minimind.demo import reinforce
+
+        for name in sorted(names):
+            arguments = getattr(reinforce, f"{name}_arguments")(self)
+            log = (
+                resolve_path(self.args.out_dir) / "logs" / f"{arguments.save_weight}_{arguments.width}.jsonl"
+            )
+            if log.is_file():
+                self.rewards[name.upper()] = log, arguments.batch_size * arguments.num_generations
 
     def write_report(self) -> Path:
         """把到此为止的结果写盘，返回 report.md 的路径。"""

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from minimind.inference.loading import Loaded
     from minimind.inference.speculative import Drafter
 
-# --weight 没写时打开的
-DEFAULT_WEIGHT = "full_sft"
+# --weight、--save_dir 没写时的
+DEFAULT_WEIGHT, DEFAULT_SAVE_DIR = "full_sft", "out"
 
 
 @dataclass
@@ -25,7 +25,7 @@ class LoadArguments(ModelArguments, group="模型"):
     load_from: str = arg(
         "model", "model 表示本项目训练的 .pth 权重；也可以是 Hugging Face 格式的模型目录", text="path"
     )
-    save_dir: str = arg("out", "权重所在的目录", text="path")
+    save_dir: str = arg(DEFAULT_SAVE_DIR, "权重所在的目录", text="path")
     weight: str = arg(
         DEFAULT_WEIGHT, "权重的名字：pretrain、full_sft、dpo、reason、ppo_actor、grpo、spo……", text="name"
     )

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from minimind.console import say
 from minimind.errors import UserError
-from minimind.inference.arguments import DEFAULT_WEIGHT
+from minimind.inference.arguments import DEFAULT_SAVE_DIR, DEFAULT_WEIGHT
 from minimind.inference.int8 import quantize_int8
 from minimind.model import MiniMindConfig, count_parameters
 from minimind.model.model_lora import Adapter
@@ -35,6 +35,8 @@ from minimind.tokenizer.templates import describe_layout, use_template
 
 # --load_from 的这几种写法都指本项目的 .pth（公共项目的默认值是 model）
 NATIVE = ("model", "./model", "../model")
+# 别的结构的配置里，专家的个数叫这几个名字；稠密的没有或是 0
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 @dataclass
@@ -67,7 +69,7 @@ def stop_ids(model: torch.nn.Module, tokenizer: Any) -> set[int]:
 def load_for_inference(
     *,
     load_from: str = "model",
-    save_dir: str = "out",
+    save_dir: str = DEFAULT_SAVE_DIR,
     weight: str = DEFAULT_WEIGHT,
     lora_weight: str = "None",
     hidden_size: int | None = None,
@@ -110,7 +112,7 @@ def load_for_inference(
             fix="去掉 --load_from，或先用 minimind export merge 把 LoRA 合并进去",
         )
     else:
-        loaded = _load_folder(load_from, weight, sizes, tokenizer_path, inference_rope_scaling)
+        loaded = _load_folder(load_from, weight, save_dir, sizes, tokenizer_path, inference_rope_scaling)
     if chat_template:
         use_template(loaded.tokenizer, chat_template)
     if not loaded.plain and (told := describe_layout(loaded.tokenizer)):
@@ -145,7 +147,12 @@ def _load_native(weight, save_dir, sizes, tokenizer_path, inference_rope_scaling
 
 
 def _load_folder(
-    folder: str, weight: str, sizes: dict, tokenizer_path: str | None, inference_rope_scaling: bool
+    folder: str,
+    weight: str,
+    save_dir: str,
+    sizes: dict,
+    tokenizer_path: str | None,
+    inference_rope_scaling: bool,
 ) -> Loaded:
     """Hugging Face 目录；不执行目录里自带的代码。"""
     from transformers import AutoModelForCausalLM
@@ -187,6 +194,8 @@ def _load_folder(
     check_plain(dict(model.named_parameters()), path)
     _check_folder_sizes(model.config, sizes, path)
     plain = "pretrain" in weight
+    if save_dir != DEFAULT_SAVE_DIR:
+        say(f"权重从目录 {path} 读入，--save_dir {save_dir} 没有用上。")
     if weight != DEFAULT_WEIGHT:
         used = "只决定按续写模型提示" if plain else "没有用上"
         say(f"权重从目录 {path} 读入，--weight {weight} {used}。")
@@ -222,14 +231,22 @@ def _check_folder_sizes(config: Any, sizes: dict, folder: Path) -> None:
     Raises:
         UserError: 不同。
     """
+    text = config.get_text_config()  # 多模态的尺寸写在里面一层
+    experts = (getattr(text, name, None) for name in EXPERT_COUNTS)
     held = {
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "use_moe": getattr(config, "use_moe", "Moe" in type(config).__name__),
+        "hidden_size": getattr(text, "hidden_size", None),
+        "num_hidden_layers": getattr(text, "num_hidden_layers", None),
+        "use_moe": getattr(config, "use_moe", any(experts)),
         "arch": getattr(config, "arch", None),
     }
     for name, value in sizes.items():
-        if None not in (value, held[name]) and value != held[name]:
+        if value is not None and held[name] is None:
+            raise UserError(
+                f"目录里的结构是 {config.model_type}，没有这一项",
+                where=f"--{name} {value}，--load_from {folder}",
+                fix=f"去掉 --{name}",
+            )
+        if value is not None and value != held[name]:
             given, real = (int(one) if isinstance(one, bool) else one for one in (value, held[name]))
             raise UserError(
                 f"目录里是 {real}，命令行写的是 {given}",

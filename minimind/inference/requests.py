@@ -146,7 +146,10 @@ def shared_rule(rows: list[Row]) -> SamplingParams | None:
 
 def context_length(model: nn.Module) -> int:
     """模型位置表的长度，即提示加回答最多多少个 token。"""
-    return int(model.config.max_position_embeddings)
+    config = model.config
+    if not hasattr(config, "max_position_embeddings"):  # 多模态的写在里面一层
+        config = config.get_text_config()
+    return int(config.max_position_embeddings)
 
 
 def room_for_prompt(prompt_length: int, max_new_tokens: int, context: int) -> int:

@@ -67,9 +67,24 @@ class AgentArguments(GRPOArguments, group="工具与多轮"):
         help="奖励，例如 agent、agent:1,length:0.1、文件.py:函数；给了 --reward_model_path 再加它",
     )
     save_weight: str = override(GRPOArguments, "save_weight", "agent")
+    reasoning: int = override(
+        GRPOArguments, "reasoning", 0, help="是否先想再答（1：从 reason 权重开始，每个提示都开着思考）"
+    )
 
     def __post_init__(self):
         super().__post_init__()
+        if self.reasoning and self.thinking_ratio not in (0, 1):
+            raise UserError(
+                f"值是 {self.thinking_ratio:g}，而 --reasoning 1 是每个提示都开着思考",
+                where="--thinking_ratio",
+                fix="去掉其中一个",
+            )
+        if self.tools is None and self.tool_timeout != type(self).tool_timeout:
+            raise UserError(
+                f"值是 {self.tool_timeout:g}，只管 --tools 里自己的工具",
+                where="--tool_timeout",
+                fix="去掉它，或给出 --tools 文件.py",
+            )
         if self.max_total_len <= self.max_seq_len:
             raise UserError(
                 f"不比提示的上限 --max_seq_len {self.max_seq_len} 大",

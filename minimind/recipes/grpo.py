@@ -52,10 +52,13 @@ class GRPOArguments(RLArguments, group="GRPO"):
         "group", "优势除以谁的标准差：group（本组）、batch（整批）、none（不除）", SCALES
     )
     epsilon: float | None = arg(
-        None, "比值截断的下限 1 − epsilon；不给则 0.2，gspo 是 3e-4", above=0, below=1
+        None, "比值截断的下限 1 − epsilon；不给则 0.2，gspo 是 3e-4；cispo 不截下限", above=0, below=1
     )
     epsilon_high: float | None = arg(
-        None, "比值截断的上限 1 + epsilon_high；不给则 0.28，cispo 是 5，gspo 是 4e-4", above=0, high=100
+        None,
+        "比值截断的上限 1 + epsilon_high，不给则 0.28，gspo 是 4e-4；cispo 的上限就是它自己，不给则 5",
+        above=0,
+        high=100,
     )
     beta: float = arg(0.0, "与参考模型的 KL 的系数；0 则不载入参考模型", low=0, high=1000)
     mask_truncated: int = arg(0, "写到上限还没结束的回答不参与更新（仍参与组内比较）", (0, 1))
@@ -66,6 +69,19 @@ class GRPOArguments(RLArguments, group="GRPO"):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.loss_type == "cispo" and self.epsilon not in (None, CLIPS["cispo"][0]):
+            raise UserError(
+                f"值是 {self.epsilon:g}，而 --loss_type cispo 不截下限，用不到它",
+                where="--epsilon",
+                fix="去掉它，或换一个 --loss_type",
+            )
+        if self.loss_type == "cispo" and self.epsilon_high is not None and self.epsilon_high < 1:
+            raise UserError(
+                f"值是 {self.epsilon_high:g}，cispo 的上限就是它自己，没有变的概率（比值 1）也被截",
+                where="--epsilon_high",
+                expected="不小于 1，通常是 5",
+                fix="去掉它，或换一个 --loss_type（那里的上限是 1 + epsilon_high）",
+            )
         if self.epsilon is None:
             self.epsilon = CLIPS.get(self.loss_type, DEFAULT_CLIP)[0]
         if self.num_generations < 2:

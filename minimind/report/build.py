@@ -58,8 +58,9 @@ def _question(item: dict) -> str:
 
 
 def read_answers(path: Path) -> list[str]:
-    """:func:`write_answers` 写下的各行；没有这个文件是空的。"""
-    return path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    """:func:`write_answers` 写下的各行；没有这个文件是空的，断在半截的一行不要。"""
+    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+    return [f"{line}\n" for line in lines if line.endswith("}")]
 
 
 def write_answers(path: Path, exams: dict[str, Sequence[Answered]], before: Sequence[str] = ()) -> None:

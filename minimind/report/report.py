@@ -93,9 +93,18 @@ class Report:
             held = json.loads((Path(folder) / "report.json").read_text(encoding="utf-8"))
             held["metrics"] = [Metric(**row) for row in held["metrics"]]
             held["samples"] = [BeforeAfter(**row) for row in held["samples"]]
-            return cls(**held)
+            report = cls(**held)
         except (OSError, ValueError, TypeError, KeyError):
             return None
+        tables = (
+            report.facts,
+            report.tasks,
+            report.timelines,
+            report.rollouts,
+            report.figures,
+            report.failures,
+        )
+        return report if all(isinstance(table, dict) for table in tables) else None
 
     def inherit(self, old: Report, own: Collection[str], numbers_only: bool) -> None:
         """别的阶段的成绩照上一次的。

@@ -13,6 +13,7 @@ from minimind.console import say
 from minimind.dataset import RLAIFDataset, collate_rl
 from minimind.inference.tool_loop import describe
 from minimind.rl.conversations import (
+    ANSWERED,
     OUT_OF_TURNS,
     ConversationRollout,
     EngineWriter,
@@ -82,7 +83,11 @@ def transcript(one: Trajectory) -> str:
         lines += [reply.text] if reply.text else []
         for call in reply.calls:
             lines += [f"[调用] {describe(call)}", f"[结果] {next(results, '（没有执行）')}"]
-    return "\n".join([*lines, *(["（没写完）"] if one.answer == "" else [])])
+    if one.ending != ANSWERED:
+        lines.append("（没写完）")
+    elif not one.answer:  # 写出了结束符，正文却是空的（只想了想）
+        lines.append("（什么也没答）")
+    return "\n".join(lines)
 
 
 class AgentCollector(Collector):

@@ -78,6 +78,7 @@ def check_expected(*datasets: Any) -> None:
                 expected="应有几次调用，0 以上的整数；不写就按 gt 的个数",
                 fix="改成整数，或去掉它",
             )
+        check_grader(item)
         for value in expected_values(item["record"]):
             finite = type(value) in (str, int) or (type(value) is float and math.isfinite(value))
             if not finite or not normalize(str(value)):
@@ -87,6 +88,25 @@ def check_expected(*datasets: Any) -> None:
                     expected='数或不空的文字的列表，例如 ["319976"]；没有标准答案写 []',
                     fix="改成最后的回答里该出现的值，或去掉它",
                 )
+
+
+def check_grader(item: dict[str, Any]) -> None:
+    """
+    Raises:
+        UserError: 这一行写着不认识的判分器：采样到它的那一步才出错，可能已经走了几千步。
+    """
+    if "grader" not in item["record"]:
+        return
+    from minimind.microworld.graders import GRADERS
+
+    name = item["record"]["grader"]
+    if not isinstance(name, str) or name not in GRADERS:
+        raise UserError(
+            f"是 {short(name)}",
+            where=f"{item['source']}:{item['line']} 字段 grader",
+            expected="、".join(GRADERS),
+            fix="改成其中之一；不用判分器就去掉它，答案写在 gt 里",
+        )
 
 
 def expected_calls(record: dict[str, Any]) -> int:

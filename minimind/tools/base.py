@@ -38,6 +38,7 @@ class Tool:
         properties: 参数名 → JSON Schema。
         function: 以关键字参数调用，返回能写成 JSON 的对象；用不了就抛 :class:`ToolError`。
         optional: 可以不给的参数。
+        nullable: 可以写 null 的参数。
     """
 
     name: str
@@ -45,6 +46,7 @@ class Tool:
     properties: dict[str, dict[str, Any]]
     function: Callable[..., dict[str, Any]]
     optional: tuple[str, ...] = ()
+    nullable: tuple[str, ...] = ()
 
     def schema(self) -> dict[str, Any]:
         """OpenAI 格式的说明。不写 ``required``：说明占上下文，微世界教的也是这种短写法；缺了参数会得到一句错误。"""
@@ -63,6 +65,8 @@ class Tool:
         if unknown := [name for name in values if name not in self.properties]:
             raise ToolError(f"没有参数 {'、'.join(unknown)[:100]}，只有 {'、'.join(self.properties)}")
         for name, value in values.items():
+            if value is None and name in self.nullable:
+                continue
             _check_value(value, self.properties[name], f"参数 {name} ")
 
 

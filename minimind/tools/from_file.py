@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import types
@@ -78,21 +79,27 @@ def tool_of(function: Callable, path: Path, where: str, name: str) -> Tool:
         hints = typing.get_type_hints(function)
     except Exception as error:  # 标注是任意的表达式，求值时什么都可能抛
         raise UserError(f"读不出类型标注（{type(error).__name__}：{error}）", where=at) from error
-    notes, properties, optional = _notes(text), {}, []
+    notes, properties, optional, nullable, empty = _notes(text), {}, [], [], {}
     for key, parameter in inspect.signature(function).parameters.items():
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             raise UserError(f"参数 {parameter} 不能由模型给出", where=at, expected="有名字的参数")
         if key not in hints:
             raise UserError(f"参数 {key} 没有类型标注", where=at, expected=EXPECTED, fix=f"写成 {key}: str")
-        schema, may_omit = _schema(hints[key], key, at)
+        schema, with_none = _schema(hints[key], key, at)
         properties[key] = schema | ({"description": notes[key]} if key in notes else {})
-        if may_omit or parameter.default is not parameter.empty:
+        if with_none:
+            nullable.append(key)
+            if parameter.default is parameter.empty:  # Python 要求给；模型没给就是 None
+                empty[key] = None
+        if with_none or parameter.default is not parameter.empty:
             optional.append(key)
-    return Tool(name, text.split("\n\n")[0].replace("\n", " "), properties, function, tuple(optional))
+    call = functools.partial(function, **empty) if empty else function
+    description = text.split("\n\n")[0].replace("\n", " ")
+    return Tool(name, description, properties, call, tuple(optional), tuple(nullable))
 
 
 def _schema(hint: Any, name: str, at: str) -> tuple[dict[str, Any], bool]:
-    """标注 → ``(JSON Schema, 能不能不给)``。"""
+    """标注 → ``(JSON Schema, 是不是与 None 的并)``；这样的可以不给，也可以写 null。"""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType) and type(None) in inner and len(inner) == 2:
         return _schema(next(one for one in inner if one is not type(None)), name, at)[0], True

@@ -8,12 +8,19 @@ from minimind.errors import UserError
 from minimind.paths import resolve_path
 from minimind.runtime.files import content_hash
 from minimind.tokenizer import encode_chat
-from minimind.tokenizer.render import tools_of
+from minimind.tokenizer.render import dump_json, tools_of
 from minimind.tools import EXAMPLE_TOOLS
 from minimind.tools.archive import archive
 from minimind.tools.base import Tool, Toolbox
 from minimind.tools.beside import tools_beside
 from minimind.tools.public import PUBLIC_TOOLS
+
+
+def name_of(tool: Any) -> str:
+    """一条工具说明里的名字；没有，或写得不成样子，是空的。"""
+    spec = (tool.get("function") or tool) if isinstance(tool, dict) else None
+    name = spec.get("name") if isinstance(spec, dict) else None
+    return name if isinstance(name, str) else ""
 
 
 class Toolset:
@@ -40,7 +47,7 @@ class Toolset:
 
     def names(self, record: dict[str, Any]) -> list[str]:
         """这道题列着的工具名。"""
-        return [str((tool.get("function") or tool).get("name") or "") for tool in self.listed(record)]
+        return [name_of(tool) for tool in self.listed(record)]
 
     def for_record(self, record: dict[str, Any]) -> Toolbox:
         """这道题的工具箱：只有它列着的。"""
@@ -48,12 +55,22 @@ class Toolset:
         return Toolbox(known[name] for name in dict.fromkeys(self.names(record)) if name in known)
 
     def check(self, *datasets: Any) -> None:
-        """每道题列着的工具都有人会执行；``None`` 的数据集跳过。
+        """每道题列着的工具都有人会执行，资料读得懂；``None`` 的数据集跳过。
 
         Raises:
-            UserError: 哪一行列着不会的工具。
+            UserError: 哪一行列着不会的工具，或哪一行的 ``lookup`` 不成样子。
         """
         for item in (item for dataset in datasets if dataset is not None for item in dataset):
+            pages = item["record"].get("lookup")
+            if pages is not None and not (
+                isinstance(pages, dict) and all(isinstance(page, dict) for page in pages.values())
+            ):
+                raise UserError(
+                    f"是 {dump_json(pages)[:80]}",
+                    where=f"{item['source']}:{item['line']} 字段 lookup",
+                    expected='{"名字": {"项目": "内容", …}, …}，工具 search 从里面查',
+                    fix="改成这个样子，或去掉它",
+                )
             known = self._known(item["record"])
             if "" in self.names(item["record"]):
                 raise UserError(

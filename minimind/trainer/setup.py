@@ -127,7 +127,7 @@ def set_up(args: Any, recipe: Recipe, model: nn.Module, tokenizer: Any, data: Da
         resume.say_changes(saved, resume.changes(saved["args"], args), recipe, data, state)
     samples = None
     if tokenizer is not None and args.sample_prompts != "0":
-        from minimind.trainer.samples import Sampler, is_count
+        from minimind.trainer.samples import Sampler
 
         samples = Sampler.for_run(args.sample_prompts, recipe.name, model.config, tokenizer)
     journal = Journal.open(args, recipe.weights.stem, state.step if saved else None, saved.get("wandb_id"))
@@ -147,9 +147,11 @@ def set_up(args: Any, recipe: Recipe, model: nn.Module, tokenizer: Any, data: Da
         journal=journal,
         samples=samples,
     )
-    if samples and not run.evaluates and not is_count(args.sample_prompts):
+    written = args.sample_prompts != type(args).__dataclass_fields__["sample_prompts"].default
+    if samples and not run.evaluates and written:
         say(
-            "留意：没有验证集（--val_ratio 0 也没有 --val_path），--sample_prompts 的提示不会作答：样例随验证来。"
+            f"留意：没有验证集（--val_ratio {args.val_ratio:g} 没有留出一行，也没有 --val_path），"
+            "--sample_prompts 的提示不会作答：样例随验证来。"
         )
     if args.use_compile:
         from minimind.trainer.compiling import maybe_compile

@@ -51,7 +51,25 @@ def test_convert几个文件接起来_坏行报错或跳过(tmp_path, capsys):
     assert code == 0 and len(read(out)) == 2 and "跳过坏行 1 条" in said and "b.jsonl:2" in said
 
 
-@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999", '{"深处": [1, NaN]}'])
+@pytest.mark.parametrize("command", ["convert", "dedup"])
+def test_只有mix认权重_别的命令写了就是错误(command, tmp_path, capsys):
+    write_shell(tmp_path / "a.jsonl", [chat("问", "答")])
+    write_shell(tmp_path / "b.jsonl", [chat("问二", "答二")])
+    spec = f"{tmp_path}/a.jsonl:0.5,{tmp_path}/b.jsonl:0.5"
+    code, said = run(capsys, command, spec, tmp_path / "out.jsonl")
+    assert (
+        code == 2 and "写着权重 0.5" in said and "data mix" in said and not (tmp_path / "out.jsonl").exists()
+    )
+    assert run(capsys, "mix", spec, tmp_path / "out.jsonl")[0] == 0
+
+
+def test_一行也读不懂_说第一行坏在哪里(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_bytes(b"{'text': 1}\n{broken\n")
+    code, said = run(capsys, "convert", tmp_path / "a.jsonl", tmp_path / "out.jsonl")
+    assert code == 2 and "a.jsonl:1" in said and "看不出是哪种数据" not in said
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999", "9" * 400 + ".5", '{"深处": [1, NaN]}'])
 @pytest.mark.parametrize("command", ["convert", "mix", "dedup"])
 def test_写出的总是合法的JSON_用不到的字段里的NaN也要指出来(command, number, tmp_path, capsys):
     good = {**chat("问", "答"), "分": 0.5, "注": "NaN 与 1e999 只是文字"}

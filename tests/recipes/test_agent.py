@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from recipe_cases import CASES, log_lines, saved
@@ -10,6 +11,8 @@ from recipe_cases import CASES, log_lines, saved
 from minimind.dataset.check import main_check
 from minimind.recipes.agent import AgentArguments, main
 from minimind.recipes.health import AgentHealth
+from minimind.rl.agent import transcript
+from minimind.rl.conversations import ANSWERED, OUT_OF_LENGTH, OUT_OF_TURNS, Trajectory
 
 CASE = CASES["agent"]
 
@@ -138,6 +141,10 @@ def test_列着不会的工具_开训之前就说_指出行号(home, world, caps
         ({"thinking_ratio": 1.5}, "--thinking_ratio"),
         ({"max_turns": 0}, "--max_turns"),
         ({"num_generations": 1}, "--num_generations"),
+        ({"epsilon": 0.9}, "--epsilon"),
+        ({"loss_type": "cispo", "epsilon_high": 0.28}, "--epsilon_high"),
+        ({"reasoning": 1, "thinking_ratio": 0.5}, "--thinking_ratio"),
+        ({"tool_timeout": 3}, "--tool_timeout"),
     ],
 )
 def test_说不通的参数(home, world, capsys, changes, words):
@@ -178,6 +185,15 @@ def test_思考的比例_开着的提示以think结尾(home, world, monkeypatch)
     assert main(CASE.argv(world, thinking_ratio=0.5, max_steps=5, eval_interval=0, val_max_rows=1)) == 0
     seen = seen[1:]  # 第一个是训练前考的
     assert set(seen) == {True, None} and 4 <= seen.count(True) <= len(seen) - 4
+
+
+def test_样例里没写完与什么也没答分得清():
+    opening, empty = SimpleNamespace(), SimpleNamespace(text="", calls=[])
+    told = {
+        ending: transcript(Trajectory(opening, 0, 0, [], [], replies=[empty], ending=ending))
+        for ending in (ANSWERED, OUT_OF_TURNS, OUT_OF_LENGTH)
+    }
+    assert told == {ANSWERED: "（什么也没答）", OUT_OF_TURNS: "（没写完）", OUT_OF_LENGTH: "（没写完）"}
 
 
 def test_体征说成话():

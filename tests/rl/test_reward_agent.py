@@ -126,6 +126,8 @@ def test_回答里的负号写成数学符号_不当作正数():
         ({"gt": ["1"], "calls": "2"}, "字段 calls"),
         ({"gt": ["1"], "calls": -1}, "字段 calls"),
         ({"gt": ["1"], "calls": True}, "字段 calls"),
+        ({"gt": ["1"], "grader": "number", "answer": "1"}, "字段 grader"),
+        ({"gt": [], "grader": ["exact"], "answer": "1"}, "字段 grader"),
     ],
 )
 def test_永远找不到的gt与不是次数的calls_开训之前就说(record, words):

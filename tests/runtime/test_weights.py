@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from other_models import write_model, write_tokenizer
+from transformers import PretrainedConfig
 
 from minimind import chat
 from minimind.dataset import SFTDataset
 from minimind.errors import UserError
 from minimind.export.cli import main_hf
 from minimind.export.importing import import_model
-from minimind.inference.loading import load_for_inference
+from minimind.inference.loading import _check_folder_sizes, load_for_inference
 from minimind.model import MiniMindConfig, MiniMindForCausalLM
 from minimind.recipes import full_sft
 from minimind.recipes.distillation import DistillationArguments
@@ -163,6 +165,7 @@ def test_公共项目的v3目录没写arch_从键认(tmp_path):
         ({"hidden_size": 512}, "目录里是 64，命令行写的是 512"),
         ({"num_hidden_layers": 8}, "--num_hidden_layers"),
         ({"use_moe": 1}, "--use_moe"),
+        ({"arch": "v3"}, "没有这一项"),
         ({"inference_rope_scaling": True}, "rope_scaling"),
     ],
 )
@@ -170,6 +173,23 @@ def test_读目录时_写了而用不上的尺寸与外推_说出来(tmp_path, g
     write_model(tmp_path, "qwen")
     with pytest.raises(UserError, match=said):
         load_for_inference(load_from=str(tmp_path), device="cpu", **given)
+
+
+@pytest.mark.parametrize(
+    ("settings", "mixture"),
+    [
+        ({"num_local_experts": 8}, True),  # Mixtral
+        ({"n_routed_experts": 64}, True),  # DeepSeek
+        ({"num_experts": 0}, False),
+        ({}, False),
+    ],
+)
+def test_目录里是不是混合专家_看专家的个数_不看类名(settings, mixture):
+    config = PretrainedConfig(hidden_size=64, num_hidden_layers=2, **settings)
+    empty = dict.fromkeys(("hidden_size", "num_hidden_layers", "use_moe", "arch"))
+    _check_folder_sizes(config, {**empty, "use_moe": mixture}, Path("x"))
+    with pytest.raises(UserError, match="--use_moe"):
+        _check_folder_sizes(config, {**empty, "use_moe": not mixture}, Path("x"))
 
 
 def test_读目录时_相同的尺寸照收_YaRN用在自己的结构上_权重的名字说怎么用(tmp_path, capsys):
@@ -187,6 +207,8 @@ def test_读目录时_相同的尺寸照收_YaRN用在自己的结构上_权重�
     assert "只决定按续写模型提示" in capsys.readouterr().err
     assert not load_for_inference(**options, weight="dpo").plain
     assert "--weight dpo 没有用上" in capsys.readouterr().err
+    load_for_inference(**options, save_dir=str(tmp_path))
+    assert f"--save_dir {tmp_path} 没有用上" in capsys.readouterr().err
     with pytest.raises(UserError, match="目录里是 v3，命令行写的是 v2"):
         load_for_inference(**options, arch="v2")
 

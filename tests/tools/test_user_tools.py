@@ -385,3 +385,27 @@ def test_载入时就退出的进程_也是一句错误(tmp_path):
 def test_列着的工具没有名字_指出哪一行():
     with pytest.raises(UserError, match=r"a\.jsonl:5 字段 tools：.*没有名字"):
         Toolset().check([item(5, row([{"type": "function", "function": {"description": "x"}}]))])
+
+
+NULLABLE = '''
+from typing import Optional
+
+
+def need(a: Optional[int], b: "str | None" = "乙", c: int = 1) -> str:
+    """可以写 null 的参数。"""
+    return f"{a} {b} {c}"
+'''
+
+
+def test_与None的并_不给就是None_也可以写null(tmp_path):
+    """没有默认值的 Optional，Python 要求给：模型没给时由我们补上 None，不是一句莫名的 TypeError。"""
+    path = tmp_path / "mine.py"
+    path.write_text(NULLABLE, encoding="utf-8")
+    (tool,) = read_tools(str(path))
+    assert tool.function() == "None 乙 1" and tool.function(a=3, b=None) == "3 None 1"
+    assert tool.optional == ("a", "b", "c") and tool.nullable == ("a", "b")
+    box = Toolbox(tools_beside(str(path), 20.0))
+    assert run(box, "need") == {"result": "None 乙 1"}
+    assert run(box, "need", a=2, b=None) == {"result": "2 None 1"}
+    for values in ({"a": "二"}, {"c": None}):
+        assert "应当是 integer" in run(box, "need", **values)["error"]
