@@ -21,7 +21,6 @@ from minimind.dataset.collate import to_device
 from minimind.model import MiniMindLM, flops_per_token
 from minimind.model.kernels import (
     compute_dtype,
-    fusible_chunk_loss,
     linear_cross_entropy,
     segments_available,
     varlen_available,
@@ -47,6 +46,22 @@ NO_COMPILE = ("npu", "mps")
 # H200 上一块 16,384 行比 8,192 行再快四分之一
 CHUNK_BYTES = 2**28
 HALF_SCALE = 256.0  # 核对时 float16 的损失乘这么多，小梯度才不会下溢
+
+
+def fusible_chunk_loss(
+    logits: Tensor, target: Tensor, weight: Tensor, need_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`~minimind.model.kernels.chunk_loss`，写成编译器能融成一个内核的样子：fp32 的一块不落到显存里。
+
+    H200，N=32768、V=6400、bf16，整个损失连两个梯度：逐算子 5.8 毫秒，这样编译之后 1.8 毫秒。
+    """
+    dtype, logits = logits.dtype, logits.float()
+    top = logits.amax(-1, keepdim=True)
+    power = (logits - top).exp()
+    total = power.sum(-1, keepdim=True)
+    loss = ((total.log() + top - logits.gather(1, target)) * weight).sum()
+    hit = torch.arange(logits.shape[1], device=logits.device) == target  # scatter 融不进去
+    return loss, ((power / total - hit.float()) * weight).to(dtype) if need_grad else None
 
 
 class CompiledBlocks(nn.Module):

@@ -147,12 +147,9 @@ def set_up(args: Any, recipe: Recipe, model: nn.Module, tokenizer: Any, data: Da
         journal=journal,
         samples=samples,
     )
-    written = args.sample_prompts != type(args).__dataclass_fields__["sample_prompts"].default
-    if samples and not run.evaluates and written:
-        say(
-            f"留意：没有验证集（--val_ratio {args.val_ratio:g} 没有留出一行，也没有 --val_path），"
-            "--sample_prompts 的提示不会作答：样例随验证来。"
-        )
+    if samples and not run.evaluates and args.sample_prompts != type(args).sample_prompts:
+        why = f"--val_ratio {args.val_ratio:g} 没有留出一行，也没有 --val_path"
+        say(f"留意：没有验证集（{why}），--sample_prompts 的提示不会作答：样例随验证来。")
     if args.use_compile:
         from minimind.trainer.compiling import maybe_compile
 

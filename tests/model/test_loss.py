@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minimind.model import MiniMindConfig, MiniMindForCausalLM, linear_cross_entropy, preset
-from minimind.model.kernels import chunk_loss, fusible_chunk_loss
+from minimind.model.kernels import chunk_loss
+from minimind.trainer.compiling import fusible_chunk_loss
 
 
 def make(**extra) -> MiniMindForCausalLM:
