@@ -69,12 +69,6 @@ class GRPOArguments(RLArguments, group="GRPO"):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.loss_type == "cispo" and self.epsilon not in (None, CLIPS["cispo"][0]):
-            raise UserError(
-                f"值是 {self.epsilon:g}，而 --loss_type cispo 不截下限，用不到它",
-                where="--epsilon",
-                fix="去掉它，或换一个 --loss_type",
-            )
         if self.loss_type == "cispo" and self.epsilon_high is not None and self.epsilon_high < 1:
             raise UserError(
                 f"值是 {self.epsilon_high:g}，cispo 的上限就是它自己，没有变的概率（比值 1）也被截",

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minimind.console import say
 from minimind.dataset.collate import to_device
 from minimind.objectives.logprobs import target_logits
-from minimind.objectives.policy import grpo_loss, token_weights
+from minimind.objectives.policy import CLIPS, grpo_loss, token_weights
 from minimind.rl.experience import Experience, global_moments
 from minimind.rl.rollout import response_batch
 from minimind.runtime.device import autocast_context
@@ -42,6 +43,8 @@ def policy_loss(args: Any, loss_type: str) -> tuple[Callable, Callable]:
         args: 需要 ``temperature beta epsilon epsilon_high max_gen_len``。
         loss_type: 见 :func:`minimind.objectives.policy.token_weights`。
     """
+    if loss_type == "cispo" and args.epsilon not in (None, CLIPS["cispo"][0]):  # 公共项目的命令照收
+        say(f"留意：--loss_type cispo 不截下限，--epsilon {args.epsilon:g} 用不到。")
 
     def count(batch: Batch) -> float:
         return token_weights(batch["lengths"], loss_type, args.max_gen_len)[1]

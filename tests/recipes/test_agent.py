@@ -13,6 +13,7 @@ from minimind.recipes.agent import AgentArguments, main
 from minimind.recipes.health import AgentHealth
 from minimind.rl.agent import transcript
 from minimind.rl.conversations import ANSWERED, OUT_OF_LENGTH, OUT_OF_TURNS, Trajectory
+from minimind.rl.policy import policy_loss
 
 CASE = CASES["agent"]
 
@@ -141,7 +142,6 @@ def test_列着不会的工具_开训之前就说_指出行号(home, world, caps
         ({"thinking_ratio": 1.5}, "--thinking_ratio"),
         ({"max_turns": 0}, "--max_turns"),
         ({"num_generations": 1}, "--num_generations"),
-        ({"epsilon": 0.9}, "--epsilon"),
         ({"loss_type": "cispo", "epsilon_high": 0.28}, "--epsilon_high"),
         ({"reasoning": 1, "thinking_ratio": 0.5}, "--thinking_ratio"),
         ({"tool_timeout": 3}, "--tool_timeout"),
@@ -185,6 +185,18 @@ def test_思考的比例_开着的提示以think结尾(home, world, monkeypatch)
     assert main(CASE.argv(world, thinking_ratio=0.5, max_steps=5, eval_interval=0, val_max_rows=1)) == 0
     seen = seen[1:]  # 第一个是训练前考的
     assert set(seen) == {True, None} and 4 <= seen.count(True) <= len(seen) - 4
+
+
+def test_cispo用不到的epsilon_照收_说一声(capsys):
+    """公共项目的命令带着它；写成默认值的、别的损失用得到的不说。"""
+    for changes, told in (
+        ({"epsilon": 0.1}, True),
+        ({}, False),
+        ({"epsilon": 0.1, "loss_type": "grpo"}, False),
+    ):
+        args = AgentArguments(**changes)
+        policy_loss(args, args.loss_type)
+        assert ("--epsilon 0.1 用不到" in capsys.readouterr().err) == told
 
 
 def test_样例里没写完与什么也没答分得清():
