@@ -220,6 +220,8 @@ def test_补一段_别的段的成绩_图_回答都还在(finished, tmp_path, ca
     shutil.copytree(folder / "out/report", report)
     old, answers = (report / name for name in ("report.json", "answers.jsonl"))
     before = json.loads(old.read_text("utf-8"))
+    stranger = {**before["metrics"][0], "stage": "别的版本的一段"}
+    old.write_text(json.dumps({**before, "metrics": [*before["metrics"], stranger]}), "utf-8")
     lines = answers.read_text("utf-8").splitlines()
     words = ["--fast", "--device", "cpu", "--out_dir", str(folder / "out/demo"), "--report_dir", str(report)]
     assert demo.main([*words, "--stages", "dpo"]) == 0

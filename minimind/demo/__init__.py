@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 # 互相比的：采样的条数要相同，走几成随第一个
 SAME_AMOUNT = ("ppo", "grpo", "spo")
-# 谁先省：前面的先省到 SPARED，还放不进去，后一组才跟着少走。强化学习走到七八成才看得出效果；
-# 底子没打好，哪一段都看不出，所以预训练与微调最后
+# 谁先省：前面的先省到 SPARED，还放不进去，后一组才跟着少走。强化学习走六成的那次几乎没有动，走 68 % 涨二十个点
+# （docs/demo.md）；底子没打好，哪一段都看不出，所以预训练与微调最后
 YIELDING, SPARED = (("distill", "reason"), SAME_AMOUNT, ("pretrain", "sft")), 0.5
 # 报告里的这几样相同，才是同一次演示的几段
 SAME_RUN = ("模型", "种子与规模", "权重目录")
@@ -196,6 +196,8 @@ def keep_the_rest(road: Road, stages: dict[str, Lesson]) -> None:
     for name, stage in STAGES.items():  # 课表的次序即依赖的次序
         if stage.needs in stale:
             stale.add(name)
+    known = {stage.title for stage in STAGES.values()}
+    old.metrics = [metric for metric in old.metrics if metric.stage in known]
     titles = [STAGES[name].title for name in stale]
     dropped = {metric.stage for metric in old.metrics if metric.stage in titles}
     if dropped - {stage.title for stage in stages.values()}:
